@@ -1,0 +1,1 @@
+"""What is learned: data, networks, distillation, pruning and evaluation, and *the* preprocessing."""

@@ -1,0 +1,206 @@
+"""*The* preprocessing: an encoded image becomes `uint8` RGB pixels, the same everywhere.
+
+Evaluation, calibration and serving all call `load_pixels`, so a model never meets pixels in
+production that differ from those it was measured on. Normalisation is not done here: it is part of
+every exported graph.
+
+The libraries were chosen by measurement (`benchmarks/preprocessing.py`): libjpeg-turbo (through
+simplejpeg) decodes a JPEG straight at a reduced scale, OpenCV resizes, and Pillow reads all other
+formats. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Final
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Pixels = NDArray[np.uint8]
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MEDIA_TYPES: Final = frozenset(
+    {"image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/x-ms-bmp", "image/tiff"}
+)
+DEFAULT_MAX_PIXELS: Final = 64_000_000
+
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+_ORIENTATION_TAG: Final = 0x0112
+_EXIF_SEARCH_BYTES: Final = 1 << 17  # two APP segments: where cameras and editors put EXIF
+_AREA_FROM_FACTOR: Final = 1.25  # below it bilinear does not alias visibly, and is six times faster
+
+# The pixel limit is checked here, before anything is decoded, and with the caller's own value.
+Image.MAX_IMAGE_PIXELS = None
+# One image is one thread's work; parallelism is across images.
+cv2.setNumThreads(1)
+
+
+class ImageError(ValueError):
+    """The bytes cannot be turned into pixels; the message says why and is safe to show a client."""
+
+
+class DamagedImageError(ImageError):
+    """Not an image, or a truncated or corrupt one."""
+
+
+class UnsupportedImageError(ImageError):
+    """An image, but of a format or kind that is not accepted."""
+
+
+class ImageTooLargeError(ImageError):
+    """The image has more pixels than the limit allows."""
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes the network's input.
+
+    Decode, EXIF orientation, RGB, resize so that the shorter side is `resize` pixels, centre crop
+    to `height` x `width`: that much is `load_pixels`. `mean` and `std` (of pixels scaled to 0..1,
+    per RGB channel) are applied inside the exported graph.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    resize: int = Field(ge=1, le=4096, description="length of the shorter side after resizing, in pixels")
+    height: int = Field(ge=1, le=4096)
+    width: int = Field(ge=1, le=4096)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    scaled_decoding: bool = Field(
+        default=True,
+        description="let the JPEG decoder shrink by eighths, never below `resize`, instead of decoding in full",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocessing:
+        if self.resize < max(self.height, self.width):
+            raise ValueError(f"resize {self.resize} is smaller than the crop {self.height}x{self.width}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {self.std}")
+        return self
+
+
+def load_pixels(data: bytes, spec: Preprocessing, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
+    """The network's input for one encoded image.
+
+    Args:
+        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file; of an animation, the first frame counts.
+        spec: sizes and decoding mode.
+        max_pixels: refuse images with more pixels than this, judged by the header.
+
+    Returns:
+        C-contiguous `uint8` array of shape `(spec.height, spec.width, 3)`, RGB.
+
+    Raises:
+        DamagedImageError: not an image, truncated, or corrupt.
+        UnsupportedImageError: an image of a format that is not accepted.
+        ImageTooLargeError: more than `max_pixels` pixels.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        image = _decode_jpeg(data, spec.resize if spec.scaled_decoding else 0, max_pixels)
+    else:
+        image = _decode_with_pillow(data, max_pixels)
+    return _resize_and_crop(image, spec)
+
+
+def _decode_jpeg(data: bytes, shorter_side: int, max_pixels: int) -> Pixels:
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise DamagedImageError(f"damaged JPEG: {error}") from error
+    _check_size(width, height, max_pixels)
+    if colorspace in ("CMYK", "YCCK"):
+        return _decode_with_pillow(data, max_pixels)
+    try:
+        image: Pixels = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=shorter_side, min_width=shorter_side
+        )
+    except ValueError as error:
+        raise DamagedImageError(f"damaged JPEG: {error}") from error
+    return _orient(image, _jpeg_orientation(data))
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    if data.find(b"Exif\0\0", 0, _EXIF_SEARCH_BYTES) < 0:
+        return 1
+    try:
+        return _orientation(Image.open(io.BytesIO(data), formats=("JPEG",)))
+    except Exception:  # the pixels are fine, so a broken header is no reason to refuse them
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # Pillow raises struct.error, SyntaxError and others on malformed EXIF
+        return 1
+
+
+def _orient(image: Pixels, orientation: int) -> Pixels:
+    """`image` turned upright, by the EXIF orientation 1 to 8 (EXIF 2.32, section 4.6.4)."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise DamagedImageError("not an image of a known format (" + ", ".join(FORMATS) + ")") from error
+    except Exception as error:  # Pillow's readers raise many types on hostile headers
+        raise DamagedImageError(f"damaged image: {error}") from error
+    with image:
+        _check_size(image.width, image.height, max_pixels)
+        try:
+            pixels = _rgb(image)
+            orientation = _orientation(image)
+        except UnsupportedImageError:
+            raise
+        except Exception as error:
+            raise DamagedImageError(f"damaged {image.format}: {error}") from error
+    return _orient(pixels, orientation)
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    if image.mode == "F":
+        raise UnsupportedImageError("floating-point images are not supported; convert it to 8 bits a channel")
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"the image has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}"
+        )
+
+
+def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    if shorter != spec.resize:
+        factor = shorter / spec.resize
+        # Rounded as torchvision rounds: the longer side is truncated.
+        height, width = (
+            spec.resize if side == shorter else int(spec.resize * side / shorter) for side in (height, width)
+        )
+        how = cv2.INTER_AREA if factor > _AREA_FROM_FACTOR else cv2.INTER_LINEAR
+        image = cv2.resize(image, (width, height), interpolation=how)
+    top, left = round((height - spec.height) / 2), round((width - spec.width) / 2)
+    return np.ascontiguousarray(image[top : top + spec.height, left : left + spec.width])

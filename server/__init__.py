@@ -1,0 +1,1 @@
+"""What is run: engine runtimes, batching, HTTP and metrics. Never needs torch."""

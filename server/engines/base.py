@@ -1,0 +1,69 @@
+"""What a runtime offers: an engine opens slots, a slot runs one batch at a time.
+
+A slot owns the memory that a batch is written into (pinned, where there is a GPU) and belongs to
+one thread: the thread that opened it fills `pixels`, calls `infer`, and closes it. Several slots of
+one engine may run at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one batch gave; the arrays are overwritten by the slot's next `infer`.
+
+    Attributes:
+        logits: `float32` of shape `(count, classes)`.
+        probabilities: their softmax, same shape and dtype.
+        timings_ms: device stages by name, milliseconds (empty where there is no device to ask).
+    """
+
+    logits: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class Slot(Protocol):
+    """One batch at a time, on one thread."""
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """`uint8` NHWC of shape `(batch.max, height, width, 3)`, to be filled before `infer`."""
+
+    def infer(self, count: int) -> Outputs:
+        """Run the first `count` images of `pixels`.
+
+        Raises:
+            ValueError: `count` is outside the engine's batch sizes.
+            EngineError: the backend failed.
+        """
+
+    def close(self) -> None:
+        """Free what the slot holds."""
+
+
+class Engine(Protocol):
+    """A loaded engine package."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the package says of itself."""
+
+    @property
+    def slots(self) -> int:
+        """How many slots keep this machine busy."""
+
+    def open_slot(self) -> Slot:
+        """A slot for the calling thread."""
+
+    def close(self) -> None:
+        """Free the engine; all slots must be closed."""

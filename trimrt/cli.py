@@ -1,0 +1,39 @@
+"""The `trimrt` command: one name for all subcommands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+import click
+
+# name: (module:command, one line of help). The help stands here so that `trimrt --help` imports nothing.
+COMMANDS: Final = {
+    "compress": ("models.commands:compress", "Train a teacher, distil and prune a student."),
+    "build": ("builder.commands:build", "Compile a student into an engine package."),
+    "inspect": ("server.commands:inspect", "Show what an engine package is."),
+    "serve": ("server.commands:serve", "Serve an engine package over HTTP."),
+    "demo": ("trimrt.demo:demo", "Do it all once on handwritten digits: compress, build, serve, predict."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="trimrt", prog_name="trimrt")
+def main() -> None:
+    """Trim an image classifier, compile it for TensorRT or OpenVINO, and serve it."""
