@@ -1,0 +1,56 @@
+# TrimRT's commands. `make help` lists them; each installs what it needs into $(VENV) first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo serve test check format constraints clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.install: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --progress-bar off -q -c constraints.txt -e ".[compress]"
+	@touch $@
+
+$(VENV)/.install-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --progress-bar off -q -c constraints.txt -e ".[compress,rtx,grpc,loadtest,dev]"
+	@touch $@ $(VENV)/.install
+
+install: $(VENV)/.install  ## Install TrimRT with training and export into a virtual environment.
+
+install-dev: $(VENV)/.install-dev  ## The same, with everything the tests need.
+
+demo: $(VENV)/.install  ## Compress, build, serve and predict once, on handwritten digits.
+	@$(BIN)/trimrt demo
+
+serve: $(VENV)/.install  ## Serve what the demo built, on http://127.0.0.1:8000.
+	@$(BIN)/trimrt serve
+
+test: $(VENV)/.install-dev  ## Run the whole test suite and print its coverage.
+	@$(BIN)/python -m pytest --cov
+
+check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.install-dev  ## Format the code and sort its imports.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints:  ## Pin the newest versions of all dependencies in constraints.txt.
+	@rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	build/constraints/bin/pip install -q ".[compress,rtx,tensorrt,grpc,loadtest,dev]"
+	build/constraints/bin/pip freeze --exclude trimrt | grep -v -E ' @ |^-e' > constraints.tmp
+	mv constraints.tmp constraints.txt
+	@rm -rf build/constraints
+
+clean:  ## Remove what the commands above made, but for checkpoints and engines.
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info
