@@ -1,0 +1,1 @@
+"""Measurements that decide: the libraries, the peers and the limit."""
