@@ -29,11 +29,17 @@ class Dataset(_Strict):
     """What the model was trained on, and which part was held out."""
 
     name: str = Field(description="`digits`, `fashion-mnist`, or the folder's name")
+    source: str = Field(description="what `models.datasets.open_dataset` finds it by: a name or a folder")
     sha256: str = Field(description="hash over the sorted relative paths and contents of all images")
-    fold: int | None = Field(default=None, description="held-out fold; None when the data came with a test part")
+    fold: int | None = Field(
+        default=None, description="held-out fold; None when the data came with a test part"
+    )
     folds: int | None = None
-    split: str = Field(description="how train and test were parted, e.g. `stratified 5-fold, shuffled, seed 42`")
+    split: str = Field(
+        description="how train and test were parted, e.g. `stratified 5-fold, shuffled, seed 42`"
+    )
     train_images: int
+    validation_images: int
     test_images: int
 
 
@@ -41,6 +47,7 @@ class Metrics(_Strict):
     """Measured on the test images, in FP32, by the evaluation in this repository."""
 
     accuracy: float = Field(ge=0, le=1, description="top-1, as a share")
+    validation_accuracy: float = Field(ge=0, le=1, description="top-1 on the validation images")
     loss: float = Field(ge=0, description="mean cross-entropy, nats")
     wrong: int = Field(ge=0, description="misclassified test images")
     images: int = Field(ge=1)
@@ -57,7 +64,7 @@ class Card(_Strict):
     role: Literal["teacher", "student", "pruned"]
     architecture: str = Field(description="torchvision classifier, e.g. `resnet18`")
     stem: Literal["standard", "small"] = Field(
-        description="`small`: the 7x7 stride-2 first convolution is replaced by 3x3 stride 1, for small images"
+        description="`small`: the first convolution (7x7, stride 2) is replaced by 3x3, stride 1"
     )
     channel_plan: dict[str, dict[str, int]] | None = Field(
         default=None,
@@ -71,7 +78,11 @@ class Card(_Strict):
     seed: int
     recipe: dict[str, Any] = Field(description="every setting of the run that made it")
     command: str = Field(description="the command that made it")
-    weights_sha256: str
+    weights_sha256: str = Field(default="", description="filled in when the checkpoint is written")
+    parent_sha256: str | None = Field(
+        default=None,
+        description="weights this was made from: a student's teacher, a pruned student's student",
+    )
     versions: dict[str, str] = Field(description="of trimrt and the libraries that trained it")
 
 

@@ -75,7 +75,7 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = IMAGENET_STD
     scaled_decoding: bool = Field(
         default=True,
-        description="let the JPEG decoder shrink by eighths, never below `resize`, instead of decoding in full",
+        description="let the JPEG decoder shrink the image by eighths, never below `resize`",
     )
 
     @model_validator(mode="after")
@@ -119,9 +119,7 @@ def _decode_jpeg(data: bytes, shorter_side: int, max_pixels: int) -> Pixels:
     if colorspace in ("CMYK", "YCCK"):
         return _decode_with_pillow(data, max_pixels)
     try:
-        image: Pixels = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=shorter_side, min_width=shorter_side
-        )
+        image: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shorter_side, min_width=shorter_side)
     except ValueError as error:
         raise DamagedImageError(f"damaged JPEG: {error}") from error
     return _orient(image, _jpeg_orientation(data))
@@ -201,6 +199,6 @@ def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
             spec.resize if side == shorter else int(spec.resize * side / shorter) for side in (height, width)
         )
         how = cv2.INTER_AREA if factor > _AREA_FROM_FACTOR else cv2.INTER_LINEAR
-        image = cv2.resize(image, (width, height), interpolation=how)
+        image = cv2.resize(image, (width, height), interpolation=how).astype(np.uint8, copy=False)
     top, left = round((height - spec.height) / 2), round((width - spec.width) / 2)
     return np.ascontiguousarray(image[top : top + spec.height, left : left + spec.width])
