@@ -59,6 +59,9 @@ class Compatibility(_Strict):
     os: str
     cpu_architecture: str
     cpu_name: str | None = None
+    cpu_features: list[str] = Field(
+        default=[], description="instruction sets that a CPU engine may have been compiled to use"
+    )
     gpu_name: str | None = None
     compute_capability: str | None = None
     cuda: str | None = None
@@ -82,7 +85,9 @@ class Calibration(_Strict):
 class Provenance(_Strict):
     """Hashes of what the engine was made from, and of the artefact itself."""
 
-    checkpoint_sha256: str | None = Field(default=None, description="of the weights; None for an ONNX from elsewhere")
+    checkpoint_sha256: str | None = Field(
+        default=None, description="of the weights; None for an ONNX from elsewhere"
+    )
     onnx_sha256: str
     artefact: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="file name inside the package")
     artefact_sha256: str
@@ -123,7 +128,9 @@ class Manifest(_Strict):
     preprocessing: Preprocessing
     compatibility: Compatibility
     provenance: Provenance
-    evidence: Evidence | None = Field(default=None, description="None when the engine could not be run where it was built")
+    evidence: Evidence | None = Field(
+        default=None, description="None when the engine could not be run where it was built"
+    )
     build_command: str = Field(description="the command that rebuilds it")
 
 
@@ -154,7 +161,9 @@ def check_artefact(folder: Path, manifest: Manifest) -> Path:
     if not path.is_file():
         raise EngineError(f"{folder} has no {path.name}; rebuild it: {manifest.build_command}")
     if sha256_of(path) != manifest.provenance.artefact_sha256:
-        raise EngineError(f"{path} was damaged or changed since it was built; rebuild it: {manifest.build_command}")
+        raise EngineError(
+            f"{path} was damaged or changed since it was built; rebuild it: {manifest.build_command}"
+        )
     return path
 
 

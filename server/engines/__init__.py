@@ -1,1 +1,37 @@
 """Engine runtimes: one module a backend, imported only when an engine of that kind is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Final
+
+from server.engines.base import Engine, Options
+from server.manifest import Backend, EngineError, read_manifest
+
+# Each module has `load(folder, manifest, options) -> Engine`.
+_RUNTIMES: Final[dict[Backend, str]] = {
+    "openvino": "server.engines.openvino",
+    "tensorrt": "server.engines.tensorrt",
+    "tensorrt-rtx": "server.engines.tensorrt",
+}
+
+
+def load_engine(folder: Path, options: Options | None = None) -> Engine:
+    """The engine package in `folder`, checked against this machine and ready to open slots.
+
+    Nothing in the package but its manifest is interpreted before versions, device and hashes fit.
+
+    Raises:
+        EngineError: no package, or one that is damaged or was built for something else; the message
+            says what was built, what is here, and which command rebuilds it.
+    """
+    manifest = read_manifest(folder)
+    try:
+        runtime = importlib.import_module(_RUNTIMES[manifest.backend])
+    except ImportError as error:
+        raise EngineError(
+            f"{folder} needs {manifest.backend} {manifest.backend_version}, which cannot be imported here: {error}"
+        ) from error
+    engine: Engine = runtime.load(folder, manifest, options or Options())
+    return engine

@@ -18,6 +18,19 @@ from server.manifest import Manifest
 
 
 @dataclass(frozen=True)
+class Options:
+    """How an engine uses this machine; None leaves the choice to the runtime.
+
+    Attributes:
+        slots: batches that may run at once.
+        threads: CPU threads that all slots share; only CPU runtimes use it.
+    """
+
+    slots: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What one batch gave; the arrays are overwritten by the slot's next `infer`.
 
