@@ -12,7 +12,7 @@ COMMANDS: Final = {
     "compress": ("models.commands:compress", "Train a teacher, distil and prune a student."),
     "build": ("builder.commands:build", "Compile a student into an engine package."),
     "inspect": ("server.commands:inspect", "Show what an engine package is."),
-    "serve": ("server.commands:serve", "Serve an engine package over HTTP."),
+    "serve": ("server.serve:serve", "Serve an engine package over HTTP."),
     "demo": ("trimrt.demo:demo", "Do it all once on handwritten digits: compress, build, serve, predict."),
 }
 

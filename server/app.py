@@ -1,0 +1,111 @@
+"""The application: one object that uvicorn, Ray Serve or a test can run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.middleware import RequestContext
+from server.problems import Problem
+from server.registry import LoadEngine, Registry, load_engine, resolve_engines
+from server.routes import engines, health, observability, predict
+from server.settings import Settings
+from server.telemetry import Telemetry
+from server.version import VERSION
+
+log = logging.getLogger("trimrt")
+
+_CLIENT_CLOSED_REQUEST = 499  # nginx's; never sent, but logged
+_HTTP_PROBLEMS = {404: "not-found", 405: "method-not-allowed"}
+
+
+def create_app(
+    settings: Settings,
+    *,
+    load: LoadEngine = load_engine,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    It listens while its engines are still loading: live at once, ready when they are warm.
+
+    Args:
+        settings: all of its configuration.
+        load: how an engine package becomes an engine.
+        on_failure: told when an engine named in `settings` cannot be loaded at start.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.telemetry = telemetry = Telemetry()
+        app.state.registry = registry = Registry(settings, telemetry, load)
+        app.state.metrics = Metrics(telemetry, registry)
+        loading = asyncio.create_task(_load_configured(registry, settings, on_failure))
+        yield
+        await loading
+        await registry.close()
+
+    app = FastAPI(
+        title="TrimRT",
+        version=VERSION,
+        summary="Image classification by compressed networks.",
+        lifespan=lifespan,
+    )
+    app.state.settings = settings
+    app.state.lifecycle = Lifecycle()
+    app.add_middleware(RequestContext)
+    for module in (predict, engines, health, observability):
+        app.include_router(module.router)
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(Exception, _internal)
+    return app
+
+
+async def _load_configured(
+    registry: Registry, settings: Settings, on_failure: Callable[[Exception], None] | None
+) -> None:
+    try:
+        for folder in resolve_engines(settings):
+            await registry.load(folder)
+    except Exception as error:
+        log.exception("an engine could not be loaded")
+        if on_failure is not None:
+            on_failure(error)
+
+
+async def _problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def _http_problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    name = _HTTP_PROBLEMS.get(error.status_code, "malformed-request")
+    return Problem(name, str(error.detail), headers=error.headers).response()
+
+
+async def _invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    detail = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    return Problem("invalid-parameter", detail).response()
+
+
+async def _disconnected(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+async def _internal(_request: Request, _error: Exception) -> Response:
+    return Problem("internal-error", "the server failed; its log says why").response()

@@ -1,0 +1,106 @@
+"""`GET /metrics`: what `Telemetry` counted, in Prometheus's text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from server.registry import Registry
+from server.telemetry import EngineKey, Telemetry
+from server.version import VERSION
+
+_ENGINE_LABELS = EngineKey._fields
+
+
+class _TelemetryCollector(Collector):
+    def __init__(self, telemetry: Telemetry, registry: Registry) -> None:
+        self._telemetry = telemetry
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests()
+        yield from self._engines()
+        yield from self._engine_stats()
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "trimrt_requests",
+            "Inference requests, by how they ended.",
+            labels=("protocol", "outcome", "reason"),
+        )
+        for key, count in self._telemetry.requests.items():
+            requests.add_metric(key, count)
+        yield requests
+        yield GaugeMetricFamily(
+            "trimrt_requests_in_flight", "Inference requests now served.", self._telemetry.in_flight
+        )
+        yield InfoMetricFamily("trimrt_build", "The server's version.", {"version": VERSION})
+
+    def _engines(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily(
+            "trimrt_engine_info", "1 for every loaded engine.", labels=(*_ENGINE_LABELS, "default")
+        )
+        depth = GaugeMetricFamily(
+            "trimrt_queue_depth", "Images admitted and not yet answered.", labels=("engine",)
+        )
+        limit = GaugeMetricFamily("trimrt_queue_limit", "Most images admitted at once.", labels=("engine",))
+        for name, scheduler in self._registry.loaded.items():
+            key = EngineKey.of(scheduler.engine.manifest)
+            info.add_metric((*key, str(name == self._registry.default).lower()), 1)
+            depth.add_metric((name,), scheduler.pending)
+            limit.add_metric((name,), scheduler.queue_limit)
+        yield from (info, depth, limit)
+
+    def _engine_stats(self) -> Iterator[Metric]:
+        stages = HistogramMetricFamily(
+            "trimrt_stage_duration_seconds",
+            "Time of one image in each stage.",
+            labels=(*_ENGINE_LABELS, "stage"),
+        )
+        sizes = HistogramMetricFamily("trimrt_batch_size", "Images in a batch.", labels=_ENGINE_LABELS)
+        dropped = CounterMetricFamily(
+            "trimrt_images_dropped",
+            "Images whose request expired or was cancelled before its answer.",
+            labels=(*_ENGINE_LABELS, "reason"),
+        )
+        for key, stats in self._telemetry.engines.items():
+            for stage, distribution in stats.stages.items():
+                total = distribution.total
+                buckets = [(f"{bound:.4g}", float(count)) for bound, count in total.cumulative()]
+                stages.add_metric((*key, stage), [*buckets, ("+Inf", total.count)], total.sum)
+            sizes.add_metric(key, *_size_buckets(stats.batches))
+            for reason, count in stats.dropped.items():
+                dropped.add_metric((*key, reason), count)
+        yield from (stages, sizes, dropped)
+
+
+def _size_buckets(batches: dict[int, int]) -> tuple[list[tuple[str, float]], float]:
+    bounds = [1 << i for i in range(9)]
+    buckets = [
+        (f"{bound}.0", float(sum(n for size, n in batches.items() if size <= bound))) for bound in bounds
+    ]
+    buckets.append(("+Inf", float(sum(batches.values()))))
+    return buckets, float(sum(size * n for size, n in batches.items()))
+
+
+class Metrics:
+    """Renders the metrics of one application; several applications in a process do not share any."""
+
+    def __init__(self, telemetry: Telemetry, registry: Registry) -> None:
+        self._collectors = CollectorRegistry()
+        ProcessCollector(registry=self._collectors)
+        PlatformCollector(registry=self._collectors)
+        self._collectors.register(_TelemetryCollector(telemetry, registry))
+
+    def render(self) -> bytes:
+        """The text exposition."""
+        return generate_latest(self._collectors)

@@ -1,0 +1,111 @@
+"""Errors a client sees: `application/problem+json` (RFC 9457) with stable types.
+
+`type` is `urn:trimrt:problem:` and the name below; programs should tell errors apart by it. `detail`
+is for people and may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+from starlette.responses import Response
+
+from models.preprocessing import DamagedImageError, ImageError, ImageTooLargeError, UnsupportedImageError
+
+MEDIA_TYPE: Final = "application/problem+json"
+_TYPE_PREFIX: Final = "urn:trimrt:problem:"
+
+# name: (HTTP status, title)
+PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
+    "image-damaged": (400, "Not an image, or a damaged one"),
+    "malformed-request": (400, "The request cannot be parsed"),
+    "not-found": (404, "No such resource"),
+    "engine-not-found": (404, "No such engine"),
+    "method-not-allowed": (405, "The method is not allowed here"),
+    "body-timeout": (408, "The body did not arrive in time"),
+    "body-too-large": (413, "The body is too large"),
+    "image-too-large": (413, "The image has too many pixels"),
+    "too-many-images": (413, "Too many images in one request"),
+    "unsupported-media-type": (415, "This type of content is not accepted"),
+    "invalid-parameter": (422, "A parameter is missing or out of range"),
+    "queue-full": (429, "The queue is full"),
+    "internal-error": (500, "The server failed"),
+    "inference-failed": (500, "The engine failed"),
+    "not-ready": (503, "The server is not ready"),
+    "deadline-exceeded": (504, "The deadline passed"),
+}
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457's word
+    """An error answer.
+
+    Args:
+        name: a key of `PROBLEMS`.
+        detail: what happened and what to do, safe to show a client.
+        headers: further response headers.
+        extra: further members of the problem object.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        detail: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.name = name
+        self.status, self.title = PROBLEMS[name]
+        self.detail = detail
+        self.headers = dict(headers or {})
+        self.extra = dict(extra or {})
+
+    def response(self) -> Response:
+        """This problem as an HTTP response."""
+        body = {
+            "type": _TYPE_PREFIX + self.name,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.extra,
+        }
+        return Response(orjson.dumps(body), self.status, self.headers, MEDIA_TYPE)
+
+
+_IMAGE_PROBLEMS: Final[Mapping[type[ImageError], str]] = {
+    DamagedImageError: "image-damaged",
+    UnsupportedImageError: "unsupported-media-type",
+    ImageTooLargeError: "image-too-large",
+}
+
+
+def image_problem(error: ImageError, index: int) -> Problem:
+    """The problem that image number `index` of a request is."""
+    return Problem(_IMAGE_PROBLEMS.get(type(error), "image-damaged"), str(error), extra={"image": index})
+
+
+PROBLEM_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": "RFC 9457 problem details",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string", "enum": [_TYPE_PREFIX + name for name in PROBLEMS]},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+    },
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` for the problems that answer with one of `statuses`."""
+    return {
+        status: {
+            "description": "; ".join(title for code, title in PROBLEMS.values() if code == status),
+            "content": {MEDIA_TYPE: {"schema": PROBLEM_SCHEMA}},
+        }
+        for status in statuses
+    }

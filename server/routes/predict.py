@@ -1,0 +1,218 @@
+"""`POST /predict`: images in, labels out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from models.preprocessing import MEDIA_TYPES
+from server.bodies import CancelOnDisconnect, Part, parse_multipart, read_body
+from server.manifest import Manifest
+from server.problems import Problem, documented
+from server.scheduler import Result
+from server.settings import Settings
+
+router = APIRouter(tags=["inference"])
+
+DEFAULT_TOP_K = 5
+
+
+class Prediction(BaseModel):
+    """One label."""
+
+    label: str
+    index: int
+    probability: float = Field(ge=0, le=1)
+
+
+class Latency(BaseModel):
+    """Milliseconds, by stage. `queue` is all the waiting; `total` runs from admission to the result."""
+
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+class ImageResult(BaseModel):
+    """One image's answer."""
+
+    filename: str | None
+    predictions: list[Prediction]
+    batch_size: int = Field(description="images in the batch it rode in")
+    latency_ms: Latency
+
+
+class EngineIdentity(BaseModel):
+    """Which engine answered."""
+
+    name: str
+    version: str
+    backend: str
+    precision: str
+
+
+class PredictResponse(BaseModel):
+    """The answer to one request, images in the order they came."""
+
+    request_id: str
+    engine: EngineIdentity
+    results: list[ImageResult]
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_REQUEST_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file"],
+                "properties": {
+                    "file": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {"type": "string", "format": "binary"},
+                        "description": "one or many encoded images",
+                    }
+                },
+            }
+        },
+        **dict.fromkeys(sorted(MEDIA_TYPES), _BINARY),
+    },
+}
+
+
+@router.post(
+    "/predict",
+    response_class=Response,
+    responses={
+        200: {"model": PredictResponse},
+        **documented(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+    },
+    openapi_extra={"requestBody": _REQUEST_BODY},
+)
+async def predict(
+    request: Request,
+    engine: Annotated[str | None, Query(description="engine to ask; the default one if absent")] = None,
+    top_k: Annotated[
+        int | None, Query(ge=1, description="labels per image; 5, or all of fewer, if absent")
+    ] = None,
+) -> Response:
+    """Classify one image (a raw `image/*` body) or several (multipart field `file`, repeated)."""
+    state = request.app.state
+    settings: Settings = state.settings
+    with state.telemetry.request("predict"):
+        if state.lifecycle.refusing:
+            raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
+        scheduler = state.registry.get(engine)
+        manifest: Manifest = scheduler.engine.manifest
+        count = _checked_top_k(top_k, len(manifest.labels))
+        deadline = time.monotonic() + request_timeout(request.headers.get("x-request-timeout-ms"), settings)
+        # Turned away before the body is read, an overload costs little.
+        scheduler.check_room()
+        images = await _read_images(request, settings, deadline - time.monotonic())
+        with CancelOnDisconnect(request.receive):
+            results = await scheduler.infer([image.data for image in images], deadline - time.monotonic())
+        return _answer(request.state.request_id, manifest, images, results, count)
+
+
+def _checked_top_k(top_k: int | None, classes: int) -> int:
+    if top_k is None:
+        return min(DEFAULT_TOP_K, classes)
+    if top_k > classes:
+        raise Problem("invalid-parameter", f"top_k is {top_k}, but the engine has {classes} classes")
+    return top_k
+
+
+def request_timeout(header: str | None, settings: Settings) -> float:
+    """How long a request may take, seconds: what it asks for in milliseconds, up to the server's maximum.
+
+    Raises:
+        Problem: `invalid-parameter`.
+    """
+    if header is None:
+        return settings.timeout_ms / 1000
+    try:
+        asked = float(header)
+    except ValueError:
+        asked = float("nan")
+    if not asked > 0:
+        raise Problem("invalid-parameter", f"X-Request-Timeout-Ms must be a positive number, not {header!r}")
+    return min(asked, settings.timeout_ms) / 1000
+
+
+async def _read_images(request: Request, settings: Settings, timeout: float) -> Sequence[Part]:
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in MEDIA_TYPES and media_type != "multipart/form-data":
+        raise Problem(
+            "unsupported-media-type",
+            f"Content-Type is {media_type or 'missing'!r}; "
+            "send multipart/form-data with a field `file`, or one of " + ", ".join(sorted(MEDIA_TYPES)),
+        )
+    body = await read_body(request, settings.max_body_bytes, timeout)
+    if media_type != "multipart/form-data":
+        return [Part("file", None, body)]
+    images = [part for part in parse_multipart(content_type, body) if part.name == "file"]
+    if not images:
+        raise Problem("invalid-parameter", "the form has no field `file`")
+    if len(images) > settings.max_images:
+        raise Problem("too-many-images", f"{len(images)} images; the limit is {settings.max_images}")
+    return images
+
+
+def _answer(
+    request_id: str, manifest: Manifest, images: Sequence[Part], results: Sequence[Result], top_k: int
+) -> Response:
+    body: dict[str, Any] = {
+        "request_id": request_id,
+        "engine": {
+            "name": manifest.name,
+            "version": manifest.version,
+            "backend": manifest.backend,
+            "precision": manifest.precision,
+        },
+        "results": [
+            {
+                "filename": image.filename,
+                "predictions": _predictions(result, manifest.labels, top_k),
+                "batch_size": result.batch_size,
+                "latency_ms": {
+                    "decode": round(result.decode * 1000, 3),
+                    "queue": round(result.queue * 1000, 3),
+                    "inference": round(result.inference * 1000, 3),
+                    "total": round(result.total * 1000, 3),
+                },
+            }
+            for image, result in zip(images, results, strict=True)
+        ],
+    }
+    return Response(
+        orjson.dumps(body), headers={"Server-Timing": server_timing(results)}, media_type="application/json"
+    )
+
+
+def _predictions(result: Result, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
+    # By the logits: probabilities of a sure network round to ties.
+    order = np.argsort(-result.logits, kind="stable")[:top_k]
+    return [
+        {"label": labels[index], "index": index, "probability": probability}
+        for index, probability in zip(order.tolist(), result.probabilities[order].tolist(), strict=True)
+    ]
+
+
+def server_timing(results: Sequence[Result]) -> str:
+    """The `Server-Timing` header: the slowest image's stages, milliseconds."""
+    slowest = max(results, key=lambda result: result.total)
+    return ", ".join(
+        f"{stage};dur={getattr(slowest, stage) * 1000:.3f}"
+        for stage in ("decode", "queue", "inference", "total")
+    )

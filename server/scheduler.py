@@ -1,0 +1,351 @@
+"""From admitted images to results: decode, queue, batch, infer, reassemble.
+
+One `Scheduler` serves one engine. Requests enter and leave on the event loop's thread; in between,
+an image visits one decoding thread and one slot thread. Every slot is opened, filled, run and closed
+by its own thread, and the event loop is woken once per batch, not once per image.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.preprocessing import ImageError, Pixels, load_pixels
+from server.batching import collate
+from server.decoding import DecodePool
+from server.engines.base import Engine, Slot
+from server.manifest import BatchSizes
+from server.problems import Problem, image_problem
+from server.stats import EngineStats
+
+log = logging.getLogger("trimrt.scheduler")
+
+_RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average of seconds per image
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One image's answer; durations in seconds.
+
+    Attributes:
+        probabilities: `float32` of shape `(classes,)`.
+        logits: same shape and dtype.
+        batch_size: images in the batch it rode in.
+        decode: time on the decoding thread.
+        queue: time spent waiting, before decoding and before inference.
+        inference: the batch's time in the engine.
+        total: from admission to the result.
+    """
+
+    probabilities: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    batch_size: int
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+class _Job:
+    """The images of one request."""
+
+    __slots__ = ("admitted", "deadline", "future", "over", "remaining", "results")
+
+    def __init__(
+        self, count: int, admitted: float, deadline: float, future: asyncio.Future[list[Result]]
+    ) -> None:
+        self.admitted = admitted
+        self.deadline = deadline
+        self.future = future
+        self.results: list[Result | None] = [None] * count
+        self.remaining = count
+        self.over = False  # answered or abandoned; also read by the decoding and slot threads
+
+
+class _Image:
+    """One image on its way."""
+
+    __slots__ = ("decode_s", "index", "job", "pixels", "ready_at")
+
+    def __init__(self, job: _Job, index: int) -> None:
+        self.job = job
+        self.index = index
+        self.pixels: Pixels | None = None
+        self.decode_s = 0.0
+        self.ready_at = 0.0
+
+    def is_dead(self, now: float) -> bool:
+        return self.job.over or now >= self.job.deadline
+
+
+def warmup_sizes(batch: BatchSizes) -> list[int]:
+    """Batch sizes to run before an engine is ready: powers of two, and the profile's own."""
+    powers = {1 << i for i in range(batch.max.bit_length())}
+    return sorted(
+        size for size in powers | {batch.min, batch.opt, batch.max} if batch.min <= size <= batch.max
+    )
+
+
+class Scheduler:
+    """Bounded queue, batcher and slot threads of one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        decoder: DecodePool,
+        stats: EngineStats,
+        *,
+        queue_limit: int,
+        max_pixels: int,
+        max_batch_delay: float = 0.0,
+    ) -> None:
+        self.engine = engine
+        self.stats = stats
+        self.pending = 0  # admitted and not yet answered or abandoned
+        self.queue_limit = queue_limit
+        self._decoder = decoder
+        self._spec = engine.manifest.preprocessing
+        self._max_pixels = max_pixels
+        self._max_batch = engine.manifest.batch.max
+        self._delay = max_batch_delay
+        self._waiting: deque[_Image] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._threads: list[threading.Thread] = []
+        self._loop: asyncio.AbstractEventLoop
+        self._idle: asyncio.Event
+        self._seconds_per_image = 0.0
+        self._last_delivery = 0.0
+
+    # --- on the event loop -------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open and warm every slot.
+
+        Raises:
+            Exception: whatever the engine raised; the slots that did open are closed again.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        opened: list[asyncio.Future[None]] = [self._loop.create_future() for _ in range(self.engine.slots)]
+        for number, future in enumerate(opened):
+            thread = threading.Thread(
+                target=self._run_slot, args=(future,), name=f"trimrt-slot-{number}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+        outcomes = await asyncio.gather(*opened, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                await self.close()
+                raise outcome
+
+    def check_room(self, images: int = 1) -> None:
+        """Make sure that `images` more fit the queue.
+
+        Raises:
+            Problem: `queue-full`, with `Retry-After` from the measured service rate.
+        """
+        if self.pending + images > self.queue_limit:
+            seconds = max(1, math.ceil(self.pending * self._seconds_per_image))
+            raise Problem(
+                "queue-full",
+                f"{self.pending} images are waiting or running, the limit is {self.queue_limit}; "
+                f"try again in {seconds} s",
+                headers={"Retry-After": str(seconds)},
+            )
+
+    async def infer(self, images: Sequence[bytes | Pixels], timeout: float) -> list[Result]:
+        """Run `images` through the engine, in as many batches as it takes.
+
+        Cancelling the call abandons its images: those not yet running never will.
+
+        Args:
+            images: encoded image files, or `uint8` pixels of the engine's input shape.
+            timeout: seconds until the answer is of no use.
+
+        Returns:
+            One result per image, in their order.
+
+        Raises:
+            Problem: `image-damaged`, `unsupported-media-type` or `image-too-large` for an image that cannot
+                be decoded; `queue-full` (nothing was admitted), `deadline-exceeded`, `inference-failed`.
+        """
+        self.check_room(len(images))
+        now = time.monotonic()
+        job = _Job(len(images), now, now + timeout, self._loop.create_future())
+        self.pending += len(images)
+        self._idle.clear()
+        timer = self._loop.call_later(timeout, self._expire, job)
+        try:
+            for index, data in enumerate(images):
+                image = _Image(job, index)
+                if isinstance(data, bytes):
+                    self._decoder.submit(partial(self._decode, image, data))
+                else:
+                    image.pixels = data
+                    image.ready_at = now
+                    self._enqueue(image)
+            return await job.future
+        except asyncio.CancelledError:
+            self.stats.drop("cancelled", job.remaining)
+            raise
+        finally:
+            timer.cancel()
+            self._leave(job)
+
+    async def close(self) -> None:
+        """Answer what was admitted, then end the slot threads and free the engine."""
+        await self._idle.wait()
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        await asyncio.to_thread(self._join)
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        self.engine.close()
+
+    def _leave(self, job: _Job) -> None:
+        """Give back the queue room of what `job` still has under way."""
+        job.over = True
+        self._release(job.remaining)
+        job.remaining = 0
+
+    def _release(self, images: int) -> None:
+        self.pending -= images
+        if self.pending == 0:
+            self._idle.set()
+
+    def _expire(self, job: _Job) -> None:
+        self.stats.drop("expired", job.remaining)
+        self._fail(job, Problem("deadline-exceeded", "the deadline passed before the result was there"))
+
+    def _fail(self, job: _Job, problem: Problem) -> None:
+        if not job.over and not job.future.done():
+            job.over = True
+            job.future.set_exception(problem)
+
+    def _deliver(
+        self,
+        batch: list[_Image],
+        probabilities: NDArray[np.float32],
+        logits: NDArray[np.float32],
+        started: float,
+        finished: float,
+    ) -> None:
+        now = time.monotonic()
+        inference = finished - started
+        self._measure_rate(len(batch), started, now)
+        self.stats.batch(len(batch))
+        for row, image in enumerate(batch):
+            job = image.job
+            if job.over:
+                continue
+            decode, total = image.decode_s, now - job.admitted
+            queue = started - job.admitted - decode
+            self.stats.image(decode=decode, queue=queue, inference=inference, total=total)
+            job.results[image.index] = Result(
+                probabilities[row], logits[row], len(batch), decode, queue, inference, total
+            )
+            job.remaining -= 1
+            self._release(1)
+            if job.remaining == 0 and not job.future.done():
+                job.over = True
+                job.future.set_result([result for result in job.results if result is not None])
+
+    def _measure_rate(self, images: int, started: float, now: float) -> None:
+        # Slots overlap, and so may this batch and the one before: count only the time since then.
+        seconds = (now - max(started, self._last_delivery)) / images
+        self._last_delivery = now
+        weight = _RATE_SMOOTHING if self._seconds_per_image else 1.0
+        self._seconds_per_image += weight * (seconds - self._seconds_per_image)
+
+    def _deliver_failure(self, batch: list[_Image], problem: Problem) -> None:
+        for image in batch:
+            self._fail(image.job, problem)
+
+    # --- on a decoding thread, or the event loop ---------------------------------------------------
+
+    def _enqueue(self, image: _Image) -> None:
+        with self._wake:
+            self._waiting.append(image)
+            self._wake.notify()
+
+    def _decode(self, image: _Image, data: bytes) -> None:
+        """Turn `data` into `image`'s pixels and queue it; failures go to its request."""
+        started = time.monotonic()
+        if image.is_dead(started):
+            return
+        try:
+            image.pixels = load_pixels(data, self._spec, max_pixels=self._max_pixels)
+        except ImageError as error:
+            self._loop.call_soon_threadsafe(self._fail, image.job, image_problem(error, image.index))
+        except Exception:
+            log.exception("decoding failed")
+            self._loop.call_soon_threadsafe(
+                self._fail, image.job, Problem("internal-error", "decoding failed")
+            )
+        else:
+            image.ready_at = time.monotonic()
+            image.decode_s = image.ready_at - started
+            self._enqueue(image)
+
+    # --- on a slot's thread ------------------------------------------------------------------------
+
+    def _run_slot(self, opened: asyncio.Future[None]) -> None:
+        try:
+            slot = self.engine.open_slot()
+        except Exception as error:
+            self._loop.call_soon_threadsafe(opened.set_exception, error)
+            return
+        try:
+            for size in warmup_sizes(self.engine.manifest.batch):
+                slot.infer(size)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(opened.set_exception, error)
+        else:
+            self._loop.call_soon_threadsafe(opened.set_result, None)
+            while batch := self._next_batch():
+                self._run_batch(slot, batch)
+        finally:
+            slot.close()
+
+    def _next_batch(self) -> list[_Image]:
+        """Wait for work; empty once the scheduler is closing."""
+        with self._wake:
+            while True:
+                now = time.monotonic()
+                batch, _, wake_at = collate(self._waiting, now, self._max_batch, self._delay)
+                if batch or self._closing:
+                    return batch
+                self._wake.wait(None if wake_at == math.inf else wake_at - now)
+
+    def _run_batch(self, slot: Slot, batch: list[_Image]) -> None:
+        started = time.monotonic()
+        try:
+            for row, image in enumerate(batch):
+                slot.pixels[row] = image.pixels
+            outputs = slot.infer(len(batch))
+            # The slot's arrays are overwritten by its next batch.
+            probabilities, logits = outputs.probabilities.copy(), outputs.logits.copy()
+        except Exception as error:
+            log.exception("a batch of %d images failed", len(batch))
+            problem = Problem("inference-failed", f"the engine failed: {error}")
+            self._loop.call_soon_threadsafe(self._deliver_failure, batch, problem)
+            return
+        self._loop.call_soon_threadsafe(
+            self._deliver, batch, probabilities, logits, started, time.monotonic()
+        )

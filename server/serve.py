@@ -1,0 +1,107 @@
+"""`trimrt serve`: the application on uvicorn, with a drain before it stops."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from server.manifest import EngineError
+from server.settings import Settings
+
+log = logging.getLogger("trimrt")
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for every field of `Settings`, which checks the values."""
+    for name, field in reversed(Settings.model_fields.items()):
+        flag = name.replace("_", "-")
+        default = field.get_default(call_default_factory=True)
+        switch = field.annotation is bool
+        command = click.option(
+            f"--{flag}/--no-{flag}" if switch else f"--{flag}",
+            name,
+            default=None,
+            type=bool if switch else str,
+            metavar=None if switch else "VALUE",
+            help=f"{field.description}"
+            + (
+                f"  [TRIMRT_{name.upper()}; default: {default}]"
+                if str(default or "")
+                else f"  [TRIMRT_{name.upper()}]"
+            ),
+        )(command)
+    return command
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@_with_settings
+def serve(**options: Any) -> None:
+    """Serve engine packages over HTTP.
+
+    Every option can also be set in the environment, by the name in brackets. Example:
+
+        trimrt serve --engine digits-resnet18-pruned-int8-openvino
+    """
+    try:
+        settings = Settings(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise click.UsageError(
+            f"--{'.'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}"
+        ) from None
+    run(settings)
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        click.ClickException: the port is taken, or an engine named in `settings` cannot be served.
+    """
+    from server import logs
+    from server.registry import resolve_engines
+
+    logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
+    try:
+        resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
+    except EngineError as error:
+        raise click.ClickException(str(error)) from None
+    listener = _listen(settings)
+
+    from server.app import create_app
+    from server.draining import DrainingServer
+
+    failures: list[Exception] = []
+
+    def stop(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=stop)
+    server = DrainingServer(app, settings)
+    address, port = listener.getsockname()[:2]
+    log.info("listening", extra={"url": f"http://{f'[{address}]' if ':' in address else address}:{port}"})
+    server.run(sockets=[listener])
+    if failures:
+        raise click.ClickException(str(failures[0]))
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
+            0
+        ]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
+            "choose another with --port"
+        ) from None
+    return listener

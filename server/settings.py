@@ -1,0 +1,61 @@
+"""Every setting of the server, from the environment (`TRIMRT_*`) or the command line (`--…`)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.preprocessing import DEFAULT_MAX_PIXELS
+
+
+class Settings(BaseSettings):
+    """One field is one environment variable and one option of `trimrt serve`; defaults are safe."""
+
+    model_config = SettingsConfigDict(env_prefix="TRIMRT_", frozen=True, extra="forbid")
+
+    engine: str = Field(
+        default="",
+        description="Engine to serve: a name in the engine directory, or a package's path. "
+        "Several with commas; the first is the default. Needed unless the directory holds exactly one.",
+    )
+    engine_dir: Path = Field(default=Path("engines"), description="Where engine packages are found by name.")
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+
+    queue_limit: int = Field(
+        default=128, ge=1, description="Images an engine may have waiting or running; beyond it, 429."
+    )
+    max_batch_delay_ms: float = Field(
+        default=0.0, ge=0, le=1000, description="How long an idle engine waits for a fuller batch. 0: never."
+    )
+    decode_threads: int = Field(
+        default=os.cpu_count() or 1, ge=1, description="Threads that decode images, beside inference."
+    )
+    timeout_ms: float = Field(
+        default=30_000, gt=0, description="Longest a request may take; X-Request-Timeout-Ms can ask for less."
+    )
+
+    max_body_bytes: int = Field(default=32 << 20, ge=1, description="Largest request body.")
+    max_images: int = Field(default=64, ge=1, description="Most images in one request.")
+    max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1, description="Most pixels in one image.")
+
+    keep_alive_s: int = Field(default=75, ge=0, description="How long an idle connection is kept, seconds.")
+    drain_delay_s: float = Field(
+        default=0.0, ge=0, description="After SIGTERM, how long to serve on while not ready, seconds."
+    )
+    grace_s: float = Field(
+        default=30.0, ge=0, description="How long a stop waits for accepted requests, seconds."
+    )
+
+    access_log: bool = Field(default=False, description="Log every request.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="auto is text on a terminal, else JSON."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level logged."
+    )

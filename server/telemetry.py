@@ -1,0 +1,87 @@
+"""What the server counts. The event loop's thread is the only writer and reader, so nothing is locked."""
+
+from __future__ import annotations
+
+import time
+from asyncio import CancelledError
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from starlette.requests import ClientDisconnect
+
+from server.manifest import Manifest
+from server.problems import Problem
+from server.stats import EngineStats
+
+
+class EngineKey(NamedTuple):
+    """What tells one engine's series from another's."""
+
+    engine: str
+    version: str
+    precision: str
+    backend: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> EngineKey:
+        """The key of the engine that `manifest` describes."""
+        return cls(manifest.name, manifest.version, manifest.precision, manifest.backend)
+
+
+class RequestKey(NamedTuple):
+    """How one inference request ended.
+
+    Attributes:
+        protocol: `predict`, `v2-rest` or `v2-grpc`.
+        outcome: `ok`, `invalid` (the client's fault), `rejected` (no room, or not ready), `expired`,
+            `cancelled` or `failed` (the server's fault).
+        reason: the problem's name; empty when ok.
+    """
+
+    protocol: str
+    outcome: str
+    reason: str
+
+
+def _outcome(problem: Problem) -> str:
+    if problem.status in (408, 504):
+        return "expired"
+    if problem.status in (429, 503):
+        return "rejected"
+    return "failed" if problem.status >= 500 else "invalid"
+
+
+class Telemetry:
+    """Counters that outlive the engines they count."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.engines: dict[EngineKey, EngineStats] = {}
+        self.requests: Counter[RequestKey] = Counter()
+        self.in_flight = 0
+
+    def engine(self, manifest: Manifest) -> EngineStats:
+        """The statistics of an engine; a reloaded one goes on where it was."""
+        return self.engines.setdefault(EngineKey.of(manifest), EngineStats())
+
+    @contextmanager
+    def request(self, protocol: str) -> Iterator[None]:
+        """Count one inference request, by how the block ends."""
+        self.in_flight += 1
+        outcome, reason = "ok", ""
+        try:
+            yield
+        except Problem as problem:
+            outcome, reason = _outcome(problem), problem.name
+            raise
+        except (ClientDisconnect, CancelledError):
+            outcome, reason = "cancelled", "disconnected"
+            raise
+        except Exception:
+            outcome, reason = "failed", "internal-error"
+            raise
+        finally:
+            self.in_flight -= 1
+            self.requests[RequestKey(protocol, outcome, reason)] += 1

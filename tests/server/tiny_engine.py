@@ -1,0 +1,101 @@
+"""A tiny real engine package: an ONNX graph of a few kilobytes, run by OpenVINO.
+
+Its logits are a fixed random projection of a coarse thumbnail of the image, so two images give
+different logits unless they look the same.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from builder.openvino import OpenVINOTarget
+from models.preprocessing import Preprocessing
+from server.manifest import (
+    MANIFEST_NAME,
+    BatchSizes,
+    Manifest,
+    Precision,
+    Provenance,
+    Tensor,
+    sha256_of,
+)
+
+LABELS = ["red", "green", "blue", "cyan", "magenta", "yellow", "black", "white", "orange", "grey"]
+SIDE = 32
+
+
+def write_graph(path: Path, seed: int) -> None:
+    weights = np.random.default_rng(seed).normal(size=(48, len(LABELS))).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["pixels"], ["cast"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["cast", "scale"], ["scaled"]),
+            helper.make_node("Transpose", ["scaled"], ["nchw"], perm=[0, 3, 1, 2]),
+            helper.make_node("AveragePool", ["nchw"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
+            helper.make_node("Flatten", ["pooled"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", SIDE, SIDE, 3])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(LABELS)]),
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", len(LABELS)]),
+        ],
+        [
+            numpy_helper.from_array(np.float32(1 / 255), "scale"),
+            numpy_helper.from_array(weights, "weights"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def write_package(
+    directory: Path,
+    name: str = "tiny",
+    *,
+    version: str = "1",
+    precision: Precision = "fp32",
+    seed: int = 0,
+    max_batch: int = 8,
+) -> Path:
+    """A new engine package in `directory`; `seed` chooses the weights."""
+    folder = directory / f"{name}-v{version}"
+    folder.mkdir(parents=True)
+    graph = folder / "source.onnx"
+    write_graph(graph, seed)
+    batch = BatchSizes(min=1, opt=min(4, max_batch), max=max_batch)
+    artefact = OpenVINOTarget().compile(graph, folder, batch, lambda _step: None)
+    manifest = Manifest(
+        name=name,
+        version=version,
+        created_at=datetime(2026, 1, 1, tzinfo=timezone.utc),
+        builder_version="0",
+        backend="openvino",
+        backend_version=artefact.backend_version,
+        precision=precision,
+        input=Tensor(name="pixels", dtype="uint8", shape=[-1, SIDE, SIDE, 3], layout="NHWC"),
+        outputs=[
+            Tensor(name="logits", dtype="float32", shape=[-1, len(LABELS)]),
+            Tensor(name="probabilities", dtype="float32", shape=[-1, len(LABELS)]),
+        ],
+        batch=batch,
+        labels=LABELS,
+        preprocessing=Preprocessing(resize=SIDE, height=SIDE, width=SIDE),
+        compatibility=artefact.compatibility,
+        provenance=Provenance(
+            onnx_sha256=sha256_of(graph),
+            artefact=artefact.file,
+            artefact_sha256=sha256_of(folder / artefact.file),
+        ),
+        build_command="trimrt build tiny",
+    )
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(), encoding="utf-8")
+    return folder
