@@ -1,44 +1,41 @@
-"""Writing files and folders so that a reader, or an interrupted writer, never leaves half of one."""
+"""Writing files and folders so that neither a reader nor an interrupted writer is left with half of one."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
+def _sibling(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`, renamed to `path` on success and removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        new = Path(file.name)
+    new = _sibling(path)
     try:
         yield new
         new.replace(path)
-    except BaseException:
+    finally:
         new.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield a new empty sibling of `folder` that takes its place on success and is removed on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    new, old = _sibling(folder), _sibling(folder)
+    new.mkdir()
     try:
         yield new
-        new.chmod(0o755)  # mkdtemp's own mode shuts everybody else out
+        # A folder cannot be renamed onto a full one, so the old one steps aside first.
         if folder.exists():
-            # A folder cannot be renamed onto a full one, so the old one steps aside first.
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
             folder.replace(old)
-            new.replace(folder)
-            shutil.rmtree(old)
-        else:
-            new.replace(folder)
-    except BaseException:
+        new.replace(folder)
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        raise
+        shutil.rmtree(old, ignore_errors=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
+import safetensors.torch
 import torch
 import torchvision
 from torch import nn
@@ -152,3 +154,44 @@ def _reallocate(module: nn.Module) -> None:
     module.weight = nn.Parameter(torch.empty(shape))
     if module.bias is not None:
         module.bias = nn.Parameter(torch.empty(outputs))
+
+
+def load_pretrained(network: nn.Module, file: Path) -> list[str]:
+    """Fill `network` with the weights in `file`, but for a head or a first convolution of another shape.
+
+    Args:
+        network: changed in place.
+        file: a state dict, as safetensors or as torch's own format (read without pickle's code).
+
+    Returns:
+        Names of the parameters that kept their random weights.
+
+    Raises:
+        NetworkError: unreadable, or weights of another architecture.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many types on files that are not theirs
+        raise NetworkError(f"cannot read weights from {file}: {error}") from error
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    ):
+        raise NetworkError(f"{file} is not a state dict (a mapping of names to tensors)")
+    own = network.state_dict()
+    replaceable = {f"{classifier_head(network)[0]}.{suffix}" for suffix in ("weight", "bias")}
+    replaceable.add(next(name for name, tensor in own.items() if tensor.ndim == 4))
+    fitting = {
+        name: tensor for name, tensor in weights.items() if name in own and tensor.shape == own[name].shape
+    }
+    missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
+    if not set(missing) <= replaceable:
+        example = next(name for name in missing if name not in replaceable)
+        raise NetworkError(
+            f"{file} does not fit this architecture: {len(missing)} of {len(own)} tensors are missing or of "
+            f"another shape, e.g. {example}"
+        )
+    network.load_state_dict(fitting, strict=False)
+    return missing

@@ -1,0 +1,186 @@
+"""`trimrt compress`: the command line of a compression run, generated from the recipe."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
+
+_EPILOG: Final = """\
+Every setting can also stand in a TOML file (--config): `--teacher-epochs 36` is `epochs = 36` under
+`[teacher]`. Options win over the file, and the file over the preset.
+
+\b
+Examples:
+  trimrt compress digits
+  trimrt compress fashion-mnist --preset aggressive
+  trimrt compress ~/photos --teacher-weights resnet50.safetensors --teacher-epochs 5
+  trimrt compress digits --pruning-target-parameters 0.5 --pruning-scope global
+"""
+
+
+class _RecipeOption(click.Option):
+    """An option that sets one value of the recipe, at `path`."""
+
+    def __init__(self, path: tuple[str, ...], kind: Any, text: str) -> None:
+        self.path = path
+        flag = "--" + "-".join(path).replace("_", "-")
+        declarations = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, "__".join(path)]
+        super().__init__(declarations, type=_click_type(kind), default=None, help=text)
+
+
+class _RecipeCommand(click.Command):
+    """A command whose help shows the recipe's options section by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            section = "Options"
+            if isinstance(parameter, _RecipeOption):
+                section = parameter.path[0].capitalize() if len(parameter.path) > 1 else "Run"
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(section, []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+def _recipe_options(model: type[BaseModel] = Recipe, path: tuple[str, ...] = ()) -> Iterator[_RecipeOption]:
+    hints = typing.get_type_hints(model)
+    for name, field in model.model_fields.items():
+        kind = hints[name]
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _recipe_options(kind, (*path, name))
+            continue
+        default = field.get_default(call_default_factory=True)
+        text = field.description or ""
+        if default not in (None, PydanticUndefined):
+            text += f"  [default: {default}]"
+        yield _RecipeOption((*path, name), kind, text)
+
+
+def _click_type(kind: Any) -> click.ParamType[Any] | type:
+    if typing.get_origin(kind) is typing.Literal:
+        return click.Choice(typing.get_args(kind))
+    if kind is Path:
+        return click.Path(path_type=Path, dir_okay=False)
+    return typing.cast(type, kind)
+
+
+def _overrides(values: dict[str, Any]) -> Settings:
+    """The options that were given, nested as the recipe is."""
+    settings: Settings = {}
+    for key, value in values.items():
+        if value is not None:
+            *sections, name = key.split("__")
+            place = settings
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = value
+    return settings
+
+
+def _compress(
+    source: str,
+    out: Path | None,
+    fold: int,
+    preset: str,
+    config: Path | None,
+    reuse: Path | None,
+    **values: Any,
+) -> None:
+    from rich.console import Console
+
+    try:
+        recipe = make_recipe(preset=preset, file=config, overrides=_overrides(values))
+    except RecipeError as error:
+        raise click.UsageError(f"the recipe is not valid:\n{error}") from None
+
+    from models.compress import Compression
+    from models.datasets import open_dataset
+
+    console = Console()
+    try:
+        data = open_dataset(source, fold=fold)
+        folder = out or Path("runs") / (data.name if data.fold is None else f"{data.name}-fold{data.fold}")
+        command = shlex.join(["trimrt", "compress", *sys.argv[2:]])
+        cards = Compression(data, recipe, folder, console, command, reuse).run()
+    except ValueError as error:
+        # All errors that this package raises for the user are ValueErrors with a message made for them.
+        if type(error).__module__.partition(".")[0] != "models":
+            raise
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or 'files'}: {error.strerror or error}") from error
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on from here.")
+        raise click.Abort from None
+    _print_table(console, cards, folder)
+
+
+def _print_table(console: Any, cards: list[Any], folder: Path) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{folder}: measured on {cards[0].metrics.images} test images, FP32")
+    for column in ("", "parameters", "MACs", "weights", "accuracy", "wrong", "loss", "live"):
+        table.add_column(column, justify="right" if column else "left")
+    for card in cards:
+        metrics = card.metrics
+        table.add_row(
+            card.name,
+            f"{metrics.parameters / 1e6:.3f} M",
+            f"{metrics.macs / 1e6:.1f} M",
+            f"{metrics.parameters * 4 / 1e6:.2f} MB",
+            f"{metrics.accuracy:.2%}",
+            str(metrics.wrong),
+            f"{metrics.loss:.4f}",
+            f"{metrics.live_parameters:.1%}",
+        )
+    console.print(table)
+    _, student, pruned = cards
+    fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
+    console.print(
+        f"Pruning took {fewer:.1%} of the student's parameters. Next: trimrt build {folder / 'pruned'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+compress = _RecipeCommand(
+    "compress",
+    callback=_compress,
+    help="""Train a teacher, distil a student from it, and prune the student.
+
+    SOURCE is `digits`, `fashion-mnist`, or a folder of images: train/ and test/ (or val/) with a folder for
+    each class, or the class folders themselves, which are then split into five folds.
+
+    Finished stages are reused and an interrupted one goes on where it stopped.""",
+    epilog=_EPILOG,
+    params=[
+        click.Argument(["source"]),
+        click.Option(["--out"], type=click.Path(path_type=Path, file_okay=False),
+                     help="folder for teacher/, student/ and pruned/  [default: runs/<data>-fold<k>]"),
+        click.Option(["--fold"], type=click.IntRange(0, 4), default=0, show_default=True,
+                     help="part held out for testing, where the data has no test part"),
+        click.Option(["--preset"], type=click.Choice(list(PRESETS)), default="aligned",
+                     help="; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())),
+        click.Option(["--config"], type=click.Path(path_type=Path, exists=True, dir_okay=False),
+                     help="TOML file with settings"),
+        click.Option(["--reuse"], type=click.Path(path_type=Path, exists=True, file_okay=False),
+                     help="another run's folder, to take its stages where the recipe is the same"),
+        *_recipe_options(),
+    ],
+)  # fmt: skip

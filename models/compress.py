@@ -1,0 +1,362 @@
+"""The compression run: a teacher, a student that learns from it, and the student pruned.
+
+Each stage ends in a checkpoint folder. A rerun takes a finished stage as it is where everything that
+decided it is the same, and goes on with an interrupted one where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from models.card import Card, CheckpointError, Metrics
+from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
+from models.datasets import DataSplit, ImageSet
+from models.distillation import TeacherViews, label_views, load_logits, save_logits
+from models.evaluation import count_macs, count_parameters, evaluate, live_parameters
+from models.inputs import PHOTO_SIDE, choose_inputs
+from models.networks import NetworkError, Stem, build_network, load_pretrained
+from models.preprocessing import Preprocessing
+from models.pruning import Pruner, find_ratio
+from models.recipe import Augmentation, Pruning, Recipe, Training
+from models.training import Images, Objective, TrueLabels, derive_seed, reproducible, train
+
+LIVE_SHARE: Final = 0.95  # with less of a network alive, its size is mostly for show
+
+_PROBE_IMAGES: Final = 64
+_LIBRARIES: Final = ("trimrt", "torch", "torchvision", "torch-pruning")
+
+Role = Literal["teacher", "student", "pruned"]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What decides a checkpoint: with the same of it, the weights come out the same."""
+
+    role: Role
+    name: str
+    architecture: str
+    settings: dict[str, Any]
+    parent_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Compression:
+    """One run on one data split.
+
+    Attributes:
+        data: what to train on.
+        recipe: all settings.
+        out: folder that gets `teacher/`, `student/` and `pruned/`.
+        console: for messages and progress.
+        command: recorded in the cards.
+        reuse: another run's folder, whose stages are copied where this run would make the same.
+    """
+
+    data: DataSplit
+    recipe: Recipe
+    out: Path
+    console: Console
+    command: str = ""
+    reuse: Path | None = None
+
+    def run(self) -> list[Card]:
+        """Make the three checkpoints, or take them where they are finished.
+
+        Returns:
+            The cards of teacher, student and pruned student.
+
+        Raises:
+            DatasetError: images that cannot be read.
+            NetworkError: an architecture, device or weights file that cannot be used.
+            PruningError: a network that cannot be pruned as asked.
+            CheckpointError: a damaged checkpoint.
+        """
+        with reproducible(self.recipe.threads), self._progress:
+            teacher = self._make(self._stage("teacher", None), self._train_teacher)
+            student = self._make(self._stage("student", teacher), self._train_student)
+            pruned = self._make(self._stage("pruned", student), self._prune)
+        return [teacher, student, pruned]
+
+    # What all stages share, made when first needed.
+
+    @cached_property
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[info]}"))
+        return Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+
+    @cached_property
+    def _inputs(self) -> tuple[Preprocessing, Stem]:
+        spec, stem = choose_inputs(self.data.train, self.recipe)
+        self._say(f"{self.data.name}: {spec.height}x{spec.width} pixels, {stem} stem, {self._device}")
+        return spec, stem
+
+    @property
+    def _spec(self) -> Preprocessing:
+        return self._inputs[0]
+
+    @cached_property
+    def _device(self) -> torch.device:
+        wanted = self.recipe.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise NetworkError("there is no CUDA GPU here, or this torch is without CUDA; use --device cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
+
+    @cached_property
+    def _limits(self) -> Augmentation:
+        limits = self.recipe.augmentation
+        flip = self._spec.height >= PHOTO_SIDE if limits.flip is None else limits.flip
+        return limits.model_copy(update={"flip": flip})
+
+    @cached_property
+    def _train_images(self) -> Images:
+        return self._load(self.data.train)
+
+    @cached_property
+    def _validation_images(self) -> Images:
+        return self._load(self.data.validation)
+
+    @cached_property
+    def _test_images(self) -> Images:
+        return self._load(self.data.test)
+
+    def _load(self, images: ImageSet) -> Images:
+        return Images(images.load_pixels(self._spec, progress=False), images.targets)
+
+    @cached_property
+    def _views(self) -> TeacherViews:
+        """The training images' views with the teacher's opinion of them, made once for all later stages."""
+        teacher, card = load_checkpoint(self.out / "teacher")
+        count, seed = self.recipe.distillation.views, derive_seed(self.recipe.seed, "views")
+        fingerprint = _fingerprint(
+            [card.weights_sha256, count, seed, self._limits.model_dump(), self.recipe.threads]
+        )
+        path = self._work / "views.safetensors"
+        logits = load_logits(path, fingerprint)
+        if logits is None:
+            teacher.to(self._device)
+            logits = label_views(
+                teacher,
+                self._train_images.pixels,
+                self._spec,
+                self._limits,
+                views=count,
+                seed=seed,
+                progress=self._progress,
+            )
+            save_logits(path, logits, fingerprint)
+        targets = torch.from_numpy(self._train_images.targets)
+        return TeacherViews(logits, targets, self._limits, self.recipe.distillation, seed)
+
+    @property
+    def _work(self) -> Path:
+        return self.out / ".training"
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, highlight=False, soft_wrap=True)
+
+    # The stages.
+
+    def _stage(self, role: Role, parent: Card | None) -> _Stage:
+        sections = {
+            "teacher": {"teacher"},
+            "student": {"teacher", "student", "distillation"},
+            "pruned": {"teacher", "student", "distillation", "pruning"},
+        }[role]
+        settings = self.recipe.model_dump(mode="json", include={"seed", "threads", "image"} | sections)
+        settings |= {"device": self._device.type, "augmentation": self._limits.model_dump(mode="json")}
+        weights = self.recipe.teacher.weights
+        if weights is not None:
+            settings["teacher"]["weights_sha256"] = _file_sha256(weights)
+        if role == "pruned":
+            settings["pruning"]["ratio"] = self._pruning_ratio()
+        network = self.recipe.teacher if role == "teacher" else self.recipe.student
+        suffix = "-unpruned" if role == "student" else ""
+        return _Stage(
+            role=role,
+            name=f"{self.data.name}-{network.architecture}{suffix}",
+            architecture=network.architecture,
+            settings=settings,
+            parent_sha256=parent.weights_sha256 if parent else None,
+        )
+
+    def _make(self, stage: _Stage, build: Callable[[_Stage], nn.Module]) -> Card:
+        folder = self.out / stage.role
+        for place in (folder, *([self.reuse / stage.role] if self.reuse else [])):
+            card = self._finished(place, stage)
+            if card is not None:
+                if place != folder:
+                    copy_checkpoint(place, folder)
+                self._say(f"{stage.role}: {card.name} is finished already, reused from {place}")
+                return card
+        card = self._publish(stage, build(stage))
+        for state in self._work.glob(f"{stage.role}*.pt"):
+            state.unlink()
+        return card
+
+    def _finished(self, folder: Path, stage: _Stage) -> Card | None:
+        """The card of the checkpoint in `folder` if `stage` would make just that one."""
+        if not folder.exists():
+            return None
+        try:
+            card = load_checkpoint(folder)[1]
+        except CheckpointError as error:
+            self._say(f"{stage.role}: made anew, for {error}", "yellow")
+            return None
+        same = (
+            (card.architecture, card.recipe, card.parent_sha256, card.dataset)
+            == (stage.architecture, stage.settings, stage.parent_sha256, self.data.card())
+        ) and (card.preprocessing, card.stem) == self._inputs
+        return card if same else None
+
+    def _publish(self, stage: _Stage, network: nn.Module) -> Card:
+        network.to("cpu")
+        validation, test = (
+            evaluate(network, images.pixels, images.targets, self._spec)
+            for images in (self._validation_images, self._test_images)
+        )
+        card = Card(
+            name=stage.name,
+            role=stage.role,
+            architecture=stage.architecture,
+            stem=self._inputs[1],
+            labels=list(self.data.labels),
+            preprocessing=self._spec,
+            dataset=self.data.card(),
+            metrics=Metrics(
+                accuracy=test.accuracy,
+                validation_accuracy=validation.accuracy,
+                loss=test.loss,
+                wrong=test.wrong,
+                images=test.images,
+                parameters=count_parameters(network),
+                macs=count_macs(network, self._spec.height, self._spec.width),
+                live_parameters=self._live_share(network),
+            ),
+            seed=self.recipe.seed,
+            recipe=stage.settings,
+            command=self.command,
+            parent_sha256=stage.parent_sha256,
+            versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
+        )
+        card = save_checkpoint(self.out / stage.role, network, card)
+        self._say(
+            f"{stage.role}: {card.name}, {card.metrics.parameters:,} parameters, "
+            f"{validation.accuracy:.2%} of the validation images right"
+        )
+        return card
+
+    def _train_teacher(self, stage: _Stage) -> nn.Module:
+        network = self._new_network(stage)
+        weights = self.recipe.teacher.weights
+        if weights is not None:
+            random = load_pretrained(network, weights)
+            if random:
+                self._say(
+                    f"teacher: not in {weights} in this shape, so trained from scratch: {', '.join(random)}"
+                )
+        seed = derive_seed(self.recipe.seed, "teacher")
+        targets = torch.from_numpy(self._train_images.targets)
+        self._fit(network, stage, TrueLabels(targets, self._limits, seed), self.recipe.teacher)
+        return network
+
+    def _train_student(self, stage: _Stage) -> nn.Module:
+        network = self._new_network(stage)
+        self._fit(network, stage, self._views, self.recipe.student)
+        return network
+
+    def _pruning_ratio(self) -> float:
+        """The recipe's ratio, or the one found for its target."""
+        settings, spec = self.recipe.pruning, self._spec
+        if settings.target_parameters is None and settings.target_macs is None:
+            return settings.ratio
+        student, _ = load_checkpoint(self.out / "student")
+        ratios = []
+        if settings.target_parameters is not None:
+            ratios.append(find_ratio(student, spec, settings, count_parameters, settings.target_parameters))
+        if settings.target_macs is not None:
+            ratios.append(
+                find_ratio(
+                    student,
+                    spec,
+                    settings,
+                    lambda net: count_macs(net, spec.height, spec.width),
+                    settings.target_macs,
+                )
+            )
+        self._say(f"pruned: the target asks for a pruning ratio of {max(ratios):.4f}")
+        return max(ratios)
+
+    def _prune(self, stage: _Stage) -> nn.Module:
+        network, _ = load_checkpoint(self.out / "student")
+        settings = Pruning.model_validate(stage.settings["pruning"])
+        pruner = Pruner(network, self._spec, settings, settings.ratio)
+        for step in range(1, settings.steps + 1):
+            network.to("cpu")
+            pruner.step()
+            # A finished step's weights come back from its state file, so that the next prunes the same.
+            self._fit(network, stage, self._views, settings, part=f"-{step}")
+        return network
+
+    def _new_network(self, stage: _Stage) -> nn.Module:
+        torch.manual_seed(derive_seed(self.recipe.seed, f"{stage.role} weights"))
+        network = build_network(stage.architecture, len(self.data.labels), self._inputs[1])
+        try:
+            live = self._live_share(network)
+        except RuntimeError as error:
+            size = f"{self._spec.height}x{self._spec.width}"
+            raise NetworkError(
+                f"{stage.architecture} cannot take {size} images ({error}); choose a larger --image-size"
+            ) from error
+        if live < LIVE_SHARE:
+            self._say(
+                f"warning: only {live:.0%} of {stage.architecture}'s parameters receive a gradient "
+                "at this input size, the rest are dead weights; use a larger --image-size or the small stem",
+                "bold yellow",
+            )
+        return network
+
+    def _live_share(self, network: nn.Module) -> float:
+        return live_parameters(network, self._train_images.pixels[:_PROBE_IMAGES], self._spec)
+
+    def _fit(
+        self, network: nn.Module, stage: _Stage, objective: Objective, settings: Training, *, part: str = ""
+    ) -> None:
+        network.to(self._device)
+        train(
+            network,
+            self._train_images,
+            self._validation_images,
+            self._spec,
+            objective,
+            settings,
+            name=f"{stage.role}{part}",
+            seed=derive_seed(self.recipe.seed, f"{stage.role}{part}"),
+            state_file=self._work / f"{stage.role}{part}.pt",
+            fingerprint=_fingerprint(
+                [stage.settings, stage.parent_sha256, self.data.sha256, self.data.fold, torch.__version__]
+            ),
+            progress=self._progress,
+        )
+
+
+def _fingerprint(what: object) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise NetworkError(f"cannot read weights from {path}: {error.strerror}") from error

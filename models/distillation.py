@@ -1,0 +1,138 @@
+"""Knowledge distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) from cached teacher outputs.
+
+The teacher labels a fixed number of augmented views of the training images once; the student and
+every fine-tuning learn from these, so the teacher costs nothing later and all of them see the same.
+A view is not stored but drawn again from its seed; only the teacher's logits are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.augmentation import random_affines, transform
+from models.evaluation import normalise, to_float
+from models.files import replace_file
+from models.preprocessing import Pixels, Preprocessing
+from models.recipe import Augmentation, Distillation
+
+_BATCH = 256
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, alpha: float, temperature: float
+) -> Tensor:
+    """Cross-entropy and Kullback-Leibler divergence to the teacher's softened outputs.
+
+    Hinton et al. 2015, section 2: the divergence is scaled by the squared temperature, so that its
+    gradients keep their size when the temperature changes.
+
+    Args:
+        logits: shape (N, classes).
+        teacher_logits: shape (N, classes).
+        targets: class indices, shape (N,).
+        alpha: weight of the cross-entropy; the divergence has 1 - alpha.
+        temperature: divides both logits in the divergence.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    hard = functional.cross_entropy(logits, targets)
+    soft = functional.kl_div(
+        functional.log_softmax(logits / temperature, dim=1),
+        functional.log_softmax(teacher_logits / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return alpha * hard + (1 - alpha) * temperature**2 * soft
+
+
+def view_seed(seed: int, view: int) -> int:
+    """The seed that view number `view` is drawn with; different from every training epoch's."""
+    return int.from_bytes(hashlib.sha256(f"view {seed} {view}".encode()).digest()[:7], "big")
+
+
+@dataclass(frozen=True)
+class TeacherViews:
+    """Augmented views of the training images with the teacher's logits; an epoch's `Objective`.
+
+    Attributes:
+        logits: float32, shape (views, N, classes).
+        targets: class indices, shape (N,).
+    """
+
+    logits: Tensor
+    targets: Tensor
+    limits: Augmentation
+    settings: Distillation
+    seed: int
+
+    def affines(self, epoch: int) -> Tensor:
+        """Transformations of all images in `epoch`, shape (N, 2, 3)."""
+        return random_affines(len(self.targets), self.limits, view_seed(self.seed, epoch % len(self.logits)))
+
+    def loss(self, logits: Tensor, images: Tensor, epoch: int) -> Tensor:
+        """Distillation loss of the `logits` of the images numbered `images`."""
+        teacher = self.logits[epoch % len(self.logits), images].to(logits.device)
+        return distillation_loss(
+            logits,
+            teacher,
+            self.targets[images].to(logits.device),
+            alpha=self.settings.alpha,
+            temperature=self.settings.temperature,
+        )
+
+
+@torch.inference_mode()
+def label_views(
+    teacher: nn.Module,
+    pixels: Pixels,
+    spec: Preprocessing,
+    limits: Augmentation,
+    *,
+    views: int,
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """The teacher's logits for each view of each image: float32 on the CPU, shape (views, N, classes)."""
+    device = next(teacher.parameters()).device
+    teacher.eval()
+    task = progress.add_task("teacher's views", total=views * len(pixels), info="")
+    labelled = []
+    for view in range(views):
+        affines = random_affines(len(pixels), limits, view_seed(seed, view)).to(device)
+        logits = []
+        for start in range(0, len(pixels), _BATCH):
+            batch = slice(start, start + _BATCH)
+            images = transform(to_float(pixels[batch], device), affines[batch])
+            logits.append(teacher(normalise(images, spec)).cpu())
+            progress.advance(task, len(images))
+        labelled.append(torch.cat(logits))
+    progress.remove_task(task)
+    return torch.stack(labelled)
+
+
+def load_logits(path: Path, fingerprint: str) -> Tensor | None:
+    """The logits that `save_logits` wrote with the same fingerprint, or None."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            logits: Tensor = file.get_tensor("logits")
+            return logits
+    except (OSError, safetensors.SafetensorError):
+        return None
+
+
+def save_logits(path: Path, logits: Tensor, fingerprint: str) -> None:
+    """Keep the teacher's logits for the next run."""
+    with replace_file(path) as new:
+        safetensors.torch.save_file({"logits": logits}, new, {"fingerprint": fingerprint})

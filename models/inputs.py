@@ -1,0 +1,69 @@
+"""What the networks are fed: input size, stem and normalisation chosen to fit the images."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import PIL.Image
+
+from models.datasets import ImageSet
+from models.networks import Stem
+from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from models.recipe import Recipe
+
+PHOTO_SIDE: Final = 96  # pixels; inputs below it get the small stem and are not mirrored
+
+_SMALLEST_INPUT: Final = 24  # below it a ResNet's last stage is one pixel wide even with the small stem
+_PHOTO_INPUT: Final = 224
+_PHOTO_RESIZE: Final = 256
+_SAMPLE: Final = 1024  # images to judge by
+
+
+def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem]:
+    """Input size, stem, and the images' own mean and standard deviation.
+
+    Args:
+        images: the training images; an even sample of them is looked at.
+        recipe: its `image` section overrides the choice. With pretrained weights the mean and standard
+            deviation are ImageNet's, which torchvision's weights expect.
+
+    Raises:
+        DatasetError: an image cannot be read.
+    """
+    sample = images.subset(
+        np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64), images.name
+    )
+    if recipe.image.size is not None:
+        size = recipe.image.size
+    else:
+        shorter_side = int(statistics.median(map(_shorter_side, sample.paths)))
+        size = max(shorter_side, _SMALLEST_INPUT) if shorter_side < PHOTO_SIDE else _PHOTO_INPUT
+    resize = size if size < PHOTO_SIDE else round(size * _PHOTO_RESIZE / _PHOTO_INPUT)
+    stem: Stem
+    if recipe.image.stem == "auto":
+        stem = "small" if size < PHOTO_SIDE else "standard"
+    else:
+        stem = recipe.image.stem
+    if recipe.teacher.weights is not None:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    else:
+        pixels = (
+            sample.load_pixels(Preprocessing(resize=resize, height=size, width=size)).reshape(-1, 3) / 255
+        )
+        red, green, blue = (round(float(value), 4) for value in pixels.mean(axis=0))
+        mean = (red, green, blue)
+        # Images of a single colour have none to divide by.
+        red, green, blue = (max(round(float(value), 4), 0.01) for value in pixels.std(axis=0))
+        std = (red, green, blue)
+    return Preprocessing(resize=resize, height=size, width=size, mean=mean, std=std), stem
+
+
+def _shorter_side(path: Path) -> int:
+    try:
+        with PIL.Image.open(path) as image:
+            return min(image.size)
+    except Exception:  # whoever loads the pixels names the file and says what is wrong with it
+        return PHOTO_SIDE
