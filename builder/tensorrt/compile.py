@@ -9,7 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builder.tensorrt.options import (
     BuildOptions,
@@ -151,12 +151,17 @@ def _configure(
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatibility != "none":
         config.hardware_compatibility_level = hardware_level(trt, options.hardware_compatibility, name)
-    if options.compute_capabilities and hasattr(config, "set_compute_capability"):
-        wanted = compute_capabilities(trt, options.compute_capabilities, name)
-        config.num_compute_capabilities = len(wanted)
-        for index, capability in enumerate(wanted):
-            if not config.set_compute_capability(capability, index):
-                raise CompileError(f"compute capability {options.compute_capabilities[index]} was refused")
+    if options.compute_capabilities:
+        _target_gpus(config, compute_capabilities(trt, options.compute_capabilities, name))
+
+
+def _target_gpus(config: trt.IBuilderConfig, capabilities: list[Any]) -> None:
+    if not (hasattr(config, "num_compute_capabilities") and hasattr(config, "set_compute_capability")):
+        raise UnsupportedOptionError("--compute-capability is an option of tensorrt-rtx")
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        if not config.set_compute_capability(capability, index):
+            raise CompileError(f"compute capability {capability.name} was refused")
 
 
 def _add_profiles(

@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 
 def timing_cache_path(folder: Path, version: str, gpu_name: str, compute_capability: str) -> Path:
@@ -18,7 +21,7 @@ def timing_cache_path(folder: Path, version: str, gpu_name: str, compute_capabil
     return folder / f"{gpu}-sm{compute_capability.replace('.', '')}-tensorrt-{version}.timing"
 
 
-def attach_timing_cache(config: Any, path: Path) -> Any:
+def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
     """Give a builder configuration the cache in `path`, or an empty one; keep it until the build ends.
 
     A cache of another version or GPU is not used: TensorRT could then pick wrong or slow kernels.
@@ -31,7 +34,7 @@ def attach_timing_cache(config: Any, path: Path) -> Any:
     return cache
 
 
-def save_timing_cache(config: Any, path: Path) -> None:
+def save_timing_cache(config: trt.IBuilderConfig, path: Path) -> None:
     """Store what a build has learned, over what was there; readers never see half a file."""
     data = bytes(config.get_timing_cache().serialize())
     path.parent.mkdir(parents=True, exist_ok=True)

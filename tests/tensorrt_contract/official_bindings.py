@@ -37,10 +37,9 @@ class Bindings:
 
     def run(self, code_file: Path, *arguments: str) -> str:
         """Standard output of a Python script run in a process where `import <module>` works."""
-        paths = [str(self.folder)] if self.stubs else []
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([*paths, str(Path.cwd())]))
+        environment = dict(os.environ)
         if self.stubs:
-            environment["LD_LIBRARY_PATH"] = str(self.stubs)
+            environment |= {"PYTHONPATH": str(self.folder), "LD_LIBRARY_PATH": str(self.stubs)}
         command = [sys.executable, str(code_file), self.module, *arguments]
         child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert child.returncode == 0, f"{self.module} {self.version}: {child.stderr}"

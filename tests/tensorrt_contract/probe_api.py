@@ -56,8 +56,14 @@ def overloads(name: str, doc: str | None) -> list[dict[str, Any]]:
 def describe(owner: Any, name: str, value: Any) -> dict[str, Any]:
     """One member: a property, an enum value or constant, a class, or something to call."""
     if isinstance(value, property):
-        returns = re.search(r"-> (.+)$", (value.fget.__doc__ or "").strip().splitlines()[0] if value.fget.__doc__ else "")
-        return {"kind": "property", "type": short(returns[1]) if returns else None, "settable": value.fset is not None}
+        returns = re.search(
+            r"-> (.+)$", (value.fget.__doc__ or "").strip().splitlines()[0] if value.fget.__doc__ else ""
+        )
+        return {
+            "kind": "property",
+            "type": short(returns[1]) if returns else None,
+            "settable": value.fset is not None,
+        }
     if inspect.isclass(value):
         return {"kind": "class", "overloads": overloads("__init__", value.__init__.__doc__)}
     if callable(value):
