@@ -1,0 +1,57 @@
+"""A real server on loopback, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from server.app import create_app
+from server.draining import DrainingServer
+from server.registry import LoadEngine, load_engine
+from server.settings import Settings
+
+
+@dataclass
+class Running:
+    url: str
+    app: FastAPI
+    server: DrainingServer
+    client: httpx.Client
+    loop: asyncio.AbstractEventLoop
+
+    def predict(self, image: bytes, content_type: str = "image/png", **options: Any) -> httpx.Response:
+        headers = {"Content-Type": content_type, **options.pop("headers", {})}
+        return self.client.post("/predict", content=image, headers=headers, **options)
+
+
+@contextmanager
+def running(settings: Settings, load: LoadEngine = load_engine) -> Iterator[Running]:
+    """Serves `settings` until the block ends; the engines are loaded and warm when it begins."""
+    failures: list[Exception] = []
+    app = create_app(settings, load=load, on_failure=failures.append)
+    server = DrainingServer(app, settings)
+    listener = socket.create_server((settings.host, settings.port))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([listener])))
+    thread.start()
+    host, port = listener.getsockname()[:2]
+    url = f"http://{host}:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            while client.get("/health/ready").status_code != 200:
+                if failures:
+                    raise failures[0]
+            yield Running(url, app, server, client, loop)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        loop.close()
+    assert not thread.is_alive()
