@@ -154,7 +154,13 @@ def _importable(_: _Graph, node: onnx.NodeProto) -> Iterator[Finding]:
 
 
 def _uint8_only_cast(graph: _Graph, node: onnx.NodeProto) -> Iterator[Finding]:
-    if node.op_type in ("Cast", Q, DQ):  # Q and DQ have rules of their own
+    if node.op_type in (Q, DQ):  # they have rules of their own
+        return
+    if node.op_type == "Cast":
+        if graph.types[node.output[0]] == TensorProto.UINT8 and graph.consumers(node):
+            yield Finding(
+                _label(node), "UINT8 is a type of inputs and outputs, not of tensors between layers"
+            )
         return
     for name in node.input:
         if graph.types.get(name) == TensorProto.UINT8:
@@ -272,8 +278,8 @@ def _half_quantised(graph: _Graph, node: onnx.NodeProto) -> Iterator[Finding]:
         return
     quantised = [graph.producer(name, DQ) is not None for name in node.input[:2]]
     if quantised[0] != quantised[1]:
-        which = "input" if quantised[0] else "weights"
-        yield Finding(_label(node), f"only its {which} are quantised, so it runs in floating point")
+        which = "input is" if quantised[0] else "weights are"
+        yield Finding(_label(node), f"only its {which} quantised, so it runs in floating point")
 
 
 def _fusion_blocked(graph: _Graph, node: onnx.NodeProto) -> Iterator[Finding]:

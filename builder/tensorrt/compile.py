@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from builder.targets import CompileError
 from builder.tensorrt.options import (
     BuildOptions,
     UnsupportedOptionError,
@@ -21,14 +22,10 @@ from builder.tensorrt.options import (
 from builder.tensorrt.progress import BuildListener, Monitoring
 from builder.tensorrt.timing_cache import attach_timing_cache, save_timing_cache
 from server.engines.tensorrt_library import TensorRTLibrary, errors_in
-from server.manifest import BatchSizes, EngineError
+from server.manifest import BatchSizes
 
 if TYPE_CHECKING:
     import tensorrt as trt
-
-
-class CompileError(EngineError):
-    """TensorRT did not build the engine; the message carries its own words."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,8 @@ def build_engine(
             plan = build.result()
         except KeyboardInterrupt:
             monitoring.cancel()
+            raise
+        except UnsupportedOptionError:
             raise
         except CompileError as error:
             raise CompileError(f"{library.backend} {library.version}: {error}".rstrip()) from error

@@ -6,13 +6,14 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from builder.targets import CompileError
 from server.engines.tensorrt_library import TensorRTLibrary
-from server.manifest import BatchSizes, EngineError
+from server.manifest import BatchSizes
 
 DLA_SINCE: Final = (11, 4, 1)
 
 
-class UnsupportedOptionError(EngineError):
+class UnsupportedOptionError(CompileError):
     """An option that this TensorRT or this machine does not have; the message names the version."""
 
 
