@@ -56,6 +56,16 @@ class Metrics(_Strict):
     live_parameters: float = Field(ge=0, le=1, description="share of parameters that receive a gradient")
 
 
+class Ancestor(_Strict):
+    """A checkpoint that another was made from."""
+
+    name: str
+    role: Literal["teacher", "student"]
+    architecture: str
+    weights_sha256: str
+    metrics: Metrics
+
+
 class Card(_Strict):
     """One checkpoint's description; `card.json`."""
 
@@ -82,6 +92,10 @@ class Card(_Strict):
     parent_sha256: str | None = Field(
         default=None,
         description="weights this was made from: a student's teacher, a pruned student's student",
+    )
+    lineage: list[Ancestor] = Field(
+        default=[],
+        description="what this was made from, the first first: so a student shipped alone tells all",
     )
     versions: dict[str, str] = Field(description="of trimrt and the libraries that trained it")
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from models.card import Card, CheckpointError, Metrics
+from models.card import Ancestor, Card, CheckpointError, Metrics
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.datasets import DataSplit, ImageSet
 from models.distillation import TeacherViews, label_views, load_logits, save_logits
@@ -48,7 +48,11 @@ class _Stage:
     name: str
     architecture: str
     settings: dict[str, Any]
-    parent_sha256: str | None
+    ancestors: tuple[Card, ...]
+
+    @property
+    def parent_sha256(self) -> str | None:
+        return self.ancestors[-1].weights_sha256 if self.ancestors else None
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,9 @@ class Compression:
             CheckpointError: a damaged checkpoint.
         """
         with reproducible(self.recipe.threads), self._progress:
-            teacher = self._make(self._stage("teacher", None), self._train_teacher)
+            teacher = self._make(self._stage("teacher"), self._train_teacher)
             student = self._make(self._stage("student", teacher), self._train_student)
-            pruned = self._make(self._stage("pruned", student), self._prune)
+            pruned = self._make(self._stage("pruned", teacher, student), self._prune)
         return [teacher, student, pruned]
 
     # What all stages share, made when first needed.
@@ -168,7 +172,7 @@ class Compression:
 
     # The stages.
 
-    def _stage(self, role: Role, parent: Card | None) -> _Stage:
+    def _stage(self, role: Role, *ancestors: Card) -> _Stage:
         sections = {
             "teacher": {"teacher"},
             "student": {"teacher", "student", "distillation"},
@@ -188,7 +192,7 @@ class Compression:
             name=f"{self.data.name}-{network.architecture}{suffix}",
             architecture=network.architecture,
             settings=settings,
-            parent_sha256=parent.weights_sha256 if parent else None,
+            ancestors=ancestors,
         )
 
     def _make(self, stage: _Stage, build: Callable[[_Stage], nn.Module]) -> Card:
@@ -248,6 +252,10 @@ class Compression:
             recipe=stage.settings,
             command=self.command,
             parent_sha256=stage.parent_sha256,
+            lineage=[
+                Ancestor.model_validate(parent.model_dump(include=set(Ancestor.model_fields)))
+                for parent in stage.ancestors
+            ],
             versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
         )
         card = save_checkpoint(self.out / stage.role, network, card)
