@@ -36,6 +36,18 @@ _ORIENTATION_TAG: Final = 0x0112
 _EXIF_SEARCH_BYTES: Final = 1 << 17  # two APP segments: where cameras and editors put EXIF
 _AREA_FROM_FACTOR: Final = 1.25  # below it bilinear does not alias visibly, and is six times faster
 
+_MAX_ASPECT: Final = 8  # resizing a 60000x1 image in full would take gigabytes, for a crop from its middle
+# Formats that people do send, told from damaged files by their first bytes (offset, magic).
+_UNSUPPORTED: Final = {
+    "HEIC, AVIF or another ISO media file": (4, b"ftyp"),
+    "JPEG XL": (0, b"\xff\x0a"),
+    "JPEG XL file": (4, b"JXL \r\n"),
+    "JPEG 2000": (4, b"jP  \r\n"),
+    "Photoshop file": (0, b"8BPS"),
+    "Windows icon": (0, b"\0\0\1\0"),
+    "PDF": (0, b"%PDF-"),
+}
+
 # The pixel limit is checked here, before anything is decoded, and with the caller's own value.
 Image.MAX_IMAGE_PIXELS = None
 # One image is one thread's work; parallelism is across images.
@@ -91,12 +103,13 @@ def load_pixels(data: bytes, spec: Preprocessing, *, max_pixels: int = DEFAULT_M
     """The network's input for one encoded image.
 
     Args:
-        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file; of an animation, the first frame counts.
+        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file. Of an animation the first frame counts, of
+            transparent pixels their colour, of 16-bit channels the upper half.
         spec: sizes and decoding mode.
         max_pixels: refuse images with more pixels than this, judged by the header.
 
     Returns:
-        C-contiguous `uint8` array of shape `(spec.height, spec.width, 3)`, RGB.
+        C-contiguous, writable `uint8` array of shape `(spec.height, spec.width, 3)`, RGB.
 
     Raises:
         DamagedImageError: not an image, truncated, or corrupt.
@@ -156,7 +169,11 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise DamagedImageError("not an image of a known format (" + ", ".join(FORMATS) + ")") from error
+        accepted = ", ".join(FORMATS)
+        for kind, (offset, magic) in _UNSUPPORTED.items():
+            if data[offset : offset + len(magic)] == magic:
+                raise UnsupportedImageError(f"a {kind}; convert it to one of {accepted}") from error
+        raise DamagedImageError(f"not an image of a known format ({accepted})") from error
     except Exception as error:  # Pillow's readers raise many types on hostile headers
         raise DamagedImageError(f"damaged image: {error}") from error
     with image:
@@ -172,17 +189,19 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
 
 
 def _rgb(image: Image.Image) -> Pixels:
-    if image.mode == "F":
-        raise UnsupportedImageError("floating-point images are not supported; convert it to 8 bits a channel")
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+    if image.mode in ("F", "I"):
+        raise UnsupportedImageError("32-bit images are not supported; convert it to 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips instead of scaling
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))  # a copy, for Pillow's own memory is read-only
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise DamagedImageError(f"damaged image: its size is {width}x{height}")
     if width * height > max_pixels:
         raise ImageTooLargeError(
             f"the image has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}"
@@ -190,8 +209,11 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
+    shorter = min(image.shape[:2])
+    image = _crop(
+        image, min(image.shape[0], _MAX_ASPECT * shorter), min(image.shape[1], _MAX_ASPECT * shorter)
+    )
     height, width = image.shape[:2]
-    shorter = min(height, width)
     if shorter != spec.resize:
         factor = shorter / spec.resize
         # Rounded as torchvision rounds: the longer side is truncated.
@@ -200,5 +222,10 @@ def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
         )
         how = cv2.INTER_AREA if factor > _AREA_FROM_FACTOR else cv2.INTER_LINEAR
         image = cv2.resize(image, (width, height), interpolation=how).astype(np.uint8, copy=False)
-    top, left = round((height - spec.height) / 2), round((width - spec.width) / 2)
-    return np.ascontiguousarray(image[top : top + spec.height, left : left + spec.width])
+    return np.ascontiguousarray(_crop(image, spec.height, spec.width))
+
+
+def _crop(image: Pixels, height: int, width: int) -> Pixels:
+    """The middle of `image`, placed as torchvision's `CenterCrop` places it."""
+    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    return image[top : top + height, left : left + width]
