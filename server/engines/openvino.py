@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import platform
-import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,8 +19,10 @@ CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 # The instruction sets that decide which kernels a graph is lowered to.
 _FEATURES: Final = frozenset(
-    "avx2 fma avx512f avx512bw avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16 "
-    "asimd asimddp asimdhp i8mm sve sve2 bf16".split()
+    (
+        *("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
+        *("amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "sve", "sve2", "bf16"),
+    )
 )
 
 
@@ -60,7 +61,8 @@ def load(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
         model = openvino.Core().import_model(io.BytesIO(blob), "CPU", configuration)
     except RuntimeError as error:
         raise EngineError(
-            f"OpenVINO {openvino.get_version()} cannot load {folder}; rebuild it: {manifest.build_command}\n{error}"
+            f"OpenVINO {openvino.get_version()} cannot load {folder}: {error}; "
+            f"rebuild it: {manifest.build_command}"
         ) from error
     return OpenVINOEngine(manifest, model, slots)
 

@@ -1,0 +1,171 @@
+"""The build kit: all that compiling needs, in one portable folder.
+
+Preparing (`builder.preparation`) needs torch and ModelOpt and happens on a workstation; compiling
+(`builder.packages`) happens on the device. A kit is what is carried from one to the other:
+`kit.json`, an ONNX graph for each precision, and `verification.npz`, the held-out images with the
+FP32 network's logits that the compiled engine is judged by. This module needs numpy only.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from builder.targets import Rest
+from builder.verification import VerificationSet
+from models.preprocessing import Preprocessing
+from server.manifest import Calibration, Precision, sha256_of
+
+KIT_NAME: Final = "kit.json"
+VERIFICATION_NAME: Final = "verification.npz"
+
+_FILE_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class KitError(ValueError):
+    """A build kit that cannot be used; the message says what is wrong and what to do."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Student(_Strict):
+    """The network that all graphs of a kit are of."""
+
+    name: str
+    labels: list[str] = Field(min_length=2)
+    preprocessing: Preprocessing
+    checkpoint_sha256: str | None = Field(description="of the weights; None for an ONNX from elsewhere")
+    parameters: int | None
+    macs: int | None
+
+
+class Graph(_Strict):
+    """One ONNX file: the student in one precision."""
+
+    file: str = Field(pattern=_FILE_NAME)
+    sha256: str
+    precision: Precision
+    rest: Rest = Field(description="precision of what is not quantised")
+    calibration: Calibration | None = None
+    weights_bytes: int = Field(description="weights as stored in the file")
+
+
+class GraphSource(Protocol):
+    """Where graphs to compile come from: a kit, or a checkpoint that is converted on demand."""
+
+    @property
+    def path(self) -> Path:
+        """What the user named, and would name to build again."""
+
+    @property
+    def student(self) -> Student:
+        """The network."""
+
+    @property
+    def verification(self) -> VerificationSet:
+        """What its engines are judged by."""
+
+    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+        """Graphs of one precision, the preferred one first; later ones are for when it fails the gate.
+
+        Raises:
+            KitError: there is none.
+        """
+
+
+class KitManifest(_Strict):
+    """`kit.json`."""
+
+    format: Literal[1] = 1
+    builder_version: str
+    student: Student
+    graphs: list[Graph] = Field(min_length=1)
+    verification_sha256: str
+    verification_images: str = Field(description="name of the image set, never the test images")
+    export_difference: float = Field(description="largest logit difference of the FP32 graph and PyTorch")
+    command: str = Field(description="the command that made it")
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit on disk, all of whose files are what `kit.json` says."""
+
+    path: Path
+    manifest: KitManifest
+    verification: VerificationSet
+
+    @property
+    def student(self) -> Student:
+        """The network."""
+        return self.manifest.student
+
+    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+        """The kit's graphs of one precision, in the order in which they were prepared."""
+        found = [
+            graph
+            for graph in self.manifest.graphs
+            if graph.precision == precision and (graph.rest == rest or precision != "int8")
+        ]
+        if not found:
+            held = sorted({f"{graph.precision} (rest {graph.rest})" for graph in self.manifest.graphs})
+            raise KitError(
+                f"{self.path} has no {precision} graph with the rest in {rest}; it has {', '.join(held)}. "
+                "Make another with `trimrt prepare`"
+            )
+        for graph in found:
+            yield graph, self.path / graph.file
+
+
+def is_kit(folder: Path) -> bool:
+    """Whether `folder` means to be a build kit."""
+    return (folder / KIT_NAME).is_file()
+
+
+def open_kit(folder: Path) -> Kit:
+    """The kit in `folder`, checked against its own hashes.
+
+    Raises:
+        KitError: not a kit, or a file of it is missing or was changed.
+    """
+    try:
+        manifest = KitManifest.model_validate_json((folder / KIT_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise KitError(
+            f"{folder} is not a build kit: it has no {KIT_NAME} (`trimrt prepare` makes one)"
+        ) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise KitError(f"{folder / KIT_NAME} is not a valid kit manifest: {error}") from error
+    expected = {graph.file: graph.sha256 for graph in manifest.graphs}
+    expected[VERIFICATION_NAME] = manifest.verification_sha256
+    for name, sha256 in expected.items():
+        if not (folder / name).is_file():
+            raise KitError(f"{folder} has no {name}; copy the kit again, or make it anew: {manifest.command}")
+        if sha256_of(folder / name) != sha256:
+            raise KitError(
+                f"{folder / name} was damaged or changed; copy the kit again, or make it anew: {manifest.command}"
+            )
+    return Kit(folder, manifest, _read_verification(folder / VERIFICATION_NAME, manifest))
+
+
+def write_verification(path: Path, images: VerificationSet) -> None:
+    """Write `images` as a `.npz` file."""
+    with path.open("wb") as file:
+        np.savez_compressed(file, pixels=images.pixels, targets=images.targets, logits=images.logits)
+
+
+def _read_verification(path: Path, manifest: KitManifest) -> VerificationSet:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return VerificationSet(
+                manifest.verification_images, arrays["pixels"], arrays["targets"], arrays["logits"]
+            )
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise KitError(f"{path} is not a verification set: {error}") from error

@@ -1,0 +1,151 @@
+"""Graphs to engine packages: compile, verify, measure, publish. This half of the builder needs no torch."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from builder.export import INPUT, LOGITS, PROBABILITIES
+from builder.kit import Graph, GraphSource
+from builder.measurement import measure
+from builder.publication import staging, write_manifest
+from builder.targets import Artefact, Report, Target
+from builder.verification import Gate, GateError, VerificationSet, compare
+from server.engines import load_engine
+from server.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
+
+
+@dataclass(frozen=True)
+class Package:
+    """A published engine package.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it says.
+        rejected: what the gate said of the graphs that were tried before.
+        unverified: why it could not be run here; None when it was run and passed.
+    """
+
+    folder: Path
+    manifest: Manifest
+    rejected: tuple[str, ...]
+    unverified: str | None
+
+
+def package_name(source: GraphSource, target: Target, precision: Precision) -> str:
+    """The package's name, and its folder's."""
+    return f"{source.student.name}-{precision}-{target.backend}"
+
+
+def build_package(
+    source: GraphSource,
+    target: Target,
+    precision: Precision,
+    output: Path,
+    *,
+    batch: BatchSizes,
+    gate: Gate,
+    command: str,
+    report: Report,
+) -> Package:
+    """Build one engine and publish it, if it passes the gate.
+
+    The source's graphs are tried in turn until one passes.
+
+    Args:
+        source: a build kit or a prepared checkpoint.
+        target: the compiler.
+        precision: of the engine.
+        output: folder that the package's folder goes into.
+        batch: sizes to compile for.
+        gate: what the engine may lose.
+        command: the command that rebuilds it.
+        report: takes lines of progress.
+
+    Raises:
+        GateError: every graph failed; nothing was published.
+        CompileError: the compiler refused a graph.
+        EngineError: the compiled engine does not load or run.
+        KitError: the source has no graph of this precision.
+        PublicationError: the package cannot be put into `output`.
+    """
+    name = package_name(source, target, precision)
+    rejected: list[str] = []
+    tried: list[str] = []
+    with staging(output / name) as stage:
+        for graph, path in source.graphs(precision, target.rest):
+            stage.clear()
+            artefact = target.compile(path, stage.folder, batch, report)
+            manifest = _describe(name, source, target, graph, artefact, stage.folder, tried, command)
+            unverified = target.missing_device()
+            if unverified is None:
+                write_manifest(stage.folder, manifest)
+                report("verifying")
+                try:
+                    evidence = _verify(stage.folder, source.verification, gate, graph.weights_bytes)
+                except GateError as error:
+                    method = graph.calibration.method if graph.calibration else precision
+                    tried.append(method)
+                    rejected.append(f"{method}: {error}")
+                    continue
+                manifest = manifest.model_copy(update={"evidence": evidence})
+            report("publishing")
+            manifest = stage.publish(manifest)
+            return Package(output / name, manifest, tuple(rejected), unverified)
+    raise GateError(f"{name} was not published. " + "; ".join(rejected))
+
+
+def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: int) -> Evidence:
+    """Load the engine as a server would, hold it against the gate, then time it."""
+    with closing(load_engine(folder)) as engine:
+        comparison = compare(engine, images)
+        gate.check(comparison)
+        speed = measure(engine)
+    return Evidence(image_set=images.name, **asdict(comparison), **asdict(speed), weights_bytes=weights_bytes)
+
+
+def _describe(
+    name: str,
+    source: GraphSource,
+    target: Target,
+    graph: Graph,
+    artefact: Artefact,
+    folder: Path,
+    tried: list[str],
+    command: str,
+) -> Manifest:
+    student = source.student
+    spec = student.preprocessing
+    calibration = graph.calibration
+    if calibration is not None:
+        calibration = calibration.model_copy(update={"tried": list(tried)})
+    return Manifest(
+        name=name,
+        created_at=datetime.now(timezone.utc),
+        builder_version=version("trimrt"),
+        backend=target.backend,
+        backend_version=artefact.backend_version,
+        precision=graph.precision,
+        input=Tensor(name=INPUT, dtype="uint8", shape=[-1, spec.height, spec.width, 3], layout="NHWC"),
+        outputs=[
+            Tensor(name=output, dtype="float32", shape=[-1, len(student.labels)])
+            for output in (LOGITS, PROBABILITIES)
+        ],
+        batch=artefact.batch,
+        labels=student.labels,
+        preprocessing=spec,
+        compatibility=artefact.compatibility,
+        provenance=Provenance(
+            checkpoint_sha256=student.checkpoint_sha256,
+            onnx_sha256=graph.sha256,
+            artefact=artefact.file,
+            artefact_sha256=sha256_of(folder / artefact.file),
+            calibration=calibration,
+            parameters=student.parameters,
+            macs=student.macs,
+        ),
+        build_command=command,
+    )
