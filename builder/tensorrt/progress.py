@@ -22,31 +22,35 @@ class BuildListener(Protocol):
 
 
 class RichListener:
-    """One bar for the phases that are running, nested ones indented."""
+    """A bar for each phase that is running, nested ones indented.
+
+    Takes events in any order: phase names are no API, and a bar is no reason to end a build.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
-        self._depth: dict[str, int] = {}
+        self._depth: dict[str | None, int] = {None: -1}
 
     def started(self, phase: str, parent: str | None, steps: int) -> None:
         """Add a bar."""
-        self._depth[phase] = self._depth[parent] + 1 if parent in self._depth else 0
+        self._depth[phase] = self._depth.get(parent, 0) + 1
         self._tasks[phase] = self._progress.add_task("  " * self._depth[phase] + phase, total=steps)
 
     def advanced(self, phase: str, step: int) -> None:
         """Move a bar."""
-        self._progress.update(self._tasks[phase], completed=step + 1)
+        if phase in self._tasks:
+            self._progress.update(self._tasks[phase], completed=step + 1)
 
     def finished(self, phase: str) -> None:
-        """Take a nested phase's bar away: there are dozens of them in one build."""
-        task = self._tasks.pop(phase)
-        if self._depth.pop(phase):
+        """Take a nested phase's bar away, there are dozens in one build; fill the outermost one."""
+        task = self._tasks.pop(phase, None)
+        if task is None:
+            return
+        if self._depth[phase] > 0:
             self._progress.remove_task(task)
-        else:
-            self._progress.update(
-                task, completed=self._progress.tasks[self._progress.task_ids.index(task)].total
-            )
+        else:  # a build does not always take as many steps as it announces
+            self._progress.update(task, total=1, completed=1)
 
 
 class Monitoring:
