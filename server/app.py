@@ -51,7 +51,10 @@ def create_app(
         app.state.registry = registry = Registry(settings, telemetry, load)
         app.state.metrics = Metrics(telemetry, registry)
         loading = asyncio.create_task(_load_configured(registry, settings, on_failure))
+        watching = asyncio.create_task(registry.watch()) if settings.watch else None
         yield
+        if watching is not None:
+            watching.cancel()
         await loading
         await registry.close()
 

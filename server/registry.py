@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel
 
 from server.decoding import DecodePool
 from server.engines.base import Engine
@@ -28,17 +31,26 @@ def load_engine(folder: Path) -> Engine:
     return engines.load_engine(folder)
 
 
+def find_package_folders(directory: Path) -> list[Path]:
+    """The folders in `directory` that hold an engine package."""
+    if not directory.is_dir():
+        return []
+    # A leading dot is a package that the builder has not finished.
+    return [
+        folder
+        for folder in sorted(directory.iterdir())
+        if not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()
+    ]
+
+
 def find_packages(directory: Path) -> dict[Path, Manifest | EngineError]:
     """The engine packages in `directory`: their manifests, or why one cannot be used."""
     packages: dict[Path, Manifest | EngineError] = {}
-    if directory.is_dir():
-        for folder in sorted(directory.iterdir()):
-            # A leading dot is a package that the builder has not finished.
-            if not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file():
-                try:
-                    packages[folder] = read_manifest(folder)
-                except EngineError as error:
-                    packages[folder] = error
+    for folder in find_package_folders(directory):
+        try:
+            packages[folder] = read_manifest(folder)
+        except EngineError as error:  # noqa: PERF203 - one bad package must not hide the others
+            packages[folder] = error
     return packages
 
 
@@ -87,12 +99,29 @@ def resolve_engines(settings: Settings) -> list[Path]:
     ]
 
 
+class EngineRow(BaseModel):
+    """One engine in `GET /engines`; a refused package has no more than its name and the reason."""
+
+    name: str
+    state: Literal["loaded", "available", "refused"]
+    default: bool = False
+    version: str | None = None
+    backend: str | None = None
+    precision: str | None = None
+    classes: int | None = None
+    height: int | None = None
+    width: int | None = None
+    max_batch: int | None = None
+    reason: str | None = None
+
+
 class Registry:
     """Loaded engines by name. All of its methods run on the event loop."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry, load: LoadEngine = load_engine) -> None:
         self.loaded: dict[str, Scheduler] = {}
         self.default: str | None = None
+        self._folders: dict[str, Path] = {}
         self._settings = settings
         self._telemetry = telemetry
         self._load = load
@@ -115,6 +144,24 @@ class Registry:
             f"no engine {name!r} is loaded; loaded: {', '.join(sorted(self.loaded)) or 'none'}",
         )
 
+    async def load_by_name(self, name: str) -> Scheduler:
+        """Load the newest package of that name; see `load`.
+
+        Raises:
+            Problem: `engine-not-found` or `engine-refused`.
+        """
+        try:
+            folder = await asyncio.to_thread(find_package, self._settings.engine_dir, name)
+        except EngineError as error:
+            loaded = self._folders.get(name)
+            if loaded is None:
+                raise Problem("engine-not-found", str(error)) from None
+            folder = loaded  # served from outside the engine directory
+        try:
+            return await self.load(folder)
+        except EngineError as error:
+            raise Problem("engine-refused", str(error)) from None
+
     async def load(self, folder: Path) -> Scheduler:
         """Load the package in `folder` beside what runs, then put it in the place of its namesake, if any.
 
@@ -124,7 +171,7 @@ class Registry:
             EngineError: the package is refused; what ran before still runs.
         """
         async with self._changing:
-            engine = await asyncio.to_thread(self._load, folder)
+            engine = await asyncio.to_thread(self._open, folder)
             manifest = engine.manifest
             scheduler = Scheduler(
                 engine,
@@ -134,9 +181,15 @@ class Registry:
                 max_pixels=self._settings.max_pixels,
                 max_batch_delay=self._settings.max_batch_delay_ms / 1000,
             )
-            await scheduler.start()
+            try:
+                await scheduler.start()
+            except Exception as error:
+                raise EngineError(
+                    f"{folder} does not run: {error}; rebuild it: {manifest.build_command}"
+                ) from error
             replaced = self.loaded.get(manifest.name)
             self.loaded[manifest.name] = scheduler
+            self._folders[manifest.name] = folder
             if self.default is None:
                 self.default = manifest.name
             log.info("engine loaded", extra={"engine": manifest.name, "version": manifest.version})
@@ -144,42 +197,110 @@ class Registry:
                 await replaced.close()
             return scheduler
 
+    def _open(self, folder: Path) -> Engine:
+        try:
+            return self._load(folder)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{folder} cannot be loaded: {error}") from error
+
+    def set_default(self, name: str) -> None:
+        """Let `name` answer the requests that name no engine, from the next one on.
+
+        Raises:
+            Problem: `engine-not-found`.
+        """
+        self.get(name)
+        self.default = name
+
+    async def unload(self, name: str) -> EngineRow:
+        """Answer what `name` had admitted, then free it.
+
+        Raises:
+            Problem: `engine-not-found`, or `engine-in-use` for the default engine.
+        """
+        async with self._changing:
+            scheduler = self.get(name)
+            if name == self.default:
+                raise Problem(
+                    "engine-in-use", f"{name} is the default engine; make another the default first"
+                )
+            del self.loaded[name], self._folders[name]
+            await scheduler.close()
+            return self._row(scheduler.engine.manifest, "available")
+
+    async def watch(self) -> None:
+        """Load packages that appear or change in the engine directory, until cancelled."""
+        directory = self._settings.engine_dir
+        seen = await asyncio.to_thread(_stamps, directory)
+        while True:
+            await asyncio.sleep(self._settings.watch_interval_s)
+            now = await asyncio.to_thread(_stamps, directory)
+            for folder in (folder for folder, stamp in now.items() if seen.get(folder) != stamp):
+                await self._load_changed(folder)
+            seen = now
+
+    async def _load_changed(self, folder: Path) -> None:
+        try:
+            name = (await asyncio.to_thread(read_manifest, folder)).name
+            if await asyncio.to_thread(find_package, self._settings.engine_dir, name) == folder:
+                await self.load(folder)
+        except EngineError as error:
+            log.warning("engine package refused", extra={"folder": str(folder), "reason": str(error)})
+
     async def close(self) -> None:
         """Answer what was admitted, and free every engine."""
         async with self._changing:
             schedulers = list(self.loaded.values())
             self.loaded.clear()
+            self._folders.clear()
             self.default = None
             await asyncio.gather(*(scheduler.close() for scheduler in schedulers))
         await asyncio.to_thread(self._decoder.close)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Every engine that is loaded or could be, for `GET /engines`."""
+    async def describe(self) -> list[EngineRow]:
+        """Every engine that is loaded or could be, by name."""
         rows = {}
-        for folder, manifest in find_packages(self._settings.engine_dir).items():
+        packages = await asyncio.to_thread(find_packages, self._settings.engine_dir)
+        for folder, manifest in packages.items():
             if isinstance(manifest, EngineError):
-                rows[folder.name] = {
-                    "name": folder.name,
-                    "state": "refused",
-                    "default": False,
-                    "error": str(manifest),
-                }
+                rows[folder.name] = EngineRow(name=folder.name, state="refused", reason=str(manifest))
             else:
                 rows[manifest.name] = self._row(manifest, "available")
         for name, scheduler in self.loaded.items():
-            rows[name] = self._row(scheduler.engine.manifest, "loaded")
+            rows[name] = self.row(scheduler)
         return [rows[name] for name in sorted(rows)]
 
-    def _row(self, manifest: Manifest, state: str) -> dict[str, Any]:
-        return {
-            "name": manifest.name,
-            "state": state,
-            "default": manifest.name == self.default,
-            "version": manifest.version,
-            "backend": manifest.backend,
-            "precision": manifest.precision,
-            "classes": len(manifest.labels),
-            "height": manifest.preprocessing.height,
-            "width": manifest.preprocessing.width,
-            "max_batch": manifest.batch.max,
-        }
+    def row(self, scheduler: Scheduler) -> EngineRow:
+        """A loaded engine's description."""
+        return self._row(scheduler.engine.manifest, "loaded")
+
+    def _row(self, manifest: Manifest, state: Literal["loaded", "available"]) -> EngineRow:
+        return EngineRow(
+            name=manifest.name,
+            state=state,
+            default=manifest.name == self.default,
+            version=manifest.version,
+            backend=manifest.backend,
+            precision=manifest.precision,
+            classes=len(manifest.labels),
+            height=manifest.preprocessing.height,
+            width=manifest.preprocessing.width,
+            max_batch=manifest.batch.max,
+        )
+
+
+def _stamps(directory: Path) -> dict[Path, list[tuple[str, int, int]]]:
+    """Every package's files with their sizes and times; a change of any means the package is new."""
+    stamps = {}
+    for folder in find_package_folders(directory):
+        with contextlib.suppress(
+            OSError
+        ):  # it was replaced while being looked at; the next look sees it whole
+            stamps[folder] = sorted(
+                (file.name, status.st_size, status.st_mtime_ns)
+                for file in folder.iterdir()
+                for status in (file.stat(),)
+            )
+    return stamps

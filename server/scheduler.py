@@ -80,7 +80,7 @@ class _Image:
     def __init__(self, job: _Job, index: int) -> None:
         self.job = job
         self.index = index
-        self.pixels: Pixels | None = None
+        self.pixels: Pixels  # once it is decoded
         self.decode_s = 0.0
         self.ready_at = 0.0
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.preprocessing import DEFAULT_MAX_PIXELS
@@ -26,6 +26,17 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+
+    watch: bool = Field(
+        default=False, description="Load engine packages that appear or change in the engine directory."
+    )
+    watch_interval_s: float = Field(default=2.0, gt=0, description="How often --watch looks, seconds.")
+    api_key: SecretStr | None = Field(
+        default=None, description="Key for the management routes; without one only loopback may use them."
+    )
+    protect_predict: bool = Field(
+        default=False, description="Ask for the key (or loopback) for inference too."
+    )
 
     queue_limit: int = Field(
         default=128, ge=1, description="Images an engine may have waiting or running; beyond it, 429."

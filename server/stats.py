@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import log2
 from typing import Final
 
-PERCENTILES: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
+PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9}
+STAGES: Final = ("decode", "queue", "inference", "total")
 
 # Sixteen buckets an octave: a percentile is at most 2.2 % off. The bounds pass through 0.1 ms, so that
 # every eighth of them can be a Prometheus bucket.
 _PER_OCTAVE: Final = 16
 _LOWEST_S: Final = 1e-4 / 2**7
 _BUCKETS: Final = 27 * _PER_OCTAVE  # up to 105 s; beyond it everything is in the last one
+_FIRST_BOUND: Final = 7 * _PER_OCTAVE - 1  # the bucket that ends at 0.1 ms
 
-_SLICES: Final = 12
-_SLICE_S: Final = 5.0
+WINDOW_S: Final = 60
 
 
 def bucket_bound(index: int) -> float:
@@ -27,45 +27,41 @@ def bucket_bound(index: int) -> float:
 
 
 class Histogram:
-    """Log-bucketed durations, after Prometheus's native histograms and HdrHistogram."""
+    """Log-bucketed durations, after HdrHistogram; only the buckets in use are kept."""
 
     def __init__(self) -> None:
-        self.counts = array("Q", bytes(8 * _BUCKETS))
+        self.counts: dict[int, int] = {}
         self.count = 0
         self.sum = 0.0
 
     def add(self, seconds: float) -> None:
         """Count one duration."""
-        self.counts[_bucket(seconds)] += 1
+        bucket = _bucket(seconds)
+        self.counts[bucket] = self.counts.get(bucket, 0) + 1
         self.count += 1
         self.sum += seconds
 
     def merge(self, other: Histogram) -> None:
         """Count everything `other` counted."""
-        for index, count in enumerate(other.counts):
-            if count:
-                self.counts[index] += count
+        for bucket, count in other.counts.items():
+            self.counts[bucket] = self.counts.get(bucket, 0) + count
         self.count += other.count
         self.sum += other.sum
 
-    def percentile(self, percent: float) -> float:
-        """The duration that `percent` of the counted ones do not exceed, seconds; NaN when empty."""
+    def percentile(self, percent: float) -> float | None:
+        """The duration that `percent` of the counted ones do not exceed, seconds; None when empty."""
         rank = percent / 100 * self.count
         seen = 0
-        for index, count in enumerate(self.counts):
-            seen += count
-            if count and seen >= rank:
-                return bucket_bound(index) / 2 ** (0.5 / _PER_OCTAVE)
-        return float("nan")
+        for bucket in sorted(self.counts):
+            seen += self.counts[bucket]
+            if seen >= rank:
+                return bucket_bound(bucket) / 2 ** (0.5 / _PER_OCTAVE)
+        return None
 
-    def cumulative(self, octaves: int = 16) -> Iterator[tuple[float, int]]:
-        """Prometheus buckets, two an octave from 0.1 ms: upper bound in seconds, count up to it."""
-        first = 7 * _PER_OCTAVE  # buckets below 0.1 ms
-        seen, done = 0, 0
-        for upto in range(first, first + octaves * _PER_OCTAVE + 1, _PER_OCTAVE // 2):
-            seen += sum(self.counts[done:upto])
-            done = upto
-            yield bucket_bound(upto - 1), seen
+    def cumulative(self) -> Iterator[tuple[float, int]]:
+        """Prometheus buckets, two an octave from 0.1 ms to 6.6 s: upper bound in seconds, count up to it."""
+        for bound in range(_FIRST_BOUND, _FIRST_BOUND + 16 * _PER_OCTAVE + 1, _PER_OCTAVE // 2):
+            yield bucket_bound(bound), sum(n for bucket, n in self.counts.items() if bucket <= bound)
 
 
 def _bucket(seconds: float) -> int:
@@ -75,30 +71,30 @@ def _bucket(seconds: float) -> int:
 
 
 class Distribution:
-    """A histogram since start, and one of the last minute made of five-second slices."""
+    """A histogram since start, and one for each second of the last minute."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.total = Histogram()
-        self._slices: dict[int, Histogram] = {}
+        self._seconds: dict[int, Histogram] = {}
 
     def add(self, seconds: float) -> None:
         """Count one duration, now."""
         self.total.add(seconds)
-        now = int(self._clock() / _SLICE_S)
-        current = self._slices.get(now)
+        now = int(self._clock())
+        current = self._seconds.get(now)
         if current is None:
-            current = self._slices[now] = Histogram()
-            for old in [number for number in self._slices if number <= now - _SLICES]:
-                del self._slices[old]
+            current = self._seconds[now] = Histogram()
+            for old in [second for second in self._seconds if second <= now - WINDOW_S]:
+                del self._seconds[old]
         current.add(seconds)
 
-    def last_minute(self) -> Histogram:
-        """What was counted in the last 55 to 60 seconds."""
-        now = int(self._clock() / _SLICE_S)
+    def recent(self, seconds: int = WINDOW_S) -> Histogram:
+        """What was counted in the last `seconds`, at most `WINDOW_S` of them."""
+        now = int(self._clock())
         merged = Histogram()
-        for number, histogram in self._slices.items():
-            if number > now - _SLICES:
+        for second, histogram in self._seconds.items():
+            if second > now - seconds:
                 merged.merge(histogram)
         return merged
 
@@ -108,7 +104,7 @@ class EngineStats:
     """What one engine did. Touched by the event loop's thread only, so it needs no lock."""
 
     stages: dict[str, Distribution] = field(
-        default_factory=lambda: {stage: Distribution() for stage in ("decode", "queue", "inference", "total")}
+        default_factory=lambda: {stage: Distribution() for stage in STAGES}
     )
     batches: dict[int, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)

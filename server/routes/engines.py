@@ -1,16 +1,68 @@
-"""`/engines`: what is there."""
+"""`/engines`: what is there, and, for those who may, loading, unloading and switching."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Path, Request
+from pydantic import BaseModel
+
+from server.auth import require_key
+from server.problems import documented
+from server.registry import EngineRow, Registry
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
+EngineName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+
+
+class Engines(BaseModel):
+    """What is loaded, and what could be."""
+
+    default: str | None
+    engines: list[EngineRow]
+
+
+class Default(BaseModel):
+    """The engine that answers requests which name none."""
+
+    name: str
+
+
+def _manager(request: Request) -> Registry:
+    require_key(request, request.app.state.settings.api_key)
+    registry: Registry = request.app.state.registry
+    return registry
+
+
+Manager = Annotated[Registry, Depends(_manager)]
+_MANAGED = documented(401, 403, 404, 409, 422)
+
 
 @router.get("")
-async def list_engines(request: Request) -> dict[str, Any]:
+async def list_engines(request: Request) -> Engines:
     """Every engine that is loaded, or that lies in the engine directory."""
-    registry = request.app.state.registry
-    return {"default": registry.default, "engines": registry.describe()}
+    registry: Registry = request.app.state.registry
+    return Engines(default=registry.default, engines=await registry.describe())
+
+
+@router.put("/default", responses=_MANAGED)
+async def set_default(registry: Manager, default: Default) -> Default:
+    """Make a loaded engine the default. Requests already admitted stay where they are."""
+    registry.set_default(default.name)
+    return default
+
+
+@router.post("/{name}/load", responses=_MANAGED)
+async def load(registry: Manager, name: EngineName) -> EngineRow:
+    """Load the newest package of that name from the engine directory, in the place of the running one if any.
+
+    The running one answers what it had admitted; if the package is refused, it runs on.
+    """
+    return registry.row(await registry.load_by_name(name))
+
+
+@router.post("/{name}/unload", responses=_MANAGED)
+async def unload(registry: Manager, name: EngineName) -> EngineRow:
+    """Answer what the engine had admitted, then free it. The default engine cannot be unloaded."""
+    return await registry.unload(name)

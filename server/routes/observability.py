@@ -1,11 +1,21 @@
-"""`/metrics`, for Prometheus."""
+"""`/metrics` for Prometheus, `/stats` for people and pages."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
+
+from server.problems import documented
+from server.registry import Registry
+from server.scheduler import Scheduler
+from server.stats import PERCENTILES, WINDOW_S, EngineStats, Histogram
+from server.telemetry import Telemetry
+from server.version import VERSION
 
 router = APIRouter(tags=["observability"])
 
@@ -14,3 +24,56 @@ router = APIRouter(tags=["observability"])
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""
     return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/stats", responses=documented(422))
+async def stats(
+    request: Request,
+    window_s: Annotated[int, Query(ge=1, le=WINDOW_S, description="length of `recent`, seconds")] = WINDOW_S,
+) -> dict[str, Any]:
+    """Percentiles of every stage in milliseconds, since start and lately, and how requests ended."""
+    telemetry: Telemetry = request.app.state.telemetry
+    registry: Registry = request.app.state.registry
+    return {
+        "version": VERSION,
+        "uptime_s": round(time.time() - telemetry.started, 1),
+        "in_flight": telemetry.in_flight,
+        "requests": [{**key._asdict(), "count": count} for key, count in telemetry.requests.items()],
+        "default": registry.default,
+        "window_s": window_s,
+        "engines": [
+            {**key._asdict(), **_loaded(registry.loaded.get(key.engine)), **_engine(engine, window_s)}
+            for key, engine in telemetry.engines.items()
+        ],
+    }
+
+
+def _loaded(scheduler: Scheduler | None) -> dict[str, Any]:
+    if scheduler is None:
+        return {"loaded": False}
+    return {"loaded": True, "pending": scheduler.pending, "queue_limit": scheduler.queue_limit}
+
+
+def _engine(stats: EngineStats, window_s: int) -> dict[str, Any]:
+    stages = stats.stages.items()
+    batches = sum(stats.batches.values())
+    return {
+        "batches": batches,
+        "mean_batch_size": sum(size * n for size, n in stats.batches.items()) / batches if batches else None,
+        "dropped": stats.dropped,
+        "since_start": _stages({stage: distribution.total for stage, distribution in stages}),
+        "recent": _stages({stage: distribution.recent(window_s) for stage, distribution in stages}),
+    }
+
+
+def _stages(histograms: dict[str, Histogram]) -> dict[str, Any]:
+    return {
+        "images": histograms["total"].count,
+        "latency_ms": {stage: _percentiles(histogram) for stage, histogram in histograms.items()},
+    }
+
+
+def _percentiles(histogram: Histogram) -> dict[str, float | None]:
+    values = {name: histogram.percentile(percent) for name, percent in PERCENTILES.items()}
+    values["mean"] = histogram.sum / histogram.count if histogram.count else None
+    return {name: None if value is None else round(value * 1000, 3) for name, value in values.items()}

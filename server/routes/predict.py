@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from models.preprocessing import MEDIA_TYPES
+from server.auth import require_key
 from server.bodies import CancelOnDisconnect, Part, parse_multipart, read_body
 from server.manifest import Manifest
 from server.problems import Problem, documented
@@ -95,7 +96,7 @@ _REQUEST_BODY = {
     response_class=Response,
     responses={
         200: {"model": PredictResponse},
-        **documented(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        **documented(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
@@ -112,6 +113,8 @@ async def predict(
     with state.telemetry.request("predict"):
         if state.lifecycle.refusing:
             raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
+        if settings.protect_predict:
+            require_key(request, settings.api_key)
         scheduler = state.registry.get(engine)
         manifest: Manifest = scheduler.engine.manifest
         count = _checked_top_k(top_k, len(manifest.labels))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,15 @@ from server.app import create_app
 from server.draining import DrainingServer
 from server.registry import LoadEngine, load_engine
 from server.settings import Settings
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
+    """Looks every millisecond; what a test waits for is a state, never a time."""
+    never = threading.Event()
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        never.wait(0.001)
 
 
 @dataclass

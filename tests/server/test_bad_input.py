@@ -33,7 +33,12 @@ def _png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _problem(response, status: int, name: str) -> dict:
@@ -153,7 +158,9 @@ _PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r
         pytest.param(b"", "multipart/form-data; boundary=b", id="empty"),
         pytest.param(_PART + b"abc\r\n--b--\r\n", "multipart/form-data", id="no boundary"),
         pytest.param(b"--c\r\n\r\n\r\n--c--", "multipart/form-data; boundary=b", id="other boundary"),
-        pytest.param(b"--b\r\nnot a header\r\n\r\n--b--", "multipart/form-data; boundary=b", id="broken header"),
+        pytest.param(
+            b"--b\r\nnot a header\r\n\r\n--b--", "multipart/form-data; boundary=b", id="broken header"
+        ),
     ],
 )
 def test_forms_that_cannot_be_parsed(server: Running, body: bytes, content_type: str) -> None:

@@ -1,0 +1,87 @@
+"""The collate step: which of the waiting images run now."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.batching import collate
+from server.manifest import BatchSizes
+from server.scheduler import warmup_sizes
+
+
+@dataclass
+class Image:
+    ready_at: float = 0.0
+    dies_at: float = math.inf
+
+    def is_dead(self, now: float) -> bool:
+        return now >= self.dies_at
+
+
+def test_an_idle_engine_takes_what_waits_at_once() -> None:
+    waiting = deque([Image(), Image()])
+    first, second = waiting
+    batch, dropped, wake_at = collate(waiting, now=0.0, max_size=8)
+    assert batch == [first, second]
+    assert (dropped, wake_at, len(waiting)) == ([], math.inf, 0)
+
+
+def test_the_rest_stays_for_the_next_batch_in_order() -> None:
+    images = [Image() for _ in range(5)]
+    waiting = deque(images)
+    assert collate(waiting, 0.0, 3).batch == images[:3]
+    assert collate(waiting, 0.0, 3).batch == images[3:]
+
+
+def test_nothing_waits_nothing_runs() -> None:
+    assert collate(deque(), 0.0, 8) == ([], [], math.inf)
+
+
+def test_the_dead_take_no_place_in_the_batch() -> None:
+    dead, alive = Image(dies_at=1.0), Image()
+    waiting = deque([dead, alive])
+    assert collate(waiting, 2.0, 1) == ([alive], [dead], math.inf)
+
+
+def test_a_delay_holds_back_a_batch_that_is_not_full() -> None:
+    waiting = deque([Image(ready_at=10.0)])
+    assert collate(waiting, now=10.0, max_size=2, delay=0.5) == ([], [], 10.5)
+    assert len(waiting) == 1
+    assert len(collate(waiting, now=10.5, max_size=2, delay=0.5).batch) == 1
+
+
+def test_a_delay_does_not_hold_back_a_full_batch() -> None:
+    waiting = deque([Image(ready_at=10.0), Image(ready_at=10.0)])
+    assert len(collate(waiting, now=10.0, max_size=2, delay=0.5).batch) == 2
+
+
+@given(
+    st.lists(st.builds(Image, st.floats(-10, 0), st.floats(0, 20))),
+    st.floats(0, 20),
+    st.integers(1, 9),
+    st.sampled_from([0.0, 0.5, 5.0]),
+)
+def test_no_image_is_lost_doubled_or_reordered(
+    images: list[Image], now: float, max_size: int, delay: float
+) -> None:
+    waiting = deque(images)
+    batch, dropped, wake_at = collate(waiting, now, max_size, delay)
+    assert len(batch) <= max_size
+    assert all(image.is_dead(now) for image in dropped)
+    assert not any(image.is_dead(now) for image in batch)
+    taken = {id(image) for image in (*batch, *dropped)}
+    assert [id(image) for image in images if id(image) not in taken] == [id(image) for image in waiting]
+    assert len(batch) + len(dropped) + len(waiting) == len(images)
+    assert wake_at == math.inf or (not batch and now < wake_at <= now + delay)
+    if delay == 0:
+        assert batch or not waiting, "an idle engine was kept waiting"
+
+
+def test_every_power_of_two_in_the_profile_is_warmed() -> None:
+    assert warmup_sizes(BatchSizes(min=1, opt=6, max=12)) == [1, 2, 4, 6, 8, 12]
+    assert warmup_sizes(BatchSizes(min=4, opt=4, max=4)) == [4]
