@@ -82,9 +82,7 @@ def main() -> None:
         exact = CONTENDERS["TrimRT, exact decoding"](file.getvalue()).astype(int)
         difference = np.abs(CONTENDERS["TrimRT"](file.getvalue()) - exact).mean()
         table.add_column(title, justify="right")
-        table.caption = (
-            f"{table.caption or ''}{title}: scaled decoding differs by {difference:.2f} of 255. "
-        )
+        table.caption = f"{table.caption or ''}{title}: scaled decoding differs by {difference:.2f} of 255. "
     for name in CONTENDERS:
         table.add_row(name, *(f"{column[name]:.2f}" for column in columns))
     Console().print(table)

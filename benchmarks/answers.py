@@ -1,0 +1,69 @@
+"""Are a server's answers right? Asked before it is timed."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import click
+
+from benchmarks.contenders import Form
+from benchmarks.processes import ProcessTree
+
+_LABEL: Final = re.compile(rb'"label":\s*"([^"]*)"')
+_START_SECONDS: Final = 120
+_POLL_SECONDS: Final = 0.02
+
+Labels = tuple[str, ...]
+
+
+def expected_labels(engines: Path, form: Form, files: Sequence[bytes]) -> list[Labels]:
+    """The five best labels of each file, by the network in this process."""
+    from benchmarks.contenders.classifier import Classifier
+
+    answers = Classifier(threads=1, form=form, engines=engines).classify(files)
+    return [tuple(prediction["label"] for prediction in answer["predictions"]) for answer in answers]
+
+
+def ask(port: int, path: str, headers: Mapping[str, str], file: bytes, timeout: float = 30) -> Labels:
+    """The labels that the server answers, best first.
+
+    Raises:
+        OSError, http.client.HTTPException: it does not answer.
+        click.ClickException: it answers with an error.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        connection.request("POST", path, body=file, headers=dict(headers))
+        response = connection.getresponse()
+        body = response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise click.ClickException(f"HTTP {response.status}: {body[:500].decode(errors='replace')}")
+    return tuple(label.decode() for label in _LABEL.findall(body))
+
+
+def wait_for_answer(tree: ProcessTree, port: int, path: str, headers: Mapping[str, str], file: bytes) -> None:
+    """Return once the server answers `file`.
+
+    Raises:
+        click.ClickException: its process ended, or two minutes passed.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    reason = "no connection"
+    while time.monotonic() < deadline:
+        if tree.ended():
+            raise click.ClickException("it ended before it answered")
+        try:
+            ask(port, path, headers, file)
+        except (OSError, http.client.HTTPException, click.ClickException) as error:
+            reason = str(error)
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
+    raise click.ClickException(f"it does not answer: {reason}")

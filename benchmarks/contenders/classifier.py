@@ -1,0 +1,93 @@
+"""What every contender does with a JPEG, whichever server it stands behind.
+
+Two forms:
+
+- `usual`: as users of these servers write it. Pillow decodes and resizes, NumPy normalises, and the
+  engine takes float NCHW tensors.
+- `trimrt`: TrimRT's own preprocessing, and its engine that takes pixels, so that what remains is what
+  the server adds.
+
+Both run the same INT8 network. This module is imported inside each contender's own environment.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+from PIL import Image
+
+PORT = int(os.environ.get("BENCHMARK_PORT", "0"))
+FORM = os.environ.get("BENCHMARK_FORM", "usual")
+ENGINES = Path(os.environ.get("BENCHMARK_ENGINES", ""))
+
+MAX_BATCH = 32
+TOP_K = 5
+
+_MEAN = np.float32([0.485, 0.456, 0.406])
+_STD = np.float32([0.229, 0.224, 0.225])
+
+
+class Classifier:
+    """An OpenVINO network and its preprocessing; safe to call from several threads.
+
+    Args:
+        threads: CPU threads that OpenVINO computes with.
+        streams: how many inferences run at once on those threads.
+        form: see above.
+        engines: folder with the graphs and their labels.
+    """
+
+    def __init__(self, threads: int, streams: int = 1, *, form: str = FORM, engines: Path = ENGINES) -> None:
+        self.labels: list[str] = json.loads((engines / "labels.json").read_text(encoding="utf-8"))
+        self.preprocess: Callable[[bytes], NDArray[Any]] = (
+            _trimrt_pixels() if form == "trimrt" else pillow_tensor
+        )
+        self._model = openvino.Core().compile_model(
+            engines / ("pixels.onnx" if form == "trimrt" else "float.onnx"),
+            "CPU",
+            {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams, "ENABLE_CPU_PINNING": False},
+        )
+        self._local = threading.local()
+
+    def infer(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
+        """The answers for preprocessed images, which are run as one batch."""
+        if not hasattr(self._local, "request"):
+            self._local.request = self._model.create_infer_request()
+        logits = self._local.request.infer([np.stack(images)])[0]
+        return [self._answer(row) for row in logits]
+
+    def classify(self, files: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The answers for JPEG files, decoded one after the other and run as one batch."""
+        return self.infer([self.preprocess(file) for file in files])
+
+    def _answer(self, logits: NDArray[np.float32]) -> dict[str, Any]:
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = np.argsort(shares)[::-1][:TOP_K]
+        return {"predictions": [{"label": self.labels[i], "probability": float(shares[i])} for i in best]}
+
+
+def _trimrt_pixels() -> Callable[[bytes], NDArray[Any]]:
+    from models.preprocessing import Preprocessing, load_pixels
+
+    spec = Preprocessing(resize=256, height=224, width=224)
+    return lambda file: load_pixels(file, spec)
+
+
+def pillow_tensor(file: bytes) -> NDArray[np.float32]:
+    """Shorter side 256, centre crop 224, ImageNet normalisation, as `(3, 224, 224)`."""
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    scale = 256 / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32)
+    return np.ascontiguousarray(((pixels / 255 - _MEAN) / _STD).transpose(2, 0, 1))

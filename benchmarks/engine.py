@@ -1,0 +1,173 @@
+"""The one network that every contender serves: INT8 ResNet18 of 1000 classes at 224x224, for OpenVINO.
+
+Its weights are random (seeded), for speed does not depend on them; everything else is made by TrimRT's
+builder. `prepare` leaves in a folder:
+
+- `resnet18-int8-openvino/` and `resnet18-fp32-openvino/`: engine packages;
+- `pixels.onnx`: the INT8 package's graph;
+- `float.onnx`: the same graph without its first nodes, taking normalised float NCHW tensors;
+- `labels.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.photos import photographs
+from builder.export import INPUT, export_onnx, reference_logits
+from builder.int8 import convert_to_int8
+from builder.kit import Graph, Student
+from builder.packages import build_package
+from builder.targets import Report, Rest, open_target
+from builder.verification import Gate, VerificationSet
+from models.preprocessing import Pixels, Preprocessing, load_pixels
+from server.manifest import BatchSizes, Precision, sha256_of
+
+if TYPE_CHECKING:
+    import torch
+
+SPEC = Preprocessing(resize=256, height=224, width=224)
+CLASSES = 1000
+INT8 = "resnet18-int8-openvino"
+FP32 = "resnet18-fp32-openvino"
+
+_BATCH = BatchSizes(min=1, opt=8, max=32)
+_COMMAND = "python -m benchmarks.engine"
+
+
+@dataclass(frozen=True)
+class RandomResNet18:
+    """A source of graphs for the builder, as a checkpoint is."""
+
+    path: Path
+
+    @property
+    def student(self) -> Student:
+        """The network's description."""
+        labels = [f"class-{index:03}" for index in range(CLASSES)]
+        return Student(
+            name="resnet18",
+            labels=labels,
+            preprocessing=SPEC,
+            checkpoint_sha256=None,
+            parameters=sum(weights.numel() for weights in self._network.parameters()),
+            macs=None,
+        )
+
+    @property
+    def verification(self) -> VerificationSet:
+        """Crops of the photographs, with the FP32 network's own labels as the truth."""
+        logits = reference_logits(self._network, self._pixels, SPEC)
+        return VerificationSet("crops of two photographs", self._pixels, logits.argmax(axis=1), logits)
+
+    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+        """One graph; its calibration images are the verification's, for nothing is learned here."""
+        path = self.path / f"{precision}.onnx"
+        if precision == "int8":
+            convert_to_int8(self._master, path, self._pixels, method="max", rest=rest)
+        else:
+            path = self._master
+        yield (
+            Graph(
+                file=path.name,
+                sha256=sha256_of(path),
+                precision=precision,
+                rest=rest,
+                weights_bytes=path.stat().st_size,
+            ),
+            path,
+        )
+
+    @cached_property
+    def _pixels(self) -> Pixels:
+        """Crops of both photographs at several scales, shape (32, 224, 224, 3)."""
+        random = np.random.default_rng(0)
+        crops = []
+        for photograph in photographs():
+            whole = load_pixels(
+                photograph, SPEC.model_copy(update={"resize": 400, "height": 400, "width": 400})
+            )
+            for _ in range(16):
+                top, left = random.integers(0, 400 - 224, 2)
+                crops.append(whole[top : top + 224, left : left + 224])
+        return np.stack(crops)
+
+    @cached_property
+    def _network(self) -> torch.nn.Module:
+        import torch
+        from torchvision.models import resnet18
+
+        torch.manual_seed(0)
+        network = resnet18(num_classes=CLASSES)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (SPEC.mean, SPEC.std))
+        images = (torch.from_numpy(self._pixels).permute(0, 3, 1, 2) / 255 - mean) / std
+        with torch.inference_mode():  # batch statistics of real images: activations as in a trained network
+            for _ in range(20):
+                network(images)
+        return network.eval()
+
+    @cached_property
+    def _master(self) -> Path:
+        path = self.path / "fp32.onnx"
+        export_onnx(self._network, SPEC, path)
+        return path
+
+
+def prepare(folder: Path, report: Report) -> Path:
+    """Make the engines in `folder`, unless they are there; returns `folder`."""
+    if (folder / "labels.json").is_file():
+        return folder
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    source = RandomResNet18(work)
+    for precision in ("fp32", "int8"):
+        package = build_package(
+            source,
+            open_target("openvino"),
+            precision,
+            folder,
+            batch=_BATCH,
+            gate=Gate(max_drop=1, min_agreement=0),  # random weights have no accuracy to keep
+            command=_COMMAND,
+            report=report,
+        )
+    graph = package.folder / "model.onnx"
+    shutil.copyfile(graph, folder / "pixels.onnx")
+    take_float_tensors(graph, folder / "float.onnx")
+    shutil.rmtree(work)
+    (folder / "labels.json").write_text(json.dumps(source.student.labels), encoding="utf-8")
+    return folder
+
+
+def take_float_tensors(graph: Path, path: Path) -> None:
+    """Write `graph` without its nodes `pre/*`: as exported by someone who normalises in Python."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(graph)
+    nodes = [node for node in model.graph.node if not node.name.startswith("pre/")]
+    (layout,) = (node for node in model.graph.node if node.name == "pre/layout")
+    kept = [value for value in model.graph.input if value.name != INPUT]
+    used = {name for node in nodes for name in node.input}
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.node[:], model.graph.input[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(weights)
+    shape = ["batch", 3, SPEC.height, SPEC.width]
+    model.graph.input.extend(
+        [helper.make_tensor_value_info(layout.output[0], TensorProto.FLOAT, shape), *kept]
+    )
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+if __name__ == "__main__":
+    prepare(Path("build/benchmarks/engine"), print)

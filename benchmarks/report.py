@@ -1,0 +1,183 @@
+"""A run's results as JSON, a Markdown table and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Final
+
+from rich.console import Console
+
+from benchmarks.limit import Limit
+from benchmarks.measurements import Measurement, Results, Run
+
+SMALL: Final = "640x427"
+LARGE: Final = "12 MP"
+LARGE_CONNECTIONS: Final = 8
+
+_FORMS: Final = {"usual": "as usual", "trimrt": "TrimRT's preprocessing"}
+
+
+def write_report(results: Results, folder: Path, console: Console) -> None:
+    """Write `results.json`, `results.md` and `results.svg`, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    text = markdown(results)
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    plot(results, folder / "results.svg")
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def markdown(results: Results) -> str:
+    """The tables: throughput and latency, cost, and what TrimRT gains."""
+    machine = results.machine
+    counts = sorted(
+        {m.connections for run in _servers(results) for m in run.measurements if m.photograph == SMALL}
+    )
+    lines = [
+        f"{machine.processor}, {machine.cores} cores, {machine.memory_gb:g} GB, Python {machine.python}; "
+        f"{results.seconds:g} s a load, {results.started_at:%Y-%m-%d %H:%M} UTC. TrimRT: mean of all its runs.",
+        "",
+        f"Images a second, and milliseconds, for {SMALL} JPEGs at so many connections:",
+        "",
+    ]
+    head = ["server", "form"]
+    head += [f"{count}" for count in counts]
+    head += [f"p50, {count}" for count in counts] + [f"p99, {count}" for count in counts]
+    head += [f"{LARGE}, {LARGE_CONNECTIONS}"]
+    rows = []
+    for limit in (run for run in results.runs if isinstance(run, Limit) and run.photograph == SMALL):
+        rows.append(_limit_row(results, limit, counts))
+    rows += [_speed_row(runs, counts) for runs in _grouped(results)]
+    lines += _table(head, rows)
+    lines += ["", "What it costs:", ""]
+    head = ["server", "form", "CPU ms an image", "ready after s", "memory MB, idle", "loaded", "installed MB"]
+    lines += _table(head, [_cost_row(runs, counts) for runs in _grouped(results)])
+    gains = list(_gain_rows(results, counts))
+    if gains:
+        lines += [
+            "",
+            "TrimRT against each, from the runs next to it (throughput: more is better; p99: less is):",
+            "",
+        ]
+        head = ["server", "form"]
+        head += [f"throughput, {count}" for count in counts]
+        head += [f"p99, {count}" for count in counts] + [f"throughput, {LARGE}"]
+        lines += _table(head, gains)
+    return "\n".join(lines) + "\n"
+
+
+def _servers(results: Results) -> list[Run]:
+    return [run for run in results.runs if isinstance(run, Run)]
+
+
+def _grouped(results: Results) -> list[list[Run]]:
+    """Runs of the same server in the same form together, best throughput first."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in _servers(results):
+        groups.setdefault((run.name, run.form), []).append(run)
+    return sorted(groups.values(), key=lambda runs: -max(_throughputs(runs)))
+
+
+def _throughputs(runs: list[Run]) -> list[float]:
+    return [m.load.throughput for run in runs for m in run.measurements if m.photograph == SMALL]
+
+
+def _at(runs: list[Run], photograph: str, connections: int) -> list[Measurement]:
+    found = (run.at(photograph, connections) for run in runs)
+    return [measurement for measurement in found if measurement is not None]
+
+
+def _speed_row(runs: list[Run], counts: list[int]) -> list[str]:
+    row = [runs[0].title, _FORMS[runs[0].form]]
+    loads = [_at(runs, SMALL, count) for count in counts]
+    row += [_mean([m.load.throughput for m in measured], 0) for measured in loads]
+    row += [_mean([m.load.p50 for m in measured], 1) for measured in loads]
+    row += [_mean([m.load.p99 for m in measured], 1) for measured in loads]
+    return [*row, _mean([m.load.throughput for m in _at(runs, LARGE, LARGE_CONNECTIONS)], 1)]
+
+
+def _limit_row(results: Results, limit: Limit, counts: list[int]) -> list[str]:
+    large = [run.throughput for run in results.runs if isinstance(run, Limit) and run.photograph == LARGE]
+    row = ["no server", f"best loop: {limit.setting}"]
+    row += [f"{limit.throughput:.0f}"] * len(counts)
+    row += [f"{limit.latency_ms:.1f}" if count == 1 else "" for count in counts]
+    return [*row, *[""] * len(counts), _mean(large, 1)]
+
+
+def _cost_row(runs: list[Run], counts: list[int]) -> list[str]:
+    return [
+        runs[0].title,
+        _FORMS[runs[0].form],
+        _mean([m.cpu_ms for m in _at(runs, SMALL, counts[-1])], 2),
+        _mean([run.start_seconds for run in runs], 2),
+        _mean([run.idle_mb for run in runs], 0),
+        _mean([run.loaded_mb for run in runs], 0),
+        f"{runs[0].installed_mb:.0f}",
+    ]
+
+
+def _gain_rows(results: Results, counts: list[int]) -> Iterator[list[str]]:
+    runs = _servers(results)
+    for index, run in enumerate(runs):
+        if run.name == "trimrt":
+            continue
+        ours = [neighbour for neighbour in runs[max(0, index - 1) : index + 2] if neighbour.name == "trimrt"]
+        row = [run.title, _FORMS[run.form]]
+        for count in counts:
+            row.append(_ratio(ours, run, SMALL, count, "throughput"))
+        for count in counts:
+            row.append(_ratio(ours, run, SMALL, count, "p99"))
+        yield [*row, _ratio(ours, run, LARGE, LARGE_CONNECTIONS, "throughput")]
+
+
+def _ratio(ours: list[Run], theirs: Run, photograph: str, connections: int, what: str) -> str:
+    mine, other = _at(ours, photograph, connections), theirs.at(photograph, connections)
+    if not mine or other is None:
+        return ""
+    return f"{fmean(getattr(m.load, what) for m in mine) / getattr(other.load, what):.2f}"
+
+
+def _mean(values: list[float], digits: int) -> str:
+    return f"{fmean(values):.{digits}f}" if values else ""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    align = ["---" if index < 2 else "---:" for index in range(len(head))]
+    return ["| " + " | ".join(row) + " |" for row in (head, align, *rows)]
+
+
+def plot(results: Results, path: Path) -> None:
+    """Throughput and p99 of every server at every number of connections."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    groups = _grouped(results)
+    counts = sorted(
+        {m.connections for run in _servers(results) for m in run.measurements if m.photograph == SMALL}
+    )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.8 + 0.45 * len(groups)), sharey=True)
+    names = [f"{runs[0].title}\n{_FORMS[runs[0].form]}" for runs in groups]
+    height = 0.8 / len(counts)
+    for number, count in enumerate(counts):
+        places = [row + (number - (len(counts) - 1) / 2) * height for row in range(len(groups))]
+        for axis, what in ((left, "throughput"), (right, "p99")):
+            widths = [
+                fmean([getattr(m.load, what) for m in _at(runs, SMALL, count)] or [0]) for runs in groups
+            ]
+            axis.barh(places, widths, height, label=f"{count} connections" if axis is left else None)
+    limits = [run.throughput for run in results.runs if isinstance(run, Limit) and run.photograph == SMALL]
+    if limits:
+        left.axvline(max(limits), color="black", linestyle="--", linewidth=1, label="no server")
+    left.set_yticks(range(len(groups)), names, fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel("images a second")
+    right.set_xlabel("p99, ms (logarithmic)")
+    right.set_xscale("log")
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
