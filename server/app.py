@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from server.lifecycle import Lifecycle
+from server.manifest import EngineError
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem
@@ -84,7 +85,7 @@ async def _load_configured(
         for folder in resolve_engines(settings):
             await registry.load(folder)
     except Exception as error:
-        log.exception("an engine could not be loaded")
+        log.error("an engine could not be loaded", exc_info=not isinstance(error, EngineError))
         if on_failure is not None:
             on_failure(error)
 

@@ -51,7 +51,7 @@ class DrainingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See `uvicorn.Server`; not recording the signal makes the exit code 0."""
         if self._drain is not None or not self.started:
             self.should_exit = self.force_exit = True

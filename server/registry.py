@@ -49,7 +49,7 @@ def find_packages(directory: Path) -> dict[Path, Manifest | EngineError]:
     for folder in find_package_folders(directory):
         try:
             packages[folder] = read_manifest(folder)
-        except EngineError as error:  # noqa: PERF203 - one bad package must not hide the others
+        except EngineError as error:
             packages[folder] = error
     return packages
 

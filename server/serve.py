@@ -15,6 +15,8 @@ from server.settings import Settings
 
 log = logging.getLogger("trimrt")
 
+_BACKLOG = 2048
+
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """An option for every field of `Settings`, which checks the values."""
@@ -93,15 +95,10 @@ def run(settings: Settings) -> None:
 
 def _listen(settings: Settings) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
-            0
-        ]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise click.ClickException(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
             "choose another with --port"
         ) from None
-    return listener

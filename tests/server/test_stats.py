@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,7 +37,7 @@ def test_prometheus_buckets_resolve_a_tenth_of_a_millisecond_to_five_seconds() -
     bounds = [bound for bound, _ in Histogram().cumulative()]
     assert bounds[0] == pytest.approx(1e-4)
     assert bounds[-1] > 5
-    assert max(high / low for low, high in zip(bounds, bounds[1:], strict=False)) < 1.42
+    assert max(high / low for low, high in pairwise(bounds)) < 1.42
 
 
 def test_an_empty_histogram_has_no_percentiles() -> None:
