@@ -89,10 +89,6 @@ class Card(_Strict):
     recipe: dict[str, Any] = Field(description="every setting of the run that made it")
     command: str = Field(description="the command that made it")
     weights_sha256: str = Field(default="", description="filled in when the checkpoint is written")
-    parent_sha256: str | None = Field(
-        default=None,
-        description="weights this was made from: a student's teacher, a pruned student's student",
-    )
     lineage: list[Ancestor] = Field(
         default=[],
         description="what this was made from, the first first: so a student shipped alone tells all",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ Examples:
   trimrt compress ~/photos --teacher-weights resnet50.safetensors --teacher-epochs 5
   trimrt compress digits --pruning-target-parameters 0.5 --pruning-scope global
 """
+_AS_TYPED: Final = f"{__name__}.as_typed"
 
 
 class _RecipeOption(click.Option):
@@ -41,6 +41,10 @@ class _RecipeOption(click.Option):
 
 class _RecipeCommand(click.Command):
     """A command whose help shows the recipe's options section by section."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_AS_TYPED] = shlex.join(["trimrt", "compress", *args])
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -116,7 +120,7 @@ def _compress(
     try:
         data = open_dataset(source, fold=fold)
         folder = out or Path("runs") / (data.name if data.fold is None else f"{data.name}-fold{data.fold}")
-        command = shlex.join(["trimrt", "compress", *sys.argv[2:]])
+        command = click.get_current_context().meta[_AS_TYPED]
         cards = Compression(data, recipe, folder, console, command, reuse).run()
     except ValueError as error:
         # All errors that this package raises for the user are ValueErrors with a message made for them.

@@ -51,8 +51,11 @@ class _Stage:
     ancestors: tuple[Card, ...]
 
     @property
-    def parent_sha256(self) -> str | None:
-        return self.ancestors[-1].weights_sha256 if self.ancestors else None
+    def lineage(self) -> list[Ancestor]:
+        return [
+            Ancestor.model_validate(card.model_dump(include=set(Ancestor.model_fields)))
+            for card in self.ancestors
+        ]
 
 
 @dataclass(frozen=True)
@@ -219,10 +222,13 @@ class Compression:
             self._say(f"{stage.role}: made anew, for {error}", "yellow")
             return None
         same = (
-            (card.architecture, card.recipe, card.parent_sha256, card.dataset)
-            == (stage.architecture, stage.settings, stage.parent_sha256, self.data.card())
+            (card.architecture, card.recipe, card.lineage, card.dataset)
+            == (stage.architecture, stage.settings, stage.lineage, self.data.card())
         ) and (card.preprocessing, card.stem) == self._inputs
-        return card if same else None
+        if not same:
+            self._say(f"{stage.role}: the one in {folder} had another recipe or other data", "yellow")
+            return None
+        return card
 
     def _publish(self, stage: _Stage, network: nn.Module) -> Card:
         network.to("cpu")
@@ -251,11 +257,7 @@ class Compression:
             seed=self.recipe.seed,
             recipe=stage.settings,
             command=self.command,
-            parent_sha256=stage.parent_sha256,
-            lineage=[
-                Ancestor.model_validate(parent.model_dump(include=set(Ancestor.model_fields)))
-                for parent in stage.ancestors
-            ],
+            lineage=stage.lineage,
             versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
         )
         card = save_checkpoint(self.out / stage.role, network, card)
@@ -353,7 +355,13 @@ class Compression:
             seed=derive_seed(self.recipe.seed, f"{stage.role}{part}"),
             state_file=self._work / f"{stage.role}{part}.pt",
             fingerprint=_fingerprint(
-                [stage.settings, stage.parent_sha256, self.data.sha256, self.data.fold, torch.__version__]
+                [
+                    stage.settings,
+                    [card.weights_sha256 for card in stage.ancestors],
+                    self.data.sha256,
+                    self.data.fold,
+                    torch.__version__,
+                ]
             ),
             progress=self._progress,
         )

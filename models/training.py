@@ -49,7 +49,7 @@ class TrueLabels:
         """Transformations of all images in `epoch`, shape (N, 2, 3)."""
         return random_affines(len(self.targets), self.limits, derive_seed(self.seed, f"augmentation {epoch}"))
 
-    def loss(self, logits: Tensor, images: Tensor, epoch: int) -> Tensor:  # noqa: ARG002 (an Objective)
+    def loss(self, logits: Tensor, images: Tensor, epoch: int) -> Tensor:
         """Cross-entropy of the `logits` of the images numbered `images`."""
         return functional.cross_entropy(logits, self.targets[images].to(logits.device))
 

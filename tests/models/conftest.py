@@ -1,0 +1,87 @@
+"""Small real data for the tests of `models`: a part of the handwritten digits, as image files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.card import Card, Metrics
+from models.datasets import DataSplit, open_dataset
+from models.inputs import choose_inputs
+from models.preprocessing import Preprocessing
+from models.recipe import Recipe
+from models.training import Images
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def digits(cache_dir: Path) -> DataSplit:
+    return open_dataset("digits", cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: DataSplit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with 16 training and 4 test images of each of the digits 0, 1 and 2."""
+    folder = tmp_path_factory.mktemp("few-digits")
+    for part, images, count in (("train", digits.train, 16), ("test", digits.test, 4)):
+        for target in range(3):
+            directory = folder / part / images.labels[target]
+            directory.mkdir(parents=True)
+            for index in np.flatnonzero(images.targets == target)[:count]:
+                shutil.copy(images.paths[index], directory)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def split(few_digits: Path, cache_dir: Path) -> DataSplit:
+    return open_dataset(str(few_digits), cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="session")
+def spec(split: DataSplit) -> Preprocessing:
+    return choose_inputs(split.train, Recipe())[0]
+
+
+@pytest.fixture(scope="session")
+def train_images(split: DataSplit, spec: Preprocessing) -> Images:
+    return Images(split.train.load_pixels(spec), split.train.targets)
+
+
+@pytest.fixture(scope="session")
+def validation_images(split: DataSplit, spec: Preprocessing) -> Images:
+    return Images(split.validation.load_pixels(spec), split.validation.targets)
+
+
+@pytest.fixture
+def card(split: DataSplit, spec: Preprocessing) -> Card:
+    """A valid card for a ResNet18 with the small stem; its metrics are not of any real training."""
+    return Card(
+        name="few-digits-resnet18",
+        role="pruned",
+        architecture="resnet18",
+        stem="small",
+        labels=list(split.labels),
+        preprocessing=spec,
+        dataset=split.card(),
+        metrics=Metrics(
+            accuracy=1.0,
+            validation_accuracy=1.0,
+            loss=0.0,
+            wrong=0,
+            images=12,
+            parameters=1,
+            macs=1,
+            live_parameters=1.0,
+        ),
+        seed=0,
+        recipe={},
+        command="trimrt compress few-digits",
+        versions={},
+    )
