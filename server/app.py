@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +23,7 @@ from server.registry import LoadEngine, Registry, load_engine, resolve_engines
 from server.routes import engines, health, observability, predict
 from server.settings import Settings
 from server.telemetry import Telemetry
+from server.v2 import rest
 from server.version import VERSION
 
 log = logging.getLogger("trimrt")
@@ -52,10 +54,13 @@ def create_app(
         app.state.registry = registry = Registry(settings, telemetry, load)
         app.state.metrics = Metrics(telemetry, registry)
         loading = asyncio.create_task(_load_configured(registry, settings, on_failure))
+        grpc_server = await _start_grpc(app, settings)
         watching = asyncio.create_task(registry.watch()) if settings.watch else None
         yield
         if watching is not None:
             watching.cancel()
+        if grpc_server is not None:
+            await grpc_server.stop(settings.grace_s)
         await loading
         await registry.close()
 
@@ -68,7 +73,7 @@ def create_app(
     app.state.settings = settings
     app.state.lifecycle = Lifecycle()
     app.add_middleware(RequestContext)
-    for module in (predict, engines, health, observability):
+    for module in (predict, engines, health, observability, rest):
         app.include_router(module.router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
@@ -76,6 +81,14 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(Exception, _internal)
     return app
+
+
+async def _start_grpc(app: FastAPI, settings: Settings) -> Any:
+    if settings.grpc_port is None:
+        return None
+    from server.v2 import grpc
+
+    return await grpc.start(app, settings)
 
 
 async def _load_configured(
@@ -90,26 +103,32 @@ async def _load_configured(
             on_failure(error)
 
 
-async def _problem(_request: Request, error: Exception) -> Response:
+def _answer(request: Request, problem: Problem) -> Response:
+    if request.url.path.startswith("/v2"):
+        problem.extra["error"] = problem.detail  # where the Open Inference Protocol has it
+    return problem.response()
+
+
+async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return error.response()
+    return _answer(request, error)
 
 
-async def _http_problem(_request: Request, error: Exception) -> Response:
+async def _http_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     name = _HTTP_PROBLEMS.get(error.status_code, "malformed-request")
-    return Problem(name, str(error.detail), headers=error.headers).response()
+    return _answer(request, Problem(name, str(error.detail), headers=error.headers))
 
 
-async def _invalid(_request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     detail = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-    return Problem("invalid-parameter", detail).response()
+    return _answer(request, Problem("invalid-parameter", detail))
 
 
 async def _disconnected(_request: Request, _error: Exception) -> Response:
     return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
-async def _internal(_request: Request, _error: Exception) -> Response:
-    return Problem("internal-error", "the server failed; its log says why").response()
+async def _internal(request: Request, _error: Exception) -> Response:
+    return _answer(request, Problem("internal-error", "the server failed; its log says why"))

@@ -27,6 +27,13 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
 
+    grpc_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port for the Open Inference Protocol over gRPC; off unless set.",
+    )
+
     watch: bool = Field(
         default=False, description="Load engine packages that appear or change in the engine directory."
     )

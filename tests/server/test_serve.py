@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import socket
@@ -13,83 +11,43 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 from click.testing import CliRunner
+from processes import TRIMRT, Started, start_process
 from running import wait_until
 
 from server.serve import serve
 from server.settings import Settings
 
-TRIMRT = str(Path(sys.executable).with_name("trimrt"))
-
-Start = Callable[..., tuple[subprocess.Popen[str], str]]
+Start = Callable[..., Started]
 
 
 @pytest.fixture
 def start(engine_dir: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts `trimrt serve` on a free port; gives the process and its address."""
-    processes = []
+    with ExitStack() as stack:
 
-    def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
-        log = tmp_path / "log"
-        with log.open("w") as stderr:
-            process = subprocess.Popen(
-                [
-                    TRIMRT,
-                    "serve",
-                    "--engine-dir",
-                    str(engine_dir),
-                    "--engine",
-                    "tiny",
-                    "--port",
-                    "0",
-                    *options,
-                ],
-                stderr=stderr,
-                env={**os.environ, **environment},
-                text=True,
-            )
-        processes.append(process)
+        def start(*options: str, **environment: str) -> Started:
+            ours = ["--engine-dir", str(engine_dir), "--engine", "tiny"]
+            return stack.enter_context(start_process([*ours, *options], tmp_path / "log", **environment))
 
-        def address() -> str | None:
-            assert process.poll() is None, log.read_text()
-            lines = [
-                json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")
-            ]
-            return next((line["url"] for line in lines if line["message"] == "listening"), None)
-
-        wait_until(lambda: address() is not None)
-        url = address()
-        assert url is not None
-        wait_until(lambda: _ready(url))
-        return process, url
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/ready").status_code == 200
-    except httpx.ConnectError:
-        return False
+        yield start
 
 
 def test_it_starts_within_two_seconds_and_stays_small(start: Start, encode: Callable[..., bytes]) -> None:
     began = time.monotonic()
-    process, url = start()
+    server = start()
     took = time.monotonic() - began
     assert (
-        httpx.post(f"{url}/predict", content=encode(0), headers={"Content-Type": "image/png"}).status_code
+        httpx.post(
+            f"{server.url}/predict", content=encode(0), headers={"Content-Type": "image/png"}
+        ).status_code
         == 200
     )
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    resident = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    resident = server.resident_mib()
     print(f"ready after {took:.2f} s, {resident:.0f} MiB resident")
     assert took < 6  # the bar of two seconds is the benchmark's, on a machine that does nothing else
     assert resident < 300
@@ -99,7 +57,8 @@ def test_it_starts_within_two_seconds_and_stays_small(start: Start, encode: Call
 def test_a_signal_under_load_answers_what_was_accepted_and_exits_with_0(
     start: Start, encode: Callable[..., bytes], stop: signal.Signals
 ) -> None:
-    process, url = start("--drain-delay-s", "0.3")
+    server = start("--drain-delay-s", "0.3")
+    process, url = server.process, server.url
     image = encode(1)
     outcomes: list[int] = []
     answered = threading.Event()
@@ -124,7 +83,7 @@ def test_a_signal_under_load_answers_what_was_accepted_and_exits_with_0(
 
 
 def test_settings_come_from_the_environment_and_the_command_line_wins(start: Start) -> None:
-    _, url = start("--max-images", "3", TRIMRT_MAX_IMAGES="2", TRIMRT_MAX_BODY_BYTES="1000")
+    url = start("--max-images", "3", TRIMRT_MAX_IMAGES="2", TRIMRT_MAX_BODY_BYTES="1000").url
     form = [("file", (f"{n}.png", b"x")) for n in range(4)]
     assert "the limit is 3" in httpx.post(f"{url}/predict", files=form).json()["detail"]
     large = httpx.post(f"{url}/predict", content=b"x" * 1001, headers={"Content-Type": "image/png"})

@@ -1,0 +1,301 @@
+"""The Open Inference Protocol, spoken by NVIDIA's own client."""
+
+from __future__ import annotations
+
+import base64
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import start_process
+from running import Running
+from tiny_engine import LABELS
+
+from models.preprocessing import Preprocessing, load_pixels
+from server.problems import Problem
+from server.v2.rest import parse
+from server.v2.tensors import pack_bytes, unpack_bytes
+
+Encode = Callable[..., bytes]
+Reference = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def process(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A server process (the client's messages and ours cannot live in one): its HTTP and gRPC addresses."""
+    options = ["--engine-dir", str(engine_dir), "--engine", "tiny,other", "--grpc-port", "0"]
+    with start_process(options, tmp_path_factory.mktemp("v2") / "log") as started:
+        yield started.url.removeprefix("http://"), started.said("grpc")
+
+
+@pytest.fixture(scope="module", params=["http", "grpc"])
+def triton(request: pytest.FixtureRequest, process: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
+    """Tritonclient's module for one of the two transports, and a client of it."""
+    if request.param == "http":
+        import tritonclient.http as module
+
+        options = {"concurrency": 8}
+    else:
+        import tritonclient.grpc as module
+
+        options = {}
+    client = module.InferenceServerClient(process[request.param == "grpc"], **options)
+    yield module, client
+    client.close()
+
+
+def _metadata(metadata: Any) -> Any:
+    """GRPC's message or HTTP's dictionary, as a dictionary."""
+    if isinstance(metadata, dict):
+        return metadata
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(metadata, preserving_proto_field_name=True)
+
+
+def _pixels(*images: bytes) -> np.ndarray:
+    return np.stack([load_pixels(image, Preprocessing(resize=32, height=32, width=32)) for image in images])
+
+
+def _input(module: Any, data: np.ndarray, **options: Any) -> Any:
+    datatype = "UINT8" if data.dtype == np.uint8 else "BYTES"
+    tensor = module.InferInput("pixels", list(data.shape), datatype)
+    tensor.set_data_from_numpy(data, **options)
+    return tensor
+
+
+def test_health_and_metadata(triton: tuple[Any, Any]) -> None:
+    _, client = triton
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("tiny")
+    assert client.is_model_ready("tiny", "1")
+    server = _metadata(client.get_server_metadata())
+    assert server["name"] == "trimrt"
+    assert server["extensions"] == ["binary_tensor_data", "classification"]
+    model = _metadata(client.get_model_metadata("tiny", "1"))
+    assert model["name"] == "tiny"
+    assert model["versions"] == ["1"]
+    assert model["platform"] == "openvino_blob"
+    (tensor,) = model["inputs"]
+    assert (tensor["name"], tensor["datatype"]) == ("pixels", "UINT8")
+    assert [int(side) for side in tensor["shape"]] == [-1, 32, 32, 3]
+    assert [output["name"] for output in model["outputs"]] == ["logits", "probabilities"]
+
+
+def test_pixels_give_what_the_engine_gives(
+    triton: tuple[Any, Any], encode: Encode, reference: Reference
+) -> None:
+    module, client = triton
+    images = [encode(seed) for seed in range(3)]
+    answer = client.infer("tiny", [_input(module, _pixels(*images))], request_id="42")
+    probabilities = answer.as_numpy("probabilities")
+    assert probabilities.shape == (3, 10)
+    np.testing.assert_allclose(probabilities, [reference(image) for image in images], atol=1e-6)
+    logits = answer.as_numpy("logits")
+    np.testing.assert_allclose(
+        np.exp(logits) / np.exp(logits).sum(1, keepdims=True), probabilities, atol=1e-6
+    )
+    response = _metadata(answer.get_response())
+    assert (response["model_name"], response["model_version"], response["id"]) == ("tiny", "1", "42")
+
+
+def test_encoded_images_are_decoded_by_the_server(
+    triton: tuple[Any, Any], encode: Encode, reference: Reference
+) -> None:
+    module, client = triton
+    images = [encode(1, "JPEG"), encode(2, "PNG", (200, 100)), encode(3, "WEBP")]
+    outputs = [module.InferRequestedOutput("probabilities")]
+    answer = client.infer("other", [_input(module, np.array(images, object))], outputs=outputs)
+    expected = [reference(image, "other-v1") for image in images]
+    np.testing.assert_allclose(answer.as_numpy("probabilities"), expected, atol=1e-6)
+    assert answer.as_numpy("logits") is None
+
+
+def test_classification_agrees_with_predict(
+    triton: tuple[Any, Any], process: tuple[str, str], encode: Encode
+) -> None:
+    module, client = triton
+    image = encode(5)
+    outputs = [module.InferRequestedOutput("probabilities", class_count=3)]
+    answer = client.infer("tiny", [_input(module, np.array([image], object))], outputs=outputs)
+    classes = [row.decode().split(":") for row in answer.as_numpy("probabilities").ravel()]
+    predicted = httpx.post(
+        f"http://{process[0]}/predict?top_k=3", content=image, headers={"Content-Type": "image/png"}
+    ).json()["results"][0]["predictions"]
+    assert [(int(index), label) for _, index, label in classes] == [
+        (p["index"], p["label"]) for p in predicted
+    ]
+    for (score, _, _), prediction in zip(classes, predicted, strict=True):
+        assert float(score) == pytest.approx(prediction["probability"], abs=1e-6)
+
+
+def test_json_tensors_without_the_binary_extension(
+    process: tuple[str, str], encode: Encode, reference: Reference
+) -> None:
+    import tritonclient.http as module
+
+    image = encode(6)
+    with module.InferenceServerClient(process[0]) as client:
+        tensor = _input(module, _pixels(image), binary_data=False)
+        outputs = [module.InferRequestedOutput("probabilities", binary_data=False)]
+        answer = client.infer("tiny", [tensor], outputs=outputs)
+        assert "parameters" not in answer.get_output("probabilities")
+        np.testing.assert_array_equal(answer.as_numpy("probabilities")[0], reference(image))
+
+
+def test_load_through_the_client(triton: tuple[Any, Any], encode: Encode, reference: Reference) -> None:
+    """As perf_analyzer does: many requests in flight, each with its own answer."""
+    module, client = triton
+    images = [encode(seed) for seed in range(20)]
+    expected = [int(reference(image).argmax()) for image in images]
+
+    def ask(number: int) -> int:
+        answer = client.infer("tiny", [_input(module, _pixels(images[number % 20]))])
+        return int(answer.as_numpy("logits").argmax())
+
+    if (
+        module.__name__ == "tritonclient.http"
+    ):  # gevent's client belongs to one thread, and is asynchronous itself
+        asked = [client.async_infer("tiny", [_input(module, _pixels(images[n % 20]))]) for n in range(200)]
+        labels = [int(handle.get_result().as_numpy("logits").argmax()) for handle in asked]
+    else:
+        with ThreadPoolExecutor(8) as pool:
+            labels = list(pool.map(ask, range(200)))
+    assert labels == [expected[n % 20] for n in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "data", "message"),
+    [
+        ("nobody", "", np.zeros((1, 32, 32, 3), np.uint8), "no engine 'nobody' is loaded"),
+        ("tiny", "7", np.zeros((1, 32, 32, 3), np.uint8), "version 7 of tiny is not loaded"),
+        ("tiny", "", np.zeros((1, 16, 16, 3), np.uint8), "the input's shape is"),
+        ("tiny", "", np.zeros((0, 32, 32, 3), np.uint8), "the input has no images"),
+        ("tiny", "", np.zeros((65, 32, 32, 3), np.uint8), "the limit is 64"),
+        ("tiny", "", np.array([b"no image"], object), "not an image"),
+    ],
+)
+def test_errors_reach_the_client(
+    triton: tuple[Any, Any], model: str, version: str, data: np.ndarray, message: str
+) -> None:
+    from tritonclient.utils import InferenceServerException
+
+    module, client = triton
+    with pytest.raises(InferenceServerException, match=message):
+        client.infer(model, [_input(module, data)], model_version=version)
+    assert not client.is_model_ready("tiny", "7") if module.__name__ == "tritonclient.http" else True
+
+
+def _infer(server: Running, body: Any, **headers: str) -> httpx.Response:
+    if isinstance(body, bytes):
+        return server.client.post("/v2/models/tiny/infer", content=body, headers=headers)
+    return server.client.post("/v2/models/tiny/infer", json=body, headers=headers)
+
+
+def _json_input(**changes: Any) -> dict[str, Any]:
+    pixels = {"name": "pixels", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [7] * 3072}
+    return {"inputs": [pixels | changes]}
+
+
+def test_plain_json_all_the_way(server: Running, encode: Encode, reference: Reference) -> None:
+    image = encode(8)
+    nested = _json_input(data=_pixels(image).tolist())
+    outputs = _infer(server, nested).json()["outputs"]
+    assert [output["name"] for output in outputs] == ["logits", "probabilities"]
+    np.testing.assert_array_equal(np.float32(outputs[1]["data"]), reference(image))
+    text = base64.b64encode(image).decode()
+    encoded = _json_input(datatype="BYTES", shape=[1], data=[text])
+    assert _infer(server, encoded).json()["outputs"] == outputs
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        pytest.param(b"", 400, id="empty"),
+        pytest.param(b"[]", 400, id="no object"),
+        pytest.param({"inputs": []}, 400, id="no inputs"),
+        pytest.param(_json_input(name="image"), 422, id="unknown input"),
+        pytest.param(_json_input(datatype="FP32"), 422, id="wrong datatype"),
+        pytest.param(_json_input(shape=[1, 3, 32, 32]), 422, id="wrong layout"),
+        pytest.param(_json_input(data=[7] * 3071), 400, id="too few numbers"),
+        pytest.param(_json_input(data=[256] * 3072), 400, id="numbers too large"),
+        pytest.param(_json_input(data=[-1] * 3072), 400, id="negative numbers"),
+        pytest.param(_json_input(data=[0.5] * 3072), 400, id="fractions"),
+        pytest.param(_json_input(data=["x"] * 3072), 400, id="text for numbers"),
+        pytest.param(_json_input(data=[[1], [2, 3]]), 400, id="ragged"),
+        pytest.param(_json_input(datatype="BYTES", shape=[1], data=["!"]), 400, id="not base64"),
+        pytest.param(_json_input(datatype="BYTES", shape=[2], data=[""]), 400, id="too few elements"),
+        pytest.param(_json_input(shape=[2**62, 32, 32, 3]), 400, id="astronomic shape"),
+        pytest.param(_json_input(data=None), 400, id="no data"),
+        pytest.param(_json_input(parameters={"binary_data_size": 9}), 400, id="binary data missing"),
+        pytest.param(_json_input() | {"outputs": [{"name": "boxes"}]}, 422, id="unknown output"),
+        pytest.param(
+            _json_input() | {"outputs": [{"name": "logits", "parameters": {"classification": 11}}]},
+            422,
+            id="too many classes",
+        ),
+    ],
+)
+def test_bad_requests_are_answered_as_the_protocol_says(server: Running, body: Any, status: int) -> None:
+    response = _infer(server, body)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]
+    assert _infer(server, _json_input()).status_code == 200
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "999999"])
+def test_a_wrong_header_length(server: Running, length: str) -> None:
+    response = _infer(server, b"{}", **{"Inference-Header-Content-Length": length})
+    assert response.status_code == 400
+
+
+@given(st.lists(st.binary(max_size=40)))
+def test_bytes_tensors_round_trip(elements: list[bytes]) -> None:
+    assert unpack_bytes(pack_bytes(elements)) == elements
+
+
+def _refusal(call: Callable[[], Any]) -> str:
+    """The name of the problem that `call` raises, if any."""
+    try:
+        call()
+    except Problem as problem:
+        return problem.name
+    return ""
+
+
+@given(st.binary(max_size=60), st.none() | st.text(max_size=4))
+def test_any_body_is_parsed_or_refused(body: bytes, header_length: str | None) -> None:
+    assert _refusal(lambda: parse(body, header_length)) in ("", "malformed-request")
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_tensor_is_unpacked_or_refused(packed: bytes) -> None:
+    if not (refusal := _refusal(lambda: unpack_bytes(packed))):
+        assert pack_bytes(unpack_bytes(packed)) == packed
+    assert refusal in ("", "malformed-request")
+
+
+def test_the_committed_messages_are_those_of_the_proto(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", str(root), f"--python_out={tmp_path}"]
+    subprocess.run([*command, str(root / "server/v2/inference.proto")], check=True)
+    made = (tmp_path / "server/v2/inference_pb2.py").read_text().partition("DESCRIPTOR = ")[2].splitlines()[0]
+    committed = (root / "server/v2/inference_pb2.py").read_text()
+    assert made in committed, "run `make proto`"
+
+
+def test_labels_are_the_engines(server: Running) -> None:
+    body = _json_input() | {"outputs": [{"name": "probabilities", "parameters": {"classification": 10}}]}
+    (output,) = _infer(server, body).json()["outputs"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [1, 10])
+    assert sorted(row.split(":")[2] for row in output["data"]) == sorted(LABELS)
