@@ -59,6 +59,8 @@ def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Pa
     import onnx
     import torch
 
+    from models.evaluation import predict_logits
+
     network = network.eval()
     example = torch.zeros(2, 3, preprocessing.height, preprocessing.width)
     with quiet():
@@ -77,13 +79,13 @@ def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Pa
 
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (3, preprocessing.height, preprocessing.width, 3), dtype=np.uint8)
-    expected = reference_logits(network, pixels, preprocessing)
+    expected = predict_logits(network, pixels, preprocessing).numpy()
     difference = float(np.abs(run_onnx(path, pixels) - expected).max())
     bound = TOLERANCE * max(1.0, float(np.abs(expected).max()))
     if not difference <= bound:  # not `>`, so that NaN fails too
         raise ExportError(
-            f"the exported graph's logits differ from PyTorch's by {difference:.2g}, more than rounding explains "
-            f"({bound:.2g}): the network does something that the ONNX exporter does not carry over"
+            f"the exported graph's logits differ from PyTorch's by {difference:.2g}, more than rounding "
+            f"explains ({bound:.2g}): the network does something that the ONNX exporter does not carry over"
         )
     return difference
 
@@ -139,29 +141,13 @@ def add_pixels_input(model: onnx.ModelProto, preprocessing: Preprocessing) -> on
     classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
     kept = [value for value in graph.input if value.name != f"network/{inputs[0]}"]
     del graph.input[:], graph.output[:], graph.value_info[:]
-    shape = ["batch", preprocessing.height, preprocessing.width, 3]
+    shape: list[str | int | None] = ["batch", preprocessing.height, preprocessing.width, 3]
     graph.input.extend([helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape), *kept])
     graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes])
         for name in (LOGITS, PROBABILITIES)
     )
     return model
-
-
-def reference_logits(
-    network: torch.nn.Module, pixels: Pixels, preprocessing: Preprocessing, batch: int = 64
-) -> NDArray[np.float32]:
-    """PyTorch's FP32 logits of uint8 NHWC `pixels`: what every engine is held against."""
-    import torch
-
-    mean = torch.tensor(preprocessing.mean).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
-    network = network.eval()
-    logits = []
-    with torch.inference_mode():
-        for part in torch.from_numpy(pixels).split(batch):
-            logits.append(network((part.permute(0, 3, 1, 2).float() / 255 - mean) / std).numpy())
-    return np.concatenate(logits)
 
 
 def run_onnx(path: Path, pixels: Pixels) -> NDArray[np.float32]:

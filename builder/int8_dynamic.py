@@ -8,7 +8,8 @@ Dividing first makes the quantisation scale a constant, 1/127. So this is an ord
 legal on TensorRT and run by OpenVINO's integer kernels, while the usual operators of dynamic
 quantisation (DynamicQuantizeLinear, ConvInteger) are not importable on the one and slower than FP32
 on the other. And because each image has its own range, no result depends on which images happen to
-share a batch. No calibration images are needed.
+share a batch. No calibration images are needed. The layer that sees the image itself stays in FP32:
+it has few weights, and quantising it costs more accuracy, and time, than it saves.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class _Conversion:
         self._graph = graph
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
         self._non_negative = {node.output[0] for node in graph.node if node.op_type == "Relu"}
+        self._images = {name for node in graph.node if node.name.startswith("pre/") for name in node.output}
         self._quantised: dict[str, tuple[str, str]] = {}
         self._constants: set[str] = set()
         self._nodes: list[onnx.NodeProto] = []
@@ -73,7 +75,7 @@ class _Conversion:
         self._add_constant(_ZERO, np.int8(0))
         self._add_constant(_FLOOR, _SMALLEST)
         for node in list(self._graph.node):
-            if _is_layer(node) and node.input[1] in self._weights:
+            if _is_layer(node) and node.input[1] in self._weights and node.input[0] not in self._images:
                 self._quantise(node)
             else:
                 self._nodes.append(node)
@@ -143,7 +145,7 @@ class _Conversion:
             self._graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def _add_node(self, kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def _add_node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         from onnx import helper
 
         self._nodes.append(helper.make_node(kind, inputs, [output], output, **attributes))

@@ -150,7 +150,8 @@ def open_kit(folder: Path) -> Kit:
             raise KitError(f"{folder} has no {name}; copy the kit again, or make it anew: {manifest.command}")
         if sha256_of(folder / name) != sha256:
             raise KitError(
-                f"{folder / name} was damaged or changed; copy the kit again, or make it anew: {manifest.command}"
+                f"{folder / name} was damaged or changed; copy the kit again, or make it anew: "
+                f"{manifest.command}"
             )
     return Kit(folder, manifest, _read_verification(folder / VERIFICATION_NAME, manifest))
 

@@ -11,7 +11,7 @@ import numpy as np
 import openvino
 from openvino import opset13
 
-from builder.targets import Artefact, CompileError, Report, Rest
+from builder.targets import Artefact, CompileError, Report
 from server.engines.openvino import CONFIGURATION, this_machine
 from server.manifest import Backend, BatchSizes
 
@@ -23,7 +23,6 @@ class OpenVINOTarget:
     """OpenVINO's CPU plugin."""
 
     backend: Backend = "openvino"
-    rest: Rest = "fp32"  # most CPUs have no FP16 arithmetic
 
     def compile(self, graph: Path, folder: Path, batch: BatchSizes, report: Report) -> Artefact:
         """Write `engine.blob` and `model.onnx` to `folder`."""

@@ -12,7 +12,7 @@ from builder.export import INPUT, LOGITS, PROBABILITIES
 from builder.kit import Graph, GraphSource
 from builder.measurement import measure
 from builder.publication import staging, write_manifest
-from builder.targets import Artefact, Report, Target
+from builder.targets import INT8_REST, Artefact, Report, Target
 from builder.verification import Gate, GateError, VerificationSet, compare
 from server.engines import load_engine
 from server.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
@@ -76,7 +76,7 @@ def build_package(
     rejected: list[str] = []
     tried: list[str] = []
     with staging(output / name) as stage:
-        for graph, path in source.graphs(precision, target.rest):
+        for graph, path in source.graphs(precision, INT8_REST[target.backend]):
             stage.clear()
             artefact = target.compile(path, stage.folder, batch, report)
             manifest = _describe(name, source, target, graph, artefact, stage.folder, tried, command)

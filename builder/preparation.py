@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from builder.export import export_onnx, reference_logits
+from builder.export import export_onnx
 from builder.fp16 import convert_to_fp16
 from builder.int8 import METHODS, Method, convert_to_int8
 from builder.int8_dynamic import convert_to_dynamic_int8
@@ -21,6 +21,7 @@ from builder.verification import VerificationSet
 from models.card import Card
 from models.checkpoint import load_checkpoint
 from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
+from models.evaluation import predict_logits
 from models.files import replace_folder
 from models.preprocessing import Pixels
 from server.manifest import Calibration, Precision, sha256_of
@@ -137,7 +138,7 @@ def prepare_checkpoint(path: Path, workspace: Path, settings: Settings, report: 
     master = workspace / "fp32.onnx"
     difference = export_onnx(network, card.preprocessing, master)
     report("computing the FP32 reference")
-    logits = reference_logits(network, pixels, card.preprocessing)
+    logits = predict_logits(network, pixels, card.preprocessing).numpy()
     return Preparation(
         path=path,
         student=Student(
@@ -199,12 +200,14 @@ def _open_data(card: Card, data: str | None) -> DataSplit:
     split = open_dataset(data or card.dataset.source, fold=card.dataset.fold or 0)
     if list(split.labels) != card.labels:
         raise DatasetError(
-            f"{split.source} has other classes than {card.name} was trained on; give the right data with --data"
+            f"{split.source} has other classes than {card.name} was trained on; "
+            "name the right data with --data"
         )
     if data is None and split.sha256 != card.dataset.sha256:
         raise DatasetError(
-            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, so its "
-            "validation images may be ones that the network has learned. Restore it, or name other data with --data"
+            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
+            "so its validation images may be ones that the network has learned. Restore it, or name other "
+            "data with --data"
         )
     return split
 

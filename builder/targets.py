@@ -45,10 +45,6 @@ class Target(Protocol):
     def backend(self) -> Backend:
         """Written into the manifest; `server.engines.load_engine` picks the runtime by it."""
 
-    @property
-    def rest(self) -> Rest:
-        """Precision of what an INT8 graph does not quantise."""
-
     def compile(self, graph: Path, folder: Path, batch: BatchSizes, report: Report) -> Artefact:
         """Compile the ONNX file `graph` into `folder`; `report` takes lines of progress.
 
@@ -60,18 +56,19 @@ class Target(Protocol):
         """Why this machine cannot run what it compiles; None where it can."""
 
 
-# backend: `module:class`, imported only when asked for.
-TARGETS: Final[dict[str, str]] = {"openvino": "builder.openvino:OpenVINOTarget"}
+# `module:class` by backend, imported only when asked for.
+TARGETS: Final[dict[Backend, str]] = {"openvino": "builder.openvino:OpenVINOTarget"}
+
+# Precision of what an INT8 graph does not quantise: most CPUs have no FP16 arithmetic, every GPU has.
+INT8_REST: Final[dict[Backend, Rest]] = {"openvino": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
 
 
-def open_target(name: str) -> Target:
-    """The target of that name.
+def open_target(backend: Backend) -> Target:
+    """The target for that backend.
 
     Raises:
-        CompileError: no such target, or its library is not installed here.
+        CompileError: its library is not installed here.
     """
-    if name not in TARGETS:
-        raise CompileError(f"unknown target {name!r}; there are: {', '.join(TARGETS)}")
-    module, _, attribute = TARGETS[name].partition(":")
+    module, _, attribute = TARGETS[backend].partition(":")
     target: Target = getattr(importlib.import_module(module), attribute)()
     return target

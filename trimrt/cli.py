@@ -10,6 +10,7 @@ import click
 # name: (module:command, one line of help). The help stands here so that `trimrt --help` imports nothing.
 COMMANDS: Final = {
     "compress": ("models.commands:compress", "Train a teacher, distil and prune a student."),
+    "prepare": ("builder.commands:prepare", "Turn a student into a kit that compiles on another machine."),
     "build": ("builder.commands:build", "Compile a student into an engine package."),
     "inspect": ("server.commands:inspect", "Show what an engine package is."),
     "serve": ("server.serve:serve", "Serve an engine package over HTTP."),

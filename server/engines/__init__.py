@@ -31,7 +31,8 @@ def load_engine(folder: Path, options: Options | None = None) -> Engine:
         runtime = importlib.import_module(_RUNTIMES[manifest.backend])
     except ImportError as error:
         raise EngineError(
-            f"{folder} needs {manifest.backend} {manifest.backend_version}, which cannot be imported here: {error}"
+            f"{folder} needs {manifest.backend} {manifest.backend_version}, "
+            f"which cannot be imported here: {error}"
         ) from error
     engine: Engine = runtime.load(folder, manifest, options or Options())
     return engine

@@ -1,0 +1,367 @@
+"""`trimrt build` and `trimrt prepare`."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_args
+
+import click
+from click.core import ParameterSource
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from builder.export import ExportError
+from builder.int8 import METHODS
+from builder.kit import GraphSource, KitError, is_kit, open_kit
+from builder.packages import Package, build_package
+from builder.publication import PublicationError
+from builder.targets import INT8_REST, TARGETS, CompileError, open_target
+from builder.verification import Gate, GateError
+from models.card import CheckpointError, read_card
+from models.datasets import DatasetError
+from server.manifest import Backend, BatchSizes, EngineError, Precision
+
+if TYPE_CHECKING:
+    from builder.preparation import Preparation
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _precisions(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[Precision, ...]:
+    known = get_args(Precision)
+    chosen = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+    if unknown := [part for part in chosen if part not in known]:
+        raise click.BadParameter(f"{', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
+    return cast("tuple[Precision, ...]", chosen)
+
+
+def _source_argument(text: str) -> Callable[[_Command], _Command]:
+    return click.argument(
+        "source", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar=text
+    )
+
+
+def _preparation_options(command: _Command) -> _Command:
+    """What says how a checkpoint becomes graphs; a build kit has that behind it."""
+    for option in reversed(
+        (
+            click.option(
+                "--data",
+                help="Where calibration (training) and validation images come from: digits, fashion-mnist, "
+                "or an ImageFolder directory.  [default: what the checkpoint was trained on]",
+            ),
+            click.option(
+                "--calibration",
+                type=click.Choice(["auto", *METHODS]),
+                default="auto",
+                show_default=True,
+                help="How INT8 activation ranges are found; auto tries entropy, then max.",
+            ),
+            click.option("--calibration-images", type=click.IntRange(1), default=512, show_default=True),
+            click.option("--verification-images", type=click.IntRange(1), default=1024, show_default=True),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of images."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+_HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.command(context_settings=_HELP)
+@_source_argument("CHECKPOINT|KIT")
+@click.option(
+    "-p",
+    "--precision",
+    "precisions",
+    callback=_precisions,
+    metavar="LIST",
+    default="int8",
+    show_default=True,
+    help=f"One or more of {', '.join(get_args(Precision))}, separated by commas.",
+)
+@click.option("--target", type=click.Choice(list(TARGETS)), default="openvino", show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("engines"),
+    show_default=True,
+    help="Folder that the packages' folders go into.",
+)
+@click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100),
+    default=0.5,
+    show_default=True,
+    help="Refuse an engine that loses more top-1 accuracy than this, in points.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 100),
+    default=98.0,
+    show_default=True,
+    help="Refuse an engine that labels fewer validation images as the FP32 network does, in percent.",
+)
+@_preparation_options
+@click.pass_context
+def build(
+    context: click.Context,
+    /,
+    source: Path,
+    precisions: Sequence[Precision],
+    target: Backend,
+    output: Path,
+    min_batch: int,
+    opt_batch: int,
+    max_batch: int,
+    max_drop: float,
+    min_agreement: float,
+    **preparation: Any,
+) -> None:
+    """Compile a student into engine packages, and publish those that are as good as it is.
+
+    From a CHECKPOINT (`trimrt compress`): export, conversion to each precision and compilation. From
+    a build KIT (`trimrt prepare`): compilation alone, which needs neither torch nor ModelOpt.
+
+    Each engine is run over held-out validation images. One that is beyond the accuracy gate is not
+    published, and the exit code is not 0.
+    """
+    batch = _batch_sizes(min_batch, opt_batch, max_batch)
+    gate = Gate(max_drop=max_drop / 100, min_agreement=min_agreement / 100)
+    packages: list[Package] = []
+    refused: list[str] = []
+    with _clear_errors(), _Display() as display:
+        compiler = open_target(target)
+        with _open(context, source, preparation, display) as graphs:
+            for precision in precisions:
+                try:
+                    package = build_package(
+                        graphs,
+                        compiler,
+                        precision,
+                        output,
+                        batch=batch,
+                        gate=gate,
+                        command=_command_line(context, precisions=precision),
+                        report=display.report,
+                    )
+                except GateError as error:
+                    refused.append(str(error))
+                    continue
+                display.note_package(package)
+                packages.append(package)
+        if any(package.manifest.evidence for package in packages):
+            display.note(_table(packages))
+    if refused:
+        raise click.ClickException("\n".join(refused))
+
+
+@click.command(context_settings=_HELP)
+@_source_argument("CHECKPOINT")
+@click.option(
+    "-p",
+    "--precision",
+    "precisions",
+    callback=_precisions,
+    metavar="LIST",
+    default=",".join(get_args(Precision)),
+    show_default=True,
+    help="What can be built from the kit.",
+)
+@click.option(
+    "--target",
+    "targets",
+    type=click.Choice(list(INT8_REST)),
+    multiple=True,
+    default=list(INT8_REST),
+    show_default=True,
+    help="What it can be built for; repeatable.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="The kit's folder; an older kit there is replaced.",
+)
+@_preparation_options
+@click.pass_context
+def prepare(
+    context: click.Context,
+    /,
+    source: Path,
+    precisions: Sequence[Precision],
+    targets: Sequence[Backend],
+    output: Path,
+    **preparation: Any,
+) -> None:
+    """Turn a CHECKPOINT into a build kit: all that compiling on another machine needs.
+
+    Carry the kit to the device and run `trimrt build KIT` there.
+    """
+    with _clear_errors(), _Display() as display:
+        if output.exists() and not is_kit(output):
+            raise KitError(f"{output} exists and is not a build kit; choose another --output")
+        rests = list(dict.fromkeys(INT8_REST[target] for target in targets))
+        with _prepare(source, preparation, display) as prepared:
+            from builder.preparation import write_kit
+
+            command = _command_line(context, precisions=",".join(precisions))
+            kit = write_kit(prepared, output, precisions, rests, command)
+        display.note(f"{output}: {', '.join(graph.file for graph in kit.graphs)}")
+        display.note(f"Next, on the device:  [bold]trimrt build {output}[/]")
+
+
+class _Display:
+    """Where the work stands, on standard error: one line that changes, below lines that stay."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task("")
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def report(self, text: str) -> None:
+        """What is being done now."""
+        self._progress.update(self._task, description=text)
+
+    def note(self, text: RenderableType) -> None:
+        """What was found, to stay."""
+        self._progress.console.print(text, highlight=False, soft_wrap=isinstance(text, str))
+
+    def note_package(self, package: Package) -> None:
+        """Where a package is, and what it took."""
+        for line in package.rejected:
+            self.note(f"[yellow]rejected[/] {escape(line)}")
+        self.note(f"[green]published[/] {escape(str(package.folder))} (version {package.manifest.version})")
+        if package.unverified is not None:
+            self.note(f"[yellow]NOT verified[/]: {escape(package.unverified)}")
+
+
+def _table(packages: Sequence[Package]) -> Table:
+    table = Table(box=SIMPLE_HEAD, caption="FP32: PyTorch's top-1. Speed: the engine alone, on this machine.")
+    table.add_column("precision", no_wrap=True)
+    for heading in ("weights", "FP32", "top-1", "agreement", "one image", "images/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for package in packages:
+        evidence = package.manifest.evidence
+        if evidence is not None:
+            table.add_row(
+                package.manifest.precision,
+                f"{evidence.weights_bytes / 1e6:.2f} MB",
+                f"{evidence.reference_top1:.2%}",
+                f"{evidence.engine_top1:.2%}",
+                f"{evidence.label_agreement:.2%}",
+                f"{evidence.latency_ms:.2f} ms",
+                f"{evidence.throughput:,.0f}",
+            )
+    return table
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user can act on becomes a message; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (
+        CheckpointError,
+        CompileError,
+        DatasetError,
+        EngineError,
+        ExportError,
+        KitError,
+        PublicationError,
+    ) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _batch_sizes(smallest: int, best: int, largest: int) -> BatchSizes:
+    if not smallest <= best <= largest:
+        raise click.UsageError(
+            f"batch sizes must be ordered: --min-batch {smallest}, --opt-batch {best}, --max-batch {largest}"
+        )
+    return BatchSizes(min=smallest, opt=best, max=largest)
+
+
+@contextmanager
+def _open(
+    context: click.Context, path: Path, preparation: dict[str, Any], display: _Display
+) -> Iterator[GraphSource]:
+    """The build kit or checkpoint at `path`."""
+    if not is_kit(path):
+        with _prepare(path, preparation, display) as prepared:
+            yield prepared
+        return
+    given = [name for name in preparation if _is_typed(context, name)]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise click.UsageError(
+            f"{path} is a build kit, whose images and calibration are fixed; leave out {options}"
+        )
+    display.report("checking the build kit")
+    yield open_kit(path)
+
+
+@contextmanager
+def _prepare(path: Path, preparation: dict[str, Any], display: _Display) -> Iterator[Preparation]:
+    """The checkpoint at `path`, exported; its graphs live as long as the context."""
+    read_card(path)  # says what is wrong before seconds of importing
+    try:
+        from builder.preparation import Settings, prepare_checkpoint
+    except ImportError as error:
+        raise click.ClickException(
+            f"{path} is a checkpoint, and preparing one needs what `pip install 'trimrt[compress]'` brings "
+            f"({error}). Or run `trimrt prepare` where that is installed, and build from its kit here"
+        ) from error
+    method = preparation["calibration"]
+    settings = Settings(
+        data=preparation["data"],
+        calibration_images=preparation["calibration_images"],
+        verification_images=preparation["verification_images"],
+        methods=METHODS if method == "auto" else (method,),
+        seed=preparation["seed"],
+    )
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
+        prepared = prepare_checkpoint(path, Path(workspace), settings, display.report)
+        display.note(f"ONNX and PyTorch logits differ by {prepared.export_difference:.1e} at most")
+        yield prepared
+
+
+def _is_typed(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _command_line(context: click.Context, *, precisions: str) -> str:
+    """The command that does this again for some of the precisions."""
+    words = ["trimrt", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        value = precisions if name == "precisions" else context.params[name]
+        if name == "precisions" or _is_typed(context, name):
+            for item in value if isinstance(value, tuple) else (value,):
+                option = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
+                words += [*option, str(item)]
+    return shlex.join(words)
