@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+ENGINE ?= digits-resnet18-int8-openvino
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -29,8 +30,8 @@ install-dev: $(VENV)/.install-dev  ## The same, with everything the tests need.
 demo: $(VENV)/.install  ## Compress, build, serve and predict once, on handwritten digits.
 	@$(BIN)/trimrt demo
 
-serve: $(VENV)/.install  ## Serve what the demo built, on http://127.0.0.1:8000.
-	@$(BIN)/trimrt serve
+serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:8000.
+	@$(BIN)/trimrt serve --engine $(ENGINE)
 
 test: $(VENV)/.install-dev  ## Run the whole test suite and print its coverage.
 	@$(BIN)/python -m pytest --cov
