@@ -64,6 +64,10 @@ class Compatibility(_Strict):
     )
     gpu_name: str | None = None
     compute_capability: str | None = None
+    compute_capabilities: list[str] = Field(
+        default=[], description="GPUs that TensorRT-RTX compiled for; empty means Ampere and later"
+    )
+    dla_core: int | None = None
     cuda: str | None = None
     driver: str | None = None
     l4t: str | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,17 @@ class Options:
     Attributes:
         slots: batches that may run at once.
         threads: CPU threads that all slots share; only CPU runtimes use it.
+        cuda: the CUDA interface of GPU runtimes.
+        cuda_graphs: capture a CUDA graph for each batch size, where the CUDA interface can.
+        host_code: let a plan run code of its own on the CPU (version-compatible TensorRT plans do);
+            only for plans from a trusted place.
     """
 
     slots: int | None = None
     threads: int | None = None
+    cuda: Literal["cuda-bindings", "pycuda"] | None = None
+    cuda_graphs: bool = True
+    host_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def merge(apis: Iterable[Api]) -> Api:
 def problem(use: Use, api: Api) -> str | None:
     """What is wrong with a use in one version; None if nothing."""
     if use.owner not in api:
-        return f"there is no {use.owner}"
+        return None  # so there is no such object either: the use that would make one is reported itself
     member = api[use.owner].get(use.member)
     if member is None:
         return f"{use.owner or 'the module'} has no {use.member}"
