@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from server.devices import find_devices
 from server.lifecycle import Lifecycle
 from server.manifest import EngineError
 from server.metrics import Metrics
@@ -25,6 +26,9 @@ from server.settings import Settings
 from server.telemetry import Telemetry
 from server.v2 import rest
 from server.version import VERSION
+
+if TYPE_CHECKING:
+    from server.tracing import Tracer
 
 log = logging.getLogger("trimrt")
 
@@ -50,9 +54,9 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.telemetry = telemetry = Telemetry()
+        app.state.telemetry = telemetry = Telemetry(_make_tracer(settings))
         app.state.registry = registry = Registry(settings, telemetry, load)
-        app.state.metrics = Metrics(telemetry, registry)
+        app.state.metrics = Metrics(telemetry, registry, find_devices())
         loading = asyncio.create_task(_load_configured(registry, settings, on_failure))
         grpc_server = await _start_grpc(app, settings)
         watching = asyncio.create_task(registry.watch()) if settings.watch else None
@@ -63,6 +67,8 @@ def create_app(
             await grpc_server.stop(settings.grace_s)
         await loading
         await registry.close()
+        if telemetry.tracer is not None:
+            await asyncio.to_thread(telemetry.tracer.close)
 
     app = FastAPI(
         title="TrimRT",
@@ -81,6 +87,14 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(Exception, _internal)
     return app
+
+
+def _make_tracer(settings: Settings) -> Tracer | None:
+    if not settings.otlp_endpoint:
+        return None
+    from server.tracing import Tracer
+
+    return Tracer(settings.otlp_endpoint)
 
 
 async def _start_grpc(app: FastAPI, settings: Settings) -> Any:

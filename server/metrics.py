@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -14,6 +15,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from server.devices import Device, Reading
 from server.registry import Registry
 from server.telemetry import EngineKey, Telemetry
 from server.version import VERSION
@@ -25,11 +27,23 @@ class _TelemetryCollector(Collector):
     def __init__(self, telemetry: Telemetry, registry: Registry) -> None:
         self._telemetry = telemetry
         self._registry = registry
+        self.readings: list[tuple[str, Reading]] = []
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
         yield from self._engines()
         yield from self._engine_stats()
+        yield from self._device_readings()
+
+    def _device_readings(self) -> Iterator[Metric]:
+        families: dict[str, GaugeMetricFamily] = {}
+        for device, reading in self.readings:
+            name = f"trimrt_device_{reading.quantity}"
+            family = families.setdefault(
+                name, GaugeMetricFamily(name, "As the accelerator reports it.", labels=("device", "sensor"))
+            )
+            family.add_metric((device, reading.sensor), reading.value)
+        yield from families.values()
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -95,12 +109,20 @@ def _size_buckets(batches: dict[int, int]) -> tuple[list[tuple[str, float]], flo
 class Metrics:
     """Renders the metrics of one application; several applications in a process do not share any."""
 
-    def __init__(self, telemetry: Telemetry, registry: Registry) -> None:
+    def __init__(self, telemetry: Telemetry, registry: Registry, devices: Sequence[Device]) -> None:
+        self._devices = devices
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
         PlatformCollector(registry=self._collectors)
-        self._collectors.register(_TelemetryCollector(telemetry, registry))
+        self._collector = _TelemetryCollector(telemetry, registry)
+        self._collectors.register(self._collector)
 
-    def render(self) -> bytes:
+    async def render(self) -> bytes:
         """The text exposition."""
+        if self._devices:  # reading sensors may block, on I2C for milliseconds
+            self._collector.readings = await asyncio.to_thread(_read, self._devices)
         return generate_latest(self._collectors)
+
+
+def _read(devices: Sequence[Device]) -> list[tuple[str, Reading]]:
+    return [(device.name, reading) for device in devices for reading in device.read()]

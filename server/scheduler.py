@@ -35,25 +35,58 @@ _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average of sec
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One image's answer; durations in seconds.
+    """One image's answer, and when its stages began and ended (seconds, by `time.monotonic`).
 
     Attributes:
         probabilities: `float32` of shape `(classes,)`.
         logits: same shape and dtype.
         batch_size: images in the batch it rode in.
-        decode: time on the decoding thread.
-        queue: time spent waiting, before decoding and before inference.
-        inference: the batch's time in the engine.
-        total: from admission to the result.
+        admitted: when the request was.
+        decoding: when a decoding thread took it.
+        decoded: when its pixels joined the engine's queue.
+        running: when its batch began.
+        computed: when its batch ended.
+        delivered: when the result was handed back.
     """
 
     probabilities: NDArray[np.float32]
     logits: NDArray[np.float32]
     batch_size: int
-    decode: float
-    queue: float
-    inference: float
-    total: float
+    admitted: float
+    decoding: float
+    decoded: float
+    running: float
+    computed: float
+    delivered: float
+
+    @property
+    def decode(self) -> float:
+        """Time on the decoding thread."""
+        return self.decoded - self.decoding
+
+    @property
+    def queue(self) -> float:
+        """Time spent waiting: for a decoding thread, and for a slot."""
+        return self.decoding - self.admitted + self.running - self.decoded
+
+    @property
+    def inference(self) -> float:
+        """The batch's time in the engine."""
+        return self.computed - self.running
+
+    @property
+    def total(self) -> float:
+        """From admission to the result."""
+        return self.delivered - self.admitted
+
+    def stages(self) -> list[tuple[str, float, float]]:
+        """What happened when: name, begin and end."""
+        return [
+            ("queue for decoding", self.admitted, self.decoding),
+            ("decode", self.decoding, self.decoded),
+            ("queue for inference", self.decoded, self.running),
+            ("inference", self.running, self.computed),
+        ]
 
 
 class _Job:
@@ -75,14 +108,14 @@ class _Job:
 class _Image:
     """One image on its way."""
 
-    __slots__ = ("decode_s", "index", "job", "pixels", "ready_at")
+    __slots__ = ("decoding", "index", "job", "pixels", "ready_at")
 
     def __init__(self, job: _Job, index: int) -> None:
         self.job = job
         self.index = index
         self.pixels: Pixels  # once it is decoded
-        self.decode_s = 0.0
-        self.ready_at = 0.0
+        self.decoding = job.admitted
+        self.ready_at = job.admitted
 
     def is_dead(self, now: float) -> bool:
         return self.job.over or now >= self.job.deadline
@@ -195,7 +228,6 @@ class Scheduler:
                     self._decoder.submit(partial(self._decode, image, data))
                 else:
                     image.pixels = data
-                    image.ready_at = now
                     self._enqueue(image)
             return await job.future
         except asyncio.CancelledError:
@@ -247,19 +279,24 @@ class Scheduler:
         finished: float,
     ) -> None:
         now = time.monotonic()
-        inference = finished - started
         self._measure_rate(len(batch), started, now)
         self.stats.batch(len(batch))
         for row, image in enumerate(batch):
             job = image.job
             if job.over:
                 continue
-            decode, total = image.decode_s, now - job.admitted
-            queue = started - job.admitted - decode
-            self.stats.image(decode=decode, queue=queue, inference=inference, total=total)
-            job.results[image.index] = Result(
-                probabilities[row], logits[row], len(batch), decode, queue, inference, total
+            result = job.results[image.index] = Result(
+                probabilities[row],
+                logits[row],
+                len(batch),
+                job.admitted,
+                image.decoding,
+                image.ready_at,
+                started,
+                finished,
+                now,
             )
+            self.stats.image(result.decode, result.queue, result.inference, result.total)
             job.remaining -= 1
             self._release(1)
             if job.remaining == 0 and not job.future.done():
@@ -286,8 +323,8 @@ class Scheduler:
 
     def _decode(self, image: _Image, data: bytes) -> None:
         """Turn `data` into `image`'s pixels and queue it; failures go to its request."""
-        started = time.monotonic()
-        if image.is_dead(started):
+        image.decoding = time.monotonic()
+        if image.is_dead(image.decoding):
             return
         try:
             image.pixels = load_pixels(data, self._spec, max_pixels=self._max_pixels)
@@ -300,7 +337,6 @@ class Scheduler:
             )
         else:
             image.ready_at = time.monotonic()
-            image.decode_s = image.ready_at - started
             self._enqueue(image)
 
     # --- on a slot's thread ------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class EngineStats:
         """Count a batch of `size` images."""
         self.batches[size] = self.batches.get(size, 0) + 1
 
-    def image(self, *, decode: float, queue: float, inference: float, total: float) -> None:
+    def image(self, decode: float, queue: float, inference: float, total: float) -> None:
         """Count one answered image; durations in seconds."""
         stages = self.stages
         stages["decode"].add(decode)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.requests import ClientDisconnect
 
 from server.manifest import Manifest
 from server.problems import Problem
 from server.stats import EngineStats
+
+if TYPE_CHECKING:
+    from server.scheduler import Result
+    from server.tracing import Tracer
 
 
 class EngineKey(NamedTuple):
@@ -45,6 +49,16 @@ class RequestKey(NamedTuple):
     reason: str
 
 
+class Observed:
+    """What a request tells of itself while it is served."""
+
+    __slots__ = ("manifest", "results")
+
+    def __init__(self) -> None:
+        self.manifest: Manifest | None = None
+        self.results: Sequence[Result] = ()
+
+
 def _outcome(problem: Problem) -> str:
     if problem.status in (408, 504):
         return "expired"
@@ -56,8 +70,9 @@ def _outcome(problem: Problem) -> str:
 class Telemetry:
     """Counters that outlive the engines they count."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer | None = None) -> None:
         self.started = time.time()
+        self.tracer = tracer
         self.engines: dict[EngineKey, EngineStats] = {}
         self.requests: Counter[RequestKey] = Counter()
         self.in_flight = 0
@@ -67,12 +82,13 @@ class Telemetry:
         return self.engines.setdefault(EngineKey.of(manifest), EngineStats())
 
     @contextmanager
-    def request(self, protocol: str) -> Iterator[None]:
-        """Count one inference request, by how the block ends."""
+    def request(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Observed]:
+        """Count one inference request, and trace it if there is a tracer, by how the block ends."""
+        observed, began = Observed(), time.monotonic()
         self.in_flight += 1
         outcome, reason = "ok", ""
         try:
-            yield
+            yield observed
         except Problem as problem:
             outcome, reason = _outcome(problem), problem.name
             raise
@@ -85,3 +101,12 @@ class Telemetry:
         finally:
             self.in_flight -= 1
             self.requests[RequestKey(protocol, outcome, reason)] += 1
+            if self.tracer is not None:
+                self.tracer.record(
+                    protocol,
+                    headers,
+                    began,
+                    problem=reason,
+                    manifest=observed.manifest,
+                    results=observed.results,
+                )

@@ -110,7 +110,7 @@ async def predict(
     """Classify one image (a raw `image/*` body) or several (multipart field `file`, repeated)."""
     state = request.app.state
     settings: Settings = state.settings
-    with state.telemetry.request("predict"):
+    with state.telemetry.request("predict", request.headers) as observed:
         if state.lifecycle.refusing:
             raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
         if settings.protect_predict:
@@ -122,8 +122,11 @@ async def predict(
         # Turned away before the body is read, an overload costs little.
         scheduler.check_room()
         images = await _read_images(request, settings, deadline - time.monotonic())
+        observed.manifest = manifest
         with CancelOnDisconnect(request.receive):
-            results = await scheduler.infer([image.data for image in images], deadline - time.monotonic())
+            observed.results = results = await scheduler.infer(
+                [image.data for image in images], deadline - time.monotonic()
+            )
         return _answer(request.state.request_id, manifest, images, results, count)
 
 

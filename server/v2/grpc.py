@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeAlias
 from urllib.parse import unquote
 
@@ -109,11 +109,12 @@ class _Service:
         return pb.ModelMetadataResponse(**core.model_metadata(scheduler.engine.manifest))
 
     async def model_infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        with self._state.telemetry.request("v2-grpc"):
+        metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
+        with self._state.telemetry.request("v2-grpc", metadata) as observed:
             if self._state.lifecycle.refusing:
                 raise Problem("not-ready", "the server is draining")
             if self._settings.protect_predict:
-                self._require_key(context)
+                self._require_key(metadata, context.peer())
             scheduler = core.find_model(self._state.registry, request.model_name, request.model_version)
             manifest = scheduler.engine.manifest
             asked = _requested(request)
@@ -122,7 +123,8 @@ class _Service:
             longest = self._settings.timeout_ms / 1000
             timeout = min(context.time_remaining() or longest, longest)
             # A client that goes away cancels this coroutine, and with it the images.
-            results = await scheduler.infer(images, timeout)
+            observed.manifest = manifest
+            observed.results = results = await scheduler.infer(images, timeout)
             outputs = core.outputs_of(asked, results, manifest.labels)
             return pb.ModelInferResponse(
                 model_name=manifest.name,
@@ -137,12 +139,11 @@ class _Service:
                 raw_output_contents=[output.raw() for output in outputs],
             )
 
-    def _require_key(self, context: Context) -> None:
+    def _require_key(self, metadata: Mapping[str, str], peer: str) -> None:
         key = self._settings.api_key
-        sent = {name.lower(): value for name, value in context.invocation_metadata() or ()}
-        scheme, _, token = str(sent.get("authorization", "")).partition(" ")
-        token = token if scheme.lower() == "bearer" else str(sent.get("x-api-key", ""))
-        if not _is_loopback(context.peer()) and (key is None or not is_key(token, key)):
+        scheme, _, token = metadata.get("authorization", "").partition(" ")
+        token = token if scheme.lower() == "bearer" else metadata.get("x-api-key", "")
+        if not _is_loopback(peer) and (key is None or not is_key(token, key)):
             raise Problem("unauthorized", "send the API key as metadata `authorization: Bearer <key>`")
 
 

@@ -172,7 +172,7 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
     """Run a model on pixels (`UINT8`) or encoded images (`BYTES`; in JSON, base64)."""
     state = request.app.state
     settings: Settings = state.settings
-    with state.telemetry.request("v2-rest"):
+    with state.telemetry.request("v2-rest", request.headers) as observed:
         if state.lifecycle.refusing:
             raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
         if settings.protect_predict:
@@ -188,8 +188,9 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
         asked = _requested(model, version, header, tensors)
         core.check_outputs(asked, len(manifest.labels))
         images = core.images_of(asked, manifest, settings.max_images)
+        observed.manifest = manifest
         with CancelOnDisconnect(request.receive):
-            results = await scheduler.infer(images, deadline - time.monotonic())
+            observed.results = results = await scheduler.infer(images, deadline - time.monotonic())
         outputs = core.outputs_of(asked, results, manifest.labels)
         answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
         if header.id:

@@ -1,0 +1,26 @@
+"""What the accelerators of this machine say of themselves; nothing, at no cost, where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from server.devices.base import Device, Reading
+from server.devices.jetson import find_jetson
+
+__all__ = ["Device", "Reading", "find_devices"]
+
+
+def find_devices(root: Path = Path("/")) -> list[Device]:
+    """The accelerators that can be asked.
+
+    Args:
+        root: where `proc`, `sys` and `dev` are found.
+    """
+    jetson = find_jetson(root)
+    if jetson is not None:
+        return [jetson]
+    if (root / "dev/nvidiactl").exists():
+        from server.devices.nvml import find_gpus
+
+        return [*find_gpus()]
+    return []

@@ -1,0 +1,76 @@
+"""OpenTelemetry traces: one span a request, one a stage, in the caller's W3C trace.
+
+Only imported when an endpoint is configured; needs the extra `otel`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from server.manifest import Manifest
+from server.scheduler import Result
+from server.version import VERSION
+
+
+class Tracer:
+    """Exports spans over OTLP/HTTP, from a thread of its own."""
+
+    def __init__(self, endpoint: str) -> None:
+        exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")
+        resource = Resource.create({"service.name": "trimrt", "service.version": VERSION})
+        self._provider = TracerProvider(resource=resource)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("trimrt", VERSION)
+        self._propagator = TraceContextTextMapPropagator()
+
+    def record(
+        self,
+        name: str,
+        headers: Mapping[str, str],
+        started: float,
+        *,
+        problem: str | None,
+        manifest: Manifest | None,
+        results: Sequence[Result],
+    ) -> None:
+        """Export a request that just ended.
+
+        Args:
+            name: of the request's span.
+            headers: the request's, with `traceparent` where the caller traces; names in lower case.
+            started: when it began, by `time.monotonic`.
+            problem: the reason it failed, if it did.
+            manifest: of the engine that answered.
+            results: its images' results; each gets a span for each stage.
+        """
+        epoch = time.time_ns() - int(time.monotonic() * 1e9)
+
+        def at(seconds: float) -> int:
+            return epoch + int(seconds * 1e9)
+
+        context = self._propagator.extract(headers)
+        span = self._tracer.start_span(name, context, trace.SpanKind.SERVER, start_time=at(started))
+        span.set_attribute("trimrt.images", len(results))
+        if manifest is not None:
+            span.set_attributes({"trimrt.engine": manifest.name, "trimrt.precision": manifest.precision})
+        if problem:
+            span.set_status(trace.StatusCode.ERROR, problem)
+        inside = trace.set_span_in_context(span)
+        for number, result in enumerate(results):
+            for stage, begin, end in result.stages():
+                child = self._tracer.start_span(stage, inside, start_time=at(begin))
+                child.set_attributes({"trimrt.image": number, "trimrt.batch_size": result.batch_size})
+                child.end(at(end))
+        span.end(at(time.monotonic()))
+
+    def close(self) -> None:
+        """Export what is left."""
+        self._provider.shutdown()

@@ -1,0 +1,97 @@
+"""Accelerator telemetry: a Jetson's sysfs as files, since no Jetson is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import running
+
+from server.devices import find_devices
+from server.devices.base import Reading
+from server.settings import Settings
+
+# The files of an Orin Nano that matter here, as JetPack 6 lays them out.
+ORIN_NANO = {
+    "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0",
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
+    "proc/meminfo": "MemTotal:        7802676 kB\nMemFree:          316260 kB\nMemAvailable:    4121316 kB\n",
+    "sys/class/devfreq/17000000.gpu/device/load": "437\n",
+    "sys/class/devfreq/17000000.gpu/cur_freq": "624750000\n",
+    "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+    "sys/class/thermal/thermal_zone0/temp": "48312\n",
+    "sys/class/thermal/thermal_zone1/type": "gpu-thermal\n",
+    "sys/class/thermal/thermal_zone1/temp": "47125\n",
+    "sys/class/thermal/thermal_zone2/type": "cv0-thermal\n",
+    "sys/class/thermal/thermal_zone2/temp": "-256000\n",
+    "sys/class/thermal/thermal_zone3/type": "cv1-thermal\n",
+    "sys/class/hwmon/hwmon0/name": "pwmfan\n",
+    "sys/class/hwmon/hwmon1/name": "ina3221\n",
+    "sys/class/hwmon/hwmon1/in1_label": "VDD_IN\n",
+    "sys/class/hwmon/hwmon1/in1_input": "5080\n",
+    "sys/class/hwmon/hwmon1/curr1_input": "976\n",
+    "sys/class/hwmon/hwmon1/in2_label": "VDD_CPU_GPU_CV\n",
+    "sys/class/hwmon/hwmon1/in2_input": "5064\n",
+    "sys/class/hwmon/hwmon1/curr2_input": "128\n",
+    "sys/class/hwmon/hwmon1/in3_label": "VDD_SOC\n",
+}
+
+
+@pytest.fixture
+def orin(tmp_path: Path) -> Path:
+    for name, content in ORIN_NANO.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return tmp_path
+
+
+def test_a_jetson_is_read_from_sysfs(orin: Path) -> None:
+    (device,) = find_devices(orin)
+    assert device.name == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert device.read() == [
+        Reading("utilization_ratio", "17000000.gpu", 0.437),
+        Reading("clock_hertz", "17000000.gpu", 624_750_000),
+        Reading("temperature_celsius", "cpu-thermal", 48.312),
+        Reading("temperature_celsius", "gpu-thermal", 47.125),
+        Reading("power_watts", "VDD_IN", pytest.approx(4.95808)),
+        Reading("power_watts", "VDD_CPU_GPU_CV", pytest.approx(0.648192)),
+        Reading("memory_total_bytes", "", 7802676 * 1024),
+        Reading("memory_used_bytes", "", (7802676 - 4121316) * 1024),
+    ]
+
+
+def test_sensors_that_fail_or_vanish_are_left_out(orin: Path) -> None:
+    (device,) = find_devices(orin)
+    (orin / "sys/class/devfreq/17000000.gpu/device/load").write_text("not a number")
+    (orin / "sys/class/hwmon/hwmon1/in1_input").unlink()
+    (orin / "proc/meminfo").unlink()
+    quantities = [(reading.quantity, reading.sensor) for reading in device.read()]
+    assert quantities == [
+        ("clock_hertz", "17000000.gpu"),
+        ("temperature_celsius", "cpu-thermal"),
+        ("temperature_celsius", "gpu-thermal"),
+        ("power_watts", "VDD_CPU_GPU_CV"),
+    ]
+
+
+def test_a_machine_without_accelerators_has_no_devices(tmp_path: Path) -> None:
+    assert find_devices(tmp_path) == []
+
+
+def test_a_driver_that_does_not_answer_is_no_device(tmp_path: Path) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert find_devices(tmp_path) == []
+
+
+def test_metrics_carry_the_readings(orin: Path, engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.app.find_devices", lambda: find_devices(orin))
+    with running(Settings(engine="tiny", engine_dir=engine_dir, port=0)) as server:
+        metrics = server.client.get("/metrics").text
+    device = 'device="NVIDIA Jetson Orin Nano Developer Kit"'
+    assert f'trimrt_device_power_watts{{{device},sensor="VDD_IN"}} 4.95808' in metrics
+    assert f'trimrt_device_temperature_celsius{{{device},sensor="gpu-thermal"}} 47.125' in metrics
+    assert f'trimrt_device_utilization_ratio{{{device},sensor="17000000.gpu"}} 0.437' in metrics
