@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
 
 from server.devices import find_devices
 from server.lifecycle import Lifecycle
@@ -21,7 +22,7 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem
 from server.registry import LoadEngine, Registry, load_engine, resolve_engines
-from server.routes import engines, health, observability, predict
+from server.routes import engines, health, observability, page, predict
 from server.settings import Settings
 from server.telemetry import Telemetry
 from server.v2 import rest
@@ -79,8 +80,9 @@ def create_app(
     app.state.settings = settings
     app.state.lifecycle = Lifecycle()
     app.add_middleware(RequestContext)
-    for module in (predict, engines, health, observability, rest):
+    for module in (predict, engines, health, observability, rest, page):
         app.include_router(module.router)
+    app.mount("/page", StaticFiles(directory=page.FOLDER))
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _invalid)

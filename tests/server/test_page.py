@@ -1,0 +1,209 @@
+"""The page, in a real Chromium with no network but the server."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from running import Running, running
+from tiny_engine import LABELS
+
+from server.settings import Settings
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
+
+Encode = Callable[..., bytes]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def served(engine_dir: Path) -> Iterator[Running]:
+    with running(Settings(engine="tiny", engine_dir=engine_dir, port=0)) as it:
+        yield it
+
+
+@pytest.fixture
+def page(browser: Browser, served: Running) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 1080}, permissions=["camera"])
+    page = context.new_page()
+    complaints: list[str] = []
+    foreign: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith((served.url, "blob:")) else foreign.append(request.url)
+        ),
+    )
+    page.goto(served.url)
+    expect(page.locator("#status")).to_have_text("ready")
+    yield page
+    context.close()
+    assert complaints == []
+    assert foreign == [], "the page must work offline"
+
+
+@pytest.fixture
+def photo(tmp_path: Path, encode: Encode) -> Path:
+    path = tmp_path / "blocks.png"
+    path.write_bytes(encode(1, "PNG", (480, 360)))
+    return path
+
+
+def test_an_image_is_picked_and_its_labels_and_stages_shown(page: Page, photo: Path, served: Running) -> None:
+    page.set_input_files("#file", photo)
+    best = served.predict(photo.read_bytes()).json()["results"][0]["predictions"]
+    rows = page.locator("#labels li")
+    expect(rows).to_have_count(5)
+    expect(rows.first.locator(".name")).to_have_text(best[0]["label"])
+    expect(rows.first).to_contain_text(f"{best[0]['probability'] * 100:.1f} %")
+    expect(page.locator("#answered-by")).to_have_text("tiny · fp32 · openvino")
+    expect(page.locator("#legend li")).to_have_count(4)
+    expect(page.locator("#stages")).to_have_attribute(
+        "aria-label", re.compile(r"decode [\d.]+ ms.*inference")
+    )
+    expect(page.locator("#rode")).to_have_text("It rode alone.")
+    expect(page.locator("#preview")).to_have_attribute("alt", "The chosen image, blocks.png")
+
+
+def test_an_image_is_dropped_and_pasted(page: Page, encode: Encode) -> None:
+    for event, property in (("drop", "dataTransfer"), ("paste", "clipboardData")):
+        page.evaluate(
+            """([event, property, bytes]) => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(bytes)], `${event}.png`, {type: "image/png"}));
+                const happened = new Event(event, {bubbles: true, cancelable: true});
+                happened[property] = transfer;
+                document.body.dispatchEvent(happened);
+            }""",
+            [event, property, list(encode(3))],
+        )
+        expect(page.locator("#filename")).to_contain_text("drop.png" if event == "drop" else "pasted image")
+        expect(page.locator("#labels li")).to_have_count(5)
+
+
+def test_a_photograph_is_taken(page: Page) -> None:
+    page.click("#camera")
+    expect(page.locator("#video")).to_be_visible()
+    page.click("#shoot")
+    expect(page.locator("#filename")).to_contain_text("photograph.jpg")
+    expect(page.locator("#labels li")).to_have_count(5)
+    expect(page.locator("#video")).to_be_hidden()
+
+
+def test_the_engine_is_switched_and_loaded_if_need_be(page: Page, photo: Path, served: Running) -> None:
+    page.set_input_files("#file", photo)
+    expect(page.locator("#answered-by")).to_contain_text("tiny")
+    assert "not loaded" in page.locator("#engine option[value=other]").inner_text()
+    page.select_option("#engine", "other")
+    expect(page.locator("#answered-by")).to_have_text("other · fp16 · openvino")
+    best = served.predict(photo.read_bytes(), params={"engine": "other"}).json()["results"][0]["predictions"][
+        0
+    ]
+    expect(page.locator("#labels li").first).to_contain_text(best["label"])
+    assert "not loaded" not in page.locator("#engine option[value=other]").inner_text()
+
+
+def test_an_error_is_shown_and_the_next_image_answered(page: Page, photo: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"this is no image")
+    page.set_input_files("#file", broken)
+    expect(page.get_by_role("alert")).to_contain_text("Not an image, or a damaged one")
+    expect(page.locator("#labels li")).to_have_count(0)
+    page.set_input_files("#file", photo)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator("#labels li")).to_have_count(5)
+
+
+def test_load_is_sent_and_the_pulse_drawn(page: Page, photo: Path) -> None:
+    page.click("#send")
+    expect(page.locator("#load-result")).to_have_text("Choose an image first.")
+    page.set_input_files("#file", photo)
+    page.fill("#count", "60")
+    page.fill("#concurrency", "4")
+    page.click("#send")
+    expect(page.locator("#load-result")).to_contain_text(
+        re.compile(r"60 answered in .* a second, median .* ms, 99th percentile .* ms\.$"), timeout=20_000
+    )
+    expect(page.locator("#p99")).to_contain_text("ms")
+    expect(page.locator("#chart")).to_have_attribute("aria-label", re.compile(r"median [\d.]+ ms"))
+    expect(page.locator("#chart path.p99")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
+
+
+def test_it_is_used_by_keyboard_and_named_for_screen_readers(page: Page) -> None:
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    reached = set()
+    for _ in range(16):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id"))
+    assert reached >= {"file", "engine", "theme", "count", "concurrency", "send"}
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll("button, input, select, progress, [role=img]")]
+            .filter((e) => !e.hidden && !(e.labels?.length || e.ariaLabel || e.textContent.trim()))
+            .filter((e) => e.checkVisibility()).map((e) => e.outerHTML)"""
+    )
+    assert unnamed == []
+    assert page.locator("h1, h2, h3").all_inner_texts()[0] == "TrimRT"
+
+
+def _contrast(page: Page, selector: str) -> float:
+    """WCAG 2 contrast of an element's text with the first opaque background behind it."""
+    return page.evaluate(
+        """(selector) => {
+            const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+            const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+                .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+                .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+            const element = document.querySelector(selector);
+            let behind = element;
+            const back = () => parse(getComputedStyle(behind).backgroundColor);
+            while (back().length === 4 && back()[3] === 0) behind = behind.parentElement;
+            const both = [parse(getComputedStyle(element).color), back()];
+            const [a, b] = both.map(light).sort((x, y) => y - x);
+            return (a + 0.05) / (b + 0.05);
+        }""",
+        selector,
+    )
+
+
+def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
+    backgrounds = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        expect(page.locator("html")).to_have_attribute("data-theme", scheme)
+        backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for selector in (".muted", "#status", "nav a", "#send", "dt", "#drop-hint"):
+            assert _contrast(page, selector) >= 4.5, f"{selector} is hard to read in {scheme}"
+    assert backgrounds[0] != backgrounds[1]
+    page.click("#theme")
+    expect(page.locator("html")).to_have_attribute("data-theme", "light")
+    page.reload()
+    expect(page.locator("html")).to_have_attribute("data-theme", "light")
+
+
+def test_it_fits_a_telephone(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_labels_cannot_inject_markup(page: Page) -> None:
+    assert LABELS  # shown with textContent; the policy is the second line of defence
+    response = page.request.get(page.url)
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'" in policy
