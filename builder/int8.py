@@ -7,6 +7,8 @@ one form is what TensorRT 10.3 to 11 and OpenVINO both run with integer kernels.
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -41,11 +43,13 @@ def convert_to_int8(
         rest: precision of what is not quantised; FP32 for CPUs, FP16 for TensorRT.
         exclude: names of nodes to keep in that precision.
     """
-    with quiet():
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         from modelopt.onnx.quantization import quantize
 
+        copy = Path(folder) / "master.onnx"  # ModelOpt rewrites its input file
+        shutil.copyfile(master, copy)
         quantize(
-            str(master),
+            str(copy),
             quantize_mode="int8",
             calibration_data={INPUT: np.ascontiguousarray(pixels)},
             calibration_method=method,

@@ -91,7 +91,7 @@ class _Conversion:
         axes = len(self._weights[layer.input[1]].dims) - 1  # an image's axes, after the batch
         activation, reach = self._quantise_activation(layer.input[0], axes)
         layer.input[:] = [activation, self._quantise_weights(layer.input[1])]
-        layer.output[0] = f"{output}/unit"
+        layer.output[0] = f"{output}/layer"
         self._nodes.append(layer)
         product = self._add_node("Mul", [layer.output[0], reach], f"{output}/product" if bias else output)
         if bias:

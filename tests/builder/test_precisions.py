@@ -1,0 +1,135 @@
+"""What the precisions are: sizes, types, legality and accuracy of the graphs in a kit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from builder.export import run_onnx
+from builder.int8_dynamic import convert_to_dynamic_int8
+from builder.kit import Graph, Kit
+from builder.legality import check_legality
+from models.datasets import DataSplit
+from server.engines import load_engine
+from server.manifest import Precision
+
+
+def graph_of(kit: Kit, precision: Precision) -> tuple[Graph, Path]:
+    return next(kit.graphs(precision, "fp32"))
+
+
+def layer_weights(path: Path) -> list[int]:
+    """ONNX types that the weights of convolutions and linear layers are stored in."""
+    graph = onnx.load(path).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
+    found = []
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            name = node.input[1]
+            while name not in types:  # behind a DequantizeLinear
+                name = makers[name].input[0]
+            found.append(types[name])
+    return found
+
+
+def test_fp16_halves_the_weights(kit: Kit) -> None:
+    full, half = graph_of(kit, "fp32")[0], graph_of(kit, "fp16")[0]
+    assert full.weights_bytes / half.weights_bytes >= 1.95
+
+
+# The smaller the network, the more its per-channel scales weigh: the shipped student reaches 3.9.
+@pytest.mark.parametrize(("precision", "factor"), [("int8", 3.85), ("int8-dynamic", 3.5)])
+def test_int8_stores_its_weights_as_int8(kit: Kit, precision: Precision, factor: float) -> None:
+    graph, path = graph_of(kit, precision)
+    types = layer_weights(path)
+
+    assert types.count(TensorProto.INT8) >= len(types) - 1
+    assert graph_of(kit, "fp32")[0].weights_bytes / graph.weights_bytes >= factor
+
+
+def test_fp16_stores_its_weights_as_fp16(kit: Kit) -> None:
+    assert set(layer_weights(graph_of(kit, "fp16")[1])) == {TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-dynamic"])
+def test_every_graph_takes_pixels_and_gives_float32(kit: Kit, precision: Precision) -> None:
+    graph = onnx.load(graph_of(kit, precision)[1]).graph
+    assert [tensor.type.tensor_type.elem_type for tensor in graph.input] == [TensorProto.UINT8]
+    assert [tensor.type.tensor_type.elem_type for tensor in graph.output] == [TensorProto.FLOAT] * 2
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
+def test_int8_graphs_are_legal_on_tensorrt(kit: Kit, precision: Precision) -> None:
+    findings = check_legality(onnx.load(graph_of(kit, precision)[1]))
+    assert findings.errors == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "limit"), [("fp32", 1e-4), ("fp16", 0.05), ("int8", 1.0), ("int8-dynamic", 0.6)]
+)
+def test_engine_stays_close_to_the_fp32_network(
+    packages: dict[Precision, Path], precision: Precision, limit: float
+) -> None:
+    evidence = load_engine(packages[precision]).manifest.evidence
+    assert evidence is not None
+    assert evidence.max_logit_difference <= limit
+
+
+def test_dynamic_int8_result_does_not_depend_on_the_batch(kit: Kit, data: DataSplit) -> None:
+    """Ranges found over a whole batch would let a bright image coarsen its neighbours."""
+    path = graph_of(kit, "int8-dynamic")[1]
+    images = data.validation.load_pixels(kit.student.preprocessing)[:8].copy()
+    images[1:] = 255 - images[1:]
+
+    together, alone = run_onnx(path, images), run_onnx(path, images[:1])
+
+    np.testing.assert_array_equal(together[:1], alone)
+
+
+def test_dynamic_int8_of_an_image_without_contrast_is_finite(kit: Kit) -> None:
+    path = graph_of(kit, "int8-dynamic")[1]
+    assert np.isfinite(run_onnx(path, np.zeros((1, 24, 24, 3), np.uint8))).all()
+
+
+def test_dynamic_int8_of_layers_that_share_weights_and_bias(tmp_path: Path) -> None:
+    """Grouped, biased and weight-sharing convolutions, and a linear layer of another form, which stays."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "weights": rng.normal(size=(4, 2, 3, 3)),
+        "bias": rng.normal(size=4),
+        "pool_axes": np.array([2, 3]),
+        "linear": rng.normal(size=(4, 3)),
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], "pre/cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["nchw"], "pre/layout", perm=[0, 3, 1, 2]),
+        helper.make_node("Relu", ["nchw"], ["x"]),
+        helper.make_node("Conv", ["x", "weights", "bias"], ["y"], group=2, pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["y", "weights", "bias"], ["z"], group=2, pads=[1, 1, 1, 1]),
+        helper.make_node("ReduceMean", ["z", "pool_axes"], ["pooled"], keepdims=0),
+        helper.make_node("Gemm", ["pooled", "linear"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "shared",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 6, 6, 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3])],
+        [
+            numpy_helper.from_array(value.astype(np.int64 if name == "pool_axes" else np.float32), name)
+            for name, value in constants.items()
+        ],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "master.onnx")
+
+    convert_to_dynamic_int8(tmp_path / "master.onnx", tmp_path / "dynamic.onnx")
+
+    pixels = rng.integers(0, 256, (5, 6, 6, 4), np.uint8)
+    expected, got = (run_onnx(tmp_path / name, pixels) for name in ("master.onnx", "dynamic.onnx"))
+    np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
+    assert layer_weights(tmp_path / "dynamic.onnx") == [TensorProto.INT8, TensorProto.INT8, TensorProto.FLOAT]
