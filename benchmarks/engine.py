@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.photos import photographs
-from builder.export import INPUT, export_onnx, reference_logits
+from builder.export import INPUT, export_onnx
 from builder.int8 import convert_to_int8
 from builder.kit import Graph, Student
 from builder.packages import build_package
@@ -65,7 +65,9 @@ class RandomResNet18:
     @property
     def verification(self) -> VerificationSet:
         """Crops of the photographs, with the FP32 network's own labels as the truth."""
-        logits = reference_logits(self._network, self._pixels, SPEC)
+        from models.evaluation import predict_logits
+
+        logits = predict_logits(self._network, self._pixels, SPEC).numpy()
         return VerificationSet("crops of two photographs", self._pixels, logits.argmax(axis=1), logits)
 
     def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from pydantic import BaseModel, Field
 
 from models.preprocessing import load_pixels

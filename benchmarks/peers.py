@@ -32,7 +32,6 @@ from benchmarks.photos import photographs
 from benchmarks.processes import ProcessTree, running
 from benchmarks.report import LARGE, LARGE_CONNECTIONS, SMALL, write_report
 
-
 _WARM_UP_SECONDS: Final = 2
 
 

@@ -1,5 +1,7 @@
 """BentoML: worker processes, each with a pool of threads for its calls."""
 
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import bentoml
@@ -22,3 +24,8 @@ class Classify:
         """The body is the file, which BentoML opens with Pillow but does not decode yet."""
         image.fp.seek(0)
         return self.classifier.classify([image.fp.read()])[0]
+
+
+if __name__ == "__main__":
+    folder = str(Path(__file__).parent)
+    os.execlp("bentoml", "bentoml", "serve", "server:Classify", "--working-dir", folder)

@@ -11,6 +11,7 @@ class Classify(litserve.LitAPI):
     """Decodes in `decode_request`, which LitServe runs in the worker, then infers the batch."""
 
     def setup(self, device: str) -> None:
+        """Called once in each worker."""
         self.classifier = Classifier(threads=1)
 
     def decode_request(self, request: Annotated[bytes, Body(media_type="image/jpeg")]) -> Any:

@@ -1,40 +1,45 @@
-"""MLServer: the event loop decodes in threads; adaptive batching in front of `predict`."""
+"""MLServer: adaptive batching in front of `predict`, on the event loop's own threads."""
 
 import asyncio
-from typing import Any
+import json
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from classifier import MAX_BATCH, PORT, Classifier
 from mlserver import MLModel, MLServer, ModelSettings, Settings
-from mlserver.codecs import NumpyCodec, StringCodec
+from mlserver.codecs import StringCodec
+from mlserver.context import model_context
 from mlserver.handlers.custom import custom_handler
-from mlserver.types import InferenceRequest, InferenceResponse
+from mlserver.types import InferenceRequest, InferenceResponse, RequestInput
 from starlette.requests import Request
 from starlette.responses import Response
-import orjson
 
 
 class Classify(MLModel):
     """A runtime with a route that takes the file as it is."""
 
     async def load(self) -> bool:
-        self.classifier = Classifier(threads=2, streams=2)
+        """Called once, on start."""
+        self.classifier = Classifier(threads=2)
+        self.decoders = ThreadPoolExecutor(2)
         return True
 
     @custom_handler(rest_path="/classify")
     async def classify(self, request: Request) -> Response:
         """The body is the file."""
-        image = await asyncio.to_thread(self.classifier.preprocess, await request.body())
-        tensor = NumpyCodec.encode_input("image", image[None])
-        answer = (await self.predict(InferenceRequest(inputs=[tensor]))).outputs[0]
-        return Response(StringCodec.decode_output(answer)[0], media_type="application/json")
+        file = RequestInput(name="image", shape=[1, 1], datatype="BYTES", data=[await request.body()])
+        with model_context(self.settings):
+            response = await self.predict(InferenceRequest(inputs=[file]))
+        return Response(StringCodec.decode_output(response.outputs[0])[0], media_type="application/json")
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """One answer an image of the batch."""
-        images = NumpyCodec.decode_input(payload.inputs[0])
-        answers = await asyncio.to_thread(self.classifier.infer, list(images))
-        output = StringCodec.encode_output("answer", [orjson.dumps(answer).decode() for answer in answers])
+        """One answer a file of the batch."""
+        answers = await asyncio.to_thread(self._classify, list(payload.inputs[0].data))
+        output = StringCodec.encode_output("answer", answers)
         return InferenceResponse(model_name=self.name, outputs=[output])
+
+    def _classify(self, files: list[bytes]) -> list[str]:
+        images = list(self.decoders.map(self.classifier.preprocess, files))
+        return [json.dumps(answer) for answer in self.classifier.infer(images)]
 
 
 if __name__ == "__main__":
