@@ -267,7 +267,9 @@ function drawChart() {
   if (!width) return;
   chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const left = 56, gap = 26, now = performance.now() / 1000;
-  const x = (time) => left + (width - left) * (1 - (now - time) / SECONDS);
+  const age = state.samples.length ? now - state.samples[0].time : 0;
+  const span = Math.min(SECONDS, Math.max(60, Math.ceil(age / 30) * 30)); // it grows with what there is to show
+  const x = (time) => left + (width - left) * (1 - (now - time) / span);
   const panels = [
     { top: 8, bottom: height * 0.58, lines: ["p99", "p50"], unit: "ms" },
     { top: height * 0.58 + gap, bottom: height - 18, lines: ["rate"], unit: "/s" },
@@ -295,9 +297,9 @@ function drawChart() {
       parts.push(`<path class="${line}" d="${path}"/>`);
     }
   }
-  for (const ago of [180, 120, 60, 0]) {
-    const anchor = ago === 180 ? "start" : ago === 0 ? "end" : "middle";
-    parts.push(`<text x="${x(now - ago)}" y="${height - 3}" text-anchor="${anchor}">${ago ? `${ago / 60} min ago` : "now"}</text>`);
+  for (const ago of [span, span / 2, 0]) {
+    const anchor = ago === span ? "start" : ago === 0 ? "end" : "middle";
+    parts.push(`<text x="${x(now - ago)}" y="${height - 3}" text-anchor="${anchor}">${ago ? `${ago} s ago` : "now"}</text>`);
   }
   chart.innerHTML = parts.join(""); // numbers and constants only
   chart.ariaLabel = `Latency and throughput over the last three minutes; now: median ${$("p50").textContent}, ` +
