@@ -7,22 +7,26 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, get_args
 
 import click
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from builder.export import ExportError
 from builder.int8 import METHODS
 from builder.kit import GraphSource, KitError, is_kit, open_kit
 from builder.packages import Package, build_package
 from builder.publication import PublicationError
-from builder.targets import INT8_REST, TARGETS, CompileError, open_target
+from builder.targets import INT8_REST, CompileError, choose_backend, open_target
+from builder.tensorrt.flags import build_options, tensorrt_options
+from builder.tensorrt.progress import BuildListener, RichListener
 from builder.verification import Gate, GateError
 from models.card import CheckpointError, read_card
 from models.datasets import DatasetError
@@ -88,7 +92,13 @@ _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     show_default=True,
     help=f"One or more of {', '.join(get_args(Precision))}, separated by commas.",
 )
-@click.option("--target", type=click.Choice(list(TARGETS)), default="openvino", show_default=True)
+@click.option(
+    "--target",
+    type=click.Choice(["auto", *INT8_REST]),
+    default="auto",
+    show_default=True,
+    help="What to compile for; auto takes TensorRT where it and a GPU are, else OpenVINO.",
+)
 @click.option(
     "-o",
     "--output",
@@ -114,6 +124,7 @@ _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     show_default=True,
     help="Refuse an engine that labels fewer validation images as the FP32 network does, in percent.",
 )
+@tensorrt_options
 @_preparation_options
 @click.pass_context
 def build(
@@ -121,7 +132,7 @@ def build(
     /,
     source: Path,
     precisions: Sequence[Precision],
-    target: Backend,
+    target: Backend | Literal["auto"],
     output: Path,
     min_batch: int,
     opt_batch: int,
@@ -139,11 +150,15 @@ def build(
     published, and the exit code is not 0.
     """
     batch = _batch_sizes(min_batch, opt_batch, max_batch)
+    options = build_options(preparation)
     gate = Gate(max_drop=max_drop / 100, min_agreement=min_agreement / 100)
     packages: list[Package] = []
     refused: list[str] = []
     with _clear_errors(), _Display() as display:
-        compiler = open_target(target)
+        if target == "auto":
+            target, reason = choose_backend()
+            display.note(f"target: [bold]{target}[/] ({escape(reason)})")
+        compiler = open_target(target, options, display.listener())
         with _open(context, source, preparation, display) as graphs:
             for precision in precisions:
                 try:
@@ -154,7 +169,7 @@ def build(
                         output,
                         batch=batch,
                         gate=gate,
-                        command=_command_line(context, precisions=precision),
+                        command=_command_line(context, precisions=precision, target=target),
                         report=display.report,
                     )
                 except GateError as error:
@@ -224,6 +239,14 @@ def prepare(
         display.note(f"Next, on the device:  [bold]trimrt build {output}[/]")
 
 
+class _StepsColumn(BarColumn):
+    """A bar for what has a known number of steps."""
+
+    def render(self, task: Task) -> ProgressBar | Text:  # type: ignore[override]
+        """The bar, or nothing."""
+        return Text() if task.total is None else super().render(task)
+
+
 class _Display:
     """Where the work stands, on standard error: one line that changes, below lines that stay."""
 
@@ -231,11 +254,12 @@ class _Display:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
+            _StepsColumn(),
             TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._progress.add_task("")
+        self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> _Display:
         self._progress.start()
@@ -247,6 +271,10 @@ class _Display:
     def report(self, text: str) -> None:
         """What is being done now."""
         self._progress.update(self._task, description=text)
+
+    def listener(self) -> BuildListener:
+        """Shows TensorRT's build phases as bars below the line that changes."""
+        return RichListener(self._progress)
 
     def note(self, text: RenderableType) -> None:
         """What was found, to stay."""
@@ -354,14 +382,18 @@ def _is_typed(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def _command_line(context: click.Context, *, precisions: str) -> str:
-    """The command that does this again for some of the precisions."""
+def _command_line(context: click.Context, **chosen: str) -> str:
+    """The command that does this again, with what was chosen for some parameters."""
     words = ["trimrt", str(context.info_name)]
     for parameter in context.command.params:
         name = str(parameter.name)
-        value = precisions if name == "precisions" else context.params[name]
-        if name == "precisions" or _is_typed(context, name):
-            for item in value if isinstance(value, tuple) else (value,):
-                option = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
-                words += [*option, str(item)]
+        value = chosen.get(name, context.params[name])
+        if name not in chosen and not _is_typed(context, name):
+            continue
+        if isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            option = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
+            words += [*option, str(item)]
     return shlex.join(words)

@@ -19,6 +19,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from builder.targets import CompileError
+
 Q: Final = "QuantizeLinear"
 DQ: Final = "DequantizeLinear"
 
@@ -36,7 +38,7 @@ OUTPUT_CHANNEL_AXIS: Final = {"Conv": 0, "ConvTranspose": 1}
 ACTIVATIONS: Final = {"Relu", "Clip"}  # what TensorRT fuses with a convolution
 
 
-class IllegalGraphError(ValueError):
+class IllegalGraphError(CompileError):
     """A graph that TensorRT would reject or compute wrongly; the message lists why and what to do."""
 
 

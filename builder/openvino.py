@@ -62,6 +62,8 @@ def _keep_fp16_weights(core: openvino.Core, model: openvino.Model) -> openvino.M
             source = opset13.constant(op.data.astype(np.float32)).output(0)
         elif kind == "Convert":
             source = op.input_value(0)
+            if source.get_element_type() != openvino.Type.f32:  # pixels, in a graph without FP32
+                source = opset13.convert(source, "f32").output(0)
         else:
             continue  # its type follows from its inputs
         for user in users:

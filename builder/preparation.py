@@ -16,6 +16,7 @@ from builder.fp16 import convert_to_fp16
 from builder.int8 import METHODS, Method, convert_to_int8
 from builder.int8_dynamic import convert_to_dynamic_int8
 from builder.kit import KIT_NAME, VERIFICATION_NAME, Graph, KitManifest, Student, write_verification
+from builder.legality import require_legal
 from builder.targets import Report, Rest
 from builder.verification import VerificationSet
 from models.card import Card
@@ -103,13 +104,19 @@ class Preparation:
     def _graph(
         self, path: Path, precision: Precision, rest: Rest, calibration: Calibration | None = None
     ) -> Graph:
+        import onnx
+
+        model = onnx.load(str(path))
+        require_legal(model)
         return Graph(
             file=path.name,
             sha256=sha256_of(path),
             precision=precision,
             rest=rest,
             calibration=calibration,
-            weights_bytes=_weights_bytes(path),
+            weights_bytes=sum(
+                onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer
+            ),
         )
 
 
@@ -218,10 +225,3 @@ def _sample(images: ImageSet, count: int, seed: int) -> ImageSet:
         return images
     chosen = np.random.default_rng(seed).choice(len(images), count, replace=False)
     return images.subset(np.sort(chosen), f"{images.name}-{count}")
-
-
-def _weights_bytes(path: Path) -> int:
-    import onnx
-
-    graph = onnx.load(str(path)).graph
-    return sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)

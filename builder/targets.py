@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
-from server.manifest import Backend, BatchSizes, Compatibility
+from server.manifest import Backend, BatchSizes, Compatibility, EngineError
+
+if TYPE_CHECKING:
+    from builder.tensorrt.options import BuildOptions
+    from builder.tensorrt.progress import BuildListener
 
 Rest = Literal["fp32", "fp16"]
 Report = Callable[[str], None]
@@ -56,19 +59,41 @@ class Target(Protocol):
         """Why this machine cannot run what it compiles; None where it can."""
 
 
-# `module:class` by backend, imported only when asked for.
-TARGETS: Final[dict[Backend, str]] = {"openvino": "builder.openvino:OpenVINOTarget"}
-
 # Precision of what an INT8 graph does not quantise: most CPUs have no FP16 arithmetic, every GPU has.
 INT8_REST: Final[dict[Backend, Rest]] = {"openvino": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
 
 
-def open_target(backend: Backend) -> Target:
+def open_target(
+    backend: Backend, options: BuildOptions | None = None, listener: BuildListener | None = None
+) -> Target:
     """The target for that backend.
 
+    Args:
+        backend: what to compile with.
+        options: for TensorRT; OpenVINO has none.
+        listener: told of TensorRT's build phases.
+
     Raises:
-        CompileError: its library is not installed here.
+        EngineError: its library is not installed here.
     """
-    module, _, attribute = TARGETS[backend].partition(":")
-    target: Target = getattr(importlib.import_module(module), attribute)()
-    return target
+    if backend == "openvino":
+        from builder.openvino import OpenVINOTarget
+
+        return OpenVINOTarget()
+    from builder.tensorrt.options import BuildOptions
+    from builder.tensorrt.target import TensorRTTarget
+
+    return TensorRTTarget(backend, options or BuildOptions(), listener)
+
+
+def choose_backend() -> tuple[Backend, str]:
+    """The backend that makes most of this machine, and why."""
+    from server.engines.cuda import open_cuda
+    from server.engines.tensorrt_library import find_tensorrt
+
+    try:
+        library = find_tensorrt()
+        open_cuda()
+    except EngineError as error:
+        return "openvino", str(error).splitlines()[0]
+    return library.backend, f"version {library.version} and a GPU are here"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from builder.targets import CompileError
 from server.engines.tensorrt_library import TensorRTLibrary
@@ -23,8 +24,7 @@ class BuildOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     profiles: list[BatchSizes] = Field(
-        default=[BatchSizes(min=1, opt=8, max=32)],
-        min_length=1,
+        default=[],
         description="batch sizes to tune for, one optimisation profile each; min = max fixes the batch",
     )
     workspace_mib: int | None = Field(
@@ -49,6 +49,15 @@ class BuildOptions(BaseModel):
         ge=0,
         description="run on this deep learning accelerator, and on the GPU what it cannot do",
     )
+
+    @model_validator(mode="after")
+    def _without_gaps(self) -> BuildOptions:
+        """A server may form any batch between the smallest and the largest."""
+        ordered = sorted(self.profiles, key=lambda sizes: sizes.min)
+        for lower, upper in itertools.pairwise(ordered):
+            if upper.min > lower.max + 1:
+                raise ValueError(f"no profile takes batches of {lower.max + 1}..{upper.min - 1}")
+        return self
 
 
 def refuse_unsupported(library: TensorRTLibrary, options: BuildOptions, *, l4t: str | None = None) -> None:
