@@ -14,6 +14,8 @@ COMMANDS: Final = {
     "build": ("builder.commands:build", "Compile a student into an engine package."),
     "inspect": ("server.commands:inspect", "Show what an engine package is."),
     "serve": ("server.serve:serve", "Serve an engine package over HTTP."),
+    "loadtest": ("server.loadtest.commands:loadtest", "Load a running server and measure what it does."),
+    "bench": ("server.bench:bench", "Time engine packages by themselves, side by side."),
     "demo": ("trimrt.demo:demo", "Do it all once on handwritten digits: compress, build, serve, predict."),
 }
 
