@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from PIL import Image
+
 
 class DecodePool:
     """A fixed number of threads taking work in order.
@@ -21,6 +23,7 @@ class DecodePool:
         ]
         for thread in self._threads:
             thread.start()
+        self.submit(Image.init)  # Pillow imports its readers on first use, which would delay a request
 
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task`, which must not raise, on one of the threads."""

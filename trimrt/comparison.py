@@ -70,7 +70,7 @@ def _network_row(role: str, architecture: str, metrics: Metrics, network: nn.Mod
             network(image)
 
     return _Row(
-        name=f"{role} ({architecture}, PyTorch)",
+        name=f"{role} {architecture}",
         parameters=metrics.parameters,
         macs=metrics.macs,
         size=_BYTES_PER_WEIGHT * metrics.parameters,
@@ -84,7 +84,7 @@ def _engine_row(package: Path, card: Card, test: ImageSet, stack: ExitStack) -> 
     slot = stack.enter_context(closing(engine.open_slot()))
     manifest = engine.manifest
     return _Row(
-        name=f"{manifest.precision} engine ({manifest.backend})",
+        name=f"{manifest.precision} engine",
         parameters=card.metrics.parameters,
         macs=card.metrics.macs,
         size=(package / "model.onnx").stat().st_size,
@@ -97,8 +97,8 @@ def _table(rows: list[_Row], networks: int) -> Table:
     times = _milliseconds([row.run for row in rows])
     table = Table(
         "model",
-        caption="Latency: one image alone, the models in turn, on this machine with all its cores.\n"
-        "Size: the weights, or the engine's graph with them.",
+        caption="Latency: one image alone, the models in turn, on this machine with all its cores;\n"
+        "networks run by PyTorch. Size: the weights, or the engine's graph with them.",
     )
     for title in ("parameters", "MACs", "size", "accuracy", "latency", "speed"):
         table.add_column(title, justify="right", no_wrap=True)
