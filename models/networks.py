@@ -75,8 +75,8 @@ def _replace_first_convolution(network: nn.Module, architecture: str) -> None:
     )
     if first is None or first.kernel_size[0] > 11 or first.kernel_size == first.stride:
         raise NetworkError(
-            f"{architecture} cuts images into patches and has no small stem; choose --stem standard and an "
-            "image size it was made for, or a convolutional architecture"
+            f"{architecture} cuts images into patches and has no small stem; choose --image-stem standard "
+            "and an image size it was made for, or a convolutional architecture"
         )
     small = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=first.bias is not None)
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")

@@ -18,7 +18,7 @@ from models.networks import classifier_head
 from models.preprocessing import Preprocessing
 from models.recipe import Pruning
 
-_SEARCH_STEPS: Final = 12  # halvings: the ratio is then found to 0.0003
+_SEARCH_STEPS: Final = 10  # halvings: the ratio is then found to 0.001
 _MAX_RATIO: Final = 0.99
 
 

@@ -24,7 +24,7 @@ from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Training
 
 _WARM_UP_SHARE: Final = 0.2
-SAVE_INTERVAL_S: Final = 10.0
+SAVE_INTERVAL_S: Final = 30.0
 
 
 class Objective(Protocol):

@@ -1,0 +1,274 @@
+"""`trimrt compress`, from image files to three checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from models.checkpoint import load_checkpoint
+from models.commands import compress
+from models.datasets import DataSplit, open_dataset
+from models.evaluation import count_parameters, evaluate
+from models.inputs import choose_inputs
+from models.preprocessing import IMAGENET_MEAN
+from models.recipe import make_recipe
+
+SHORT = [
+    *("--teacher-architecture", "resnet18", "--teacher-epochs", "1", "--student-epochs", "2"),
+    *("--pruning-epochs", "1", "--distillation-views", "2"),
+    *("--teacher-batch-size", "16", "--student-batch-size", "16", "--pruning-batch-size", "16"),
+]
+STAGES = ("teacher", "student", "pruned")
+
+Compress = Callable[..., Result]
+
+
+@pytest.fixture
+def run() -> Compress:
+    def invoke(*arguments: str | Path, code: int = 0) -> Result:
+        result = CliRunner().invoke(compress, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def finished(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a finished run, and what it printed."""
+    out = tmp_path_factory.mktemp("run")
+    result = CliRunner().invoke(compress, [str(few_digits), "--out", str(out), *SHORT])
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """The hash of each stage's weights."""
+    return {stage: load_checkpoint(folder / stage)[1].weights_sha256 for stage in STAGES}
+
+
+class TestRun:
+    def test_checkpoints_hold_what_their_cards_say(
+        self, finished: tuple[Path, str], split: DataSplit
+    ) -> None:
+        for stage in STAGES:
+            network, card = load_checkpoint(finished[0] / stage)
+            assert card.role == stage
+            assert card.dataset == split.card()
+            assert card.metrics.parameters == count_parameters(network)
+            assert card.metrics.live_parameters > 0.95
+            score = evaluate(
+                network, split.test.load_pixels(card.preprocessing), split.test.targets, card.preprocessing
+            )
+            assert (score.accuracy, score.wrong) == (card.metrics.accuracy, card.metrics.wrong)
+            assert score.loss == pytest.approx(card.metrics.loss, rel=1e-6)
+
+    def test_names_and_lineage(self, finished: tuple[Path, str], split: DataSplit) -> None:
+        teacher, student, pruned = (load_checkpoint(finished[0] / stage)[1] for stage in STAGES)
+        names = [f"{split.name}-{suffix}" for suffix in ("resnet18", "resnet18-unpruned", "resnet18")]
+        assert [teacher.name, student.name, pruned.name] == names
+        assert [ancestor.weights_sha256 for ancestor in pruned.lineage] == [
+            teacher.weights_sha256,
+            student.weights_sha256,
+        ]
+        assert pruned.metrics.parameters <= 0.77 * student.metrics.parameters
+
+    def test_card_records_recipe_and_command(self, finished: tuple[Path, str], few_digits: Path) -> None:
+        _, card = load_checkpoint(finished[0] / "pruned")
+        assert card.command.startswith(f"trimrt compress {few_digits} --out ")
+        recipe = make_recipe(overrides={key: card.recipe[key] for key in ("teacher", "student", "pruning")})
+        assert (recipe.teacher.epochs, recipe.student.epochs, recipe.pruning.round_to) == (1, 2, 16)
+
+    def test_ends_with_a_table_and_what_to_do_next(self, finished: tuple[Path, str]) -> None:
+        out, output = finished
+        assert "measured on 12 test images" in output
+        assert f"trimrt build {out / 'pruned'}" in output
+
+    def test_leaves_no_training_state_behind(self, finished: tuple[Path, str]) -> None:
+        assert not list(finished[0].rglob("*.pt"))
+        assert {path.name for path in finished[0].iterdir()} == {*STAGES, ".training"}
+
+
+class TestRerun:
+    def test_finished_stages_are_reused(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path
+    ) -> None:
+        before = weights(finished[0])
+        result = run(few_digits, "--out", finished[0], *SHORT)
+        assert result.output.count("is finished already") == 3
+        assert weights(finished[0]) == before
+
+    def test_elsewhere_it_comes_out_the_same(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        run(few_digits, "--out", tmp_path, *SHORT)
+        assert weights(tmp_path) == weights(finished[0])
+
+    def test_only_what_changed_is_made_anew(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        ratio = ["--pruning-ratio", "0.5", "--pruning-steps", "2"]
+        result = run(few_digits, "--out", tmp_path, "--reuse", finished[0], *SHORT, *ratio)
+        assert result.output.count("is finished already") == 2
+        before, after = weights(finished[0]), weights(tmp_path)
+        assert [before[stage] == after[stage] for stage in STAGES] == [True, True, False]
+        assert load_checkpoint(tmp_path / "pruned")[1].metrics.parameters == 2_796_202
+
+    def test_a_damaged_stage_is_made_anew(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+        (tmp_path / "pruned" / "student.safetensors").write_bytes(b"")
+        result = run(few_digits, "--out", tmp_path, *SHORT)
+        assert "pruned: made anew" in result.output
+        assert weights(tmp_path) == weights(finished[0])
+
+    def test_interrupted_it_says_so_and_leaves_whole_stages_only(
+        self, few_digits: Path, tmp_path: Path
+    ) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "trimrt",
+            "compress",
+            str(few_digits),
+            "--out",
+            str(tmp_path),
+            *SHORT,
+        ]
+        process = subprocess.Popen(
+            [*command, "--student-epochs", "1000"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("teacher:"):  # it is published, and the student is next
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+        assert process.wait() == 1
+        assert "goes on from here" in rest
+        assert "Traceback" not in rest
+        load_checkpoint(tmp_path / "teacher")
+        assert {path.name for path in tmp_path.iterdir()} <= {"teacher", ".training"}
+
+
+class TestChoices:
+    def test_target_instead_of_a_ratio(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        target = ["--pruning-target-parameters", "0.25", "--pruning-target-macs", "0.9"]
+        run(few_digits, "--out", tmp_path, "--reuse", finished[0], *SHORT, *target)
+        _, student = load_checkpoint(tmp_path / "student")
+        _, pruned = load_checkpoint(tmp_path / "pruned")
+        assert 0.2 < pruned.metrics.parameters / student.metrics.parameters <= 0.25
+        assert pruned.recipe["pruning"]["ratio"] == pytest.approx(0.5, abs=0.05)
+
+    def test_pretrained_teacher_with_another_head(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        state = load_checkpoint(finished[0] / "teacher")[0].state_dict()
+        file = tmp_path / "imagenet.pth"
+        torch.save(state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, file)
+        result = run(
+            few_digits, "--out", tmp_path / "out", *SHORT, "--teacher-weights", file, "--teacher-epochs", 0
+        )
+        assert "trained from scratch: fc.weight, fc.bias" in result.output
+        network, card = load_checkpoint(tmp_path / "out" / "teacher")
+        assert torch.equal(network.get_parameter("layer4.0.conv1.weight"), state["layer4.0.conv1.weight"])
+        assert card.preprocessing.mean == IMAGENET_MEAN
+
+    def test_dead_weights_are_warned_of(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
+        small = ["--image-size", "32", "--image-stem", "standard"]
+        result = run(few_digits, "--out", tmp_path, *SHORT, *small)
+        assert "warning: only 38% of resnet18's parameters receive a gradient" in result.output
+
+    @pytest.mark.parametrize(
+        ("side", "size", "resize", "stem"),
+        [(8, 24, 24, "small"), (40, 40, 40, "small"), (120, 224, 256, "standard")],
+    )
+    def test_inputs_fit_the_images(
+        self, tmp_path: Path, side: int, size: int, resize: int, stem: str
+    ) -> None:
+        for label in ("a", "b"):
+            (tmp_path / label).mkdir()
+            for index in range(10):
+                pixels = np.full((side, side + 7, 3), 25 * index, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / label / f"{label}{index}.png")
+        data = open_dataset(str(tmp_path))
+        spec, chosen = choose_inputs(data.train, make_recipe())
+        assert (spec.height, spec.width, spec.resize, chosen) == (size, size, resize, stem)
+        values = data.train.load_pixels(spec) / 255
+        assert spec.mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=1e-3)
+        assert spec.std == pytest.approx(values.std(axis=(0, 1, 2)), abs=1e-3)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["nowhere"], "no data set"),
+            (["digits", "--fold", "7"], "0<=x<=4"),
+            (["digits", "--pruning-ratio", "2"], "pruning.ratio: input should be less than 1, not 2.0"),
+            (["digits", "--config", "missing.toml"], "does not exist"),
+            (["{data}", "--teacher-architecture", "resnet19"], "unknown architecture 'resnet19'"),
+            (
+                ["{data}", "--teacher-architecture", "alexnet", "--image-size", "16"],
+                "choose a larger --image-size",
+            ),
+            (["{data}", "--teacher-architecture", "vit_b_16"], "--image-stem standard"),
+            (["{data}", "--teacher-weights", "missing.pth"], "cannot read weights from missing.pth"),
+        ],
+    )
+    def test_a_message_and_no_traceback(
+        self, few_digits: Path, tmp_path: Path, run: Compress, arguments: list[str], message: str
+    ) -> None:
+        given = [argument.format(data=few_digits) for argument in arguments]
+        code = 2 if any(option in given for option in ("--fold", "--pruning-ratio", "--config")) else 1
+        result = run(*given, "--out", tmp_path / "out", *SHORT[2:], code=code)
+        assert message in " ".join(result.output.split())
+        assert "Traceback" not in result.output
+        assert isinstance(result.exception, SystemExit)
+        assert not (tmp_path / "out").exists()
+
+    def test_no_place_to_write(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        result = run(few_digits, "--out", tmp_path / "file" / "out", *SHORT, code=1)
+        assert "Error:" in result.output
+        assert isinstance(result.exception, SystemExit)
+
+
+class TestHelp:
+    def test_names_every_setting_with_its_default(self, run: Compress) -> None:
+        text = " ".join(run("--help").output.split())
+        assert "--teacher-weights" in text
+        assert (
+            "--pruning-round-to INTEGER channel counts become multiples of this; 1 leaves them [default: 16]"
+            in text
+        )
+        for section in ("Image:", "Augmentation:", "Teacher:", "Student:", "Distillation:", "Pruning:"):
+            assert section in text
+
+    def test_every_setting_of_the_recipe_has_an_option(self) -> None:
+        def leaves(settings: dict, prefix: str = "") -> set[str]:
+            found: set[str] = set()
+            for key, value in settings.items():
+                path = f"{prefix}{key}".replace("_", "-")
+                found |= leaves(value, f"{path}-") if isinstance(value, dict) else {f"--{path}"}
+            return found
+
+        options = {option for parameter in compress.params for option in parameter.opts}
+        assert leaves(json.loads(make_recipe().model_dump_json())) <= options

@@ -1,0 +1,186 @@
+"""Training: it learns, the same seed gives the same weights, and an interruption changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from models.evaluation import evaluate
+from models.networks import build_network
+from models.preprocessing import Preprocessing
+from models.recipe import Augmentation, Training
+from models.training import Images, TrueLabels, derive_seed, reproducible, train
+
+SETTINGS = Training(epochs=4, learning_rate=2e-3, batch_size=16)
+
+
+class InterruptedProgress(Progress):
+    """Ctrl-C after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(disable=True)
+        self.steps_left = steps
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update(*args, **kwargs)
+        if "advance" in kwargs:
+            self.steps_left -= 1
+            if self.steps_left == 0:
+                raise KeyboardInterrupt
+
+
+class Trainer:
+    """Trains one small network (with dropout, whose randomness must come back too) on few digits."""
+
+    def __init__(self, train_images: Images, validation_images: Images, spec: Preprocessing) -> None:
+        self.images = train_images, validation_images, spec
+
+    def run(
+        self,
+        state_file: Path,
+        *,
+        settings: Training = SETTINGS,
+        seed: int = 0,
+        fingerprint: str = "same",
+        progress: Progress | None = None,
+    ) -> nn.Module:
+        torch.manual_seed(derive_seed(seed, "weights"))
+        network = build_network("squeezenet1_1", 3, "small")
+        train_images, validation_images, spec = self.images
+        objective = TrueLabels(torch.from_numpy(train_images.targets), Augmentation(flip=False), seed)
+        with reproducible(threads=2):
+            train(
+                network,
+                train_images,
+                validation_images,
+                spec,
+                objective,
+                settings,
+                name="test",
+                seed=seed,
+                state_file=state_file,
+                fingerprint=fingerprint,
+                progress=progress or Progress(disable=True),
+                save_interval_s=0,
+            )
+        return network
+
+
+@pytest.fixture(scope="module")
+def trainer(train_images: Images, validation_images: Images, spec: Preprocessing) -> Trainer:
+    return Trainer(train_images, validation_images, spec)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    return trainer.run(tmp_path_factory.mktemp("training") / "state.pt")
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+def test_it_learns(
+    train_images: Images, validation_images: Images, spec: Preprocessing, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = build_network("resnet18", 3, "small")
+    objective = TrueLabels(torch.from_numpy(train_images.targets), Augmentation(flip=False), 0)
+    before = evaluate(network, train_images.pixels, train_images.targets, spec)
+    with reproducible(threads=2):
+        train(
+            network,
+            train_images,
+            validation_images,
+            spec,
+            objective,
+            Training(epochs=12, learning_rate=2e-3, batch_size=16),
+            name="test",
+            seed=0,
+            state_file=tmp_path / "state.pt",
+            fingerprint="",
+            progress=Progress(disable=True),
+        )
+    after = evaluate(network, train_images.pixels, train_images.targets, spec)
+    assert after.accuracy > 0.9 > 0.6 > before.accuracy
+    assert not network.training
+
+
+def test_the_same_seed_gives_the_same_weights(
+    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    torch.manual_seed(1234)  # what went before in the process does not matter
+    assert same_weights(trainer.run(tmp_path / "state.pt"), uninterrupted)
+
+
+def test_another_seed_gives_other_weights(trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path) -> None:
+    assert not same_weights(trainer.run(tmp_path / "state.pt", seed=1), uninterrupted)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 11])
+def test_an_interruption_changes_nothing(
+    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path, steps: int
+) -> None:
+    state = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(state, progress=InterruptedProgress(steps))
+    # 43 images in batches of 16 are three steps an epoch: the first interruption is before any state.
+    assert state.exists() == (steps > 3)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["state.pt"])
+    assert same_weights(trainer.run(state), uninterrupted)
+
+
+def test_a_finished_training_is_not_repeated(
+    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    trainer.run(tmp_path / "state.pt")
+    again = trainer.run(tmp_path / "state.pt", progress=InterruptedProgress(1))
+    assert same_weights(again, uninterrupted)
+
+
+def test_another_recipes_state_is_not_used(
+    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    trainer.run(tmp_path / "state.pt", seed=1, fingerprint="other")
+    assert same_weights(trainer.run(tmp_path / "state.pt"), uninterrupted)
+
+
+def test_a_damaged_state_is_not_used(trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"half of a")
+    assert same_weights(trainer.run(tmp_path / "state.pt"), uninterrupted)
+
+
+def test_early_stopping_keeps_the_best_and_survives_an_interruption(
+    trainer: Trainer, validation_images: Images, spec: Preprocessing, tmp_path: Path
+) -> None:
+    # So high a rate that the loss goes up: whatever came first is the best.
+    settings = Training(epochs=12, learning_rate=10.0, batch_size=16, patience=2)
+    stopped = trainer.run(tmp_path / "one.pt", settings=settings)
+    steps = InterruptedProgress(10**6)
+    assert same_weights(trainer.run(tmp_path / "counted.pt", settings=settings, progress=steps), stopped)
+    assert 10**6 - steps.steps_left < 12 * 3
+
+    last = copy.deepcopy(stopped)
+    last.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True)["network"])
+    pixels, targets = validation_images.pixels, validation_images.targets
+    assert evaluate(stopped, pixels, targets, spec).loss < evaluate(last, pixels, targets, spec).loss
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(tmp_path / "two.pt", settings=settings, progress=InterruptedProgress(4))
+    assert same_weights(trainer.run(tmp_path / "two.pt", settings=settings), stopped)
+
+
+def test_process_settings_come_back() -> None:
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with reproducible(threads=1):
+        assert torch.get_num_threads() == 1
+        assert torch.are_deterministic_algorithms_enabled()
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
