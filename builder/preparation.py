@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from builder.export import export_onnx
 from builder.fp16 import convert_to_fp16
@@ -17,6 +20,7 @@ from builder.int8 import METHODS, Method, convert_to_int8
 from builder.int8_dynamic import convert_to_dynamic_int8
 from builder.kit import KIT_NAME, VERIFICATION_NAME, Graph, KitManifest, Student, write_verification
 from builder.legality import require_legal
+from builder.sensitivity import LayerCost, fallback_groups, rank_layers
 from builder.targets import Report, Rest
 from builder.verification import VerificationSet
 from models.card import Card
@@ -27,32 +31,59 @@ from models.files import replace_folder
 from models.preprocessing import Pixels
 from server.manifest import Calibration, Precision, sha256_of
 
+SENSITIVITY_IMAGES: Final = 128
+
+# One pixel down, right, and so on; the image where it is comes first.
+_SHIFTS: Final = sorted(
+    itertools.product((-1, 0, 1), repeat=2), key=lambda shift: (np.abs(shift).sum(), shift)
+)
+
 
 @dataclass(frozen=True)
 class Settings:
     """How a checkpoint is prepared.
 
     Attributes:
-        data: data set that calibration and verification images are taken from; None: the card's.
         calibration_images: training images to calibrate INT8 with, at most.
-        verification_images: validation images to judge engines by, at most.
+        verification_images: validation images to judge engines by, at most; fewer are shown in several
+            positions, up to that number.
         methods: ways to find activation ranges, the preferred one first.
         seed: of the choice of images.
+        sensitivity: rank the layers, and offer graphs with the costliest ones in higher precision.
     """
 
-    data: str | None = None
     calibration_images: int = 512
     verification_images: int = 1024
     methods: Sequence[Method] = METHODS
     seed: int = 0
+    sensitivity: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is prepared: a network, wherever it comes from.
+
+    Attributes:
+        path: what the user named.
+        student: what a kit says of it.
+        data: training images to calibrate with, validation images to judge by.
+        export: writes the master graph to a file, and returns its largest logit difference.
+        reference: the FP32 logits of uint8 NHWC pixels, shape (N, classes).
+    """
+
+    path: Path
+    student: Student
+    data: DataSplit
+    export: Callable[[Path], float]
+    reference: Callable[[Pixels], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A checkpoint whose graphs are made when they are asked for.
+    """A network whose graphs are made when they are asked for.
 
     Attributes:
-        path: the checkpoint.
+        path: the checkpoint, or what else the user named.
         student: the network.
         verification: held-out images with PyTorch's logits.
         workspace: folder that the graphs are written to.
@@ -86,16 +117,34 @@ class Preparation:
             yield self._graph(path, precision, "fp32"), path
         else:
             for method in self.settings.methods:
-                path = self.workspace / f"int8-{method}-{rest}.onnx"
-                self.report(f"calibrating INT8 ({method}) with {len(self.calibration)} training images")
-                convert_to_int8(self.master, path, self._calibration_pixels, method=method, rest=rest)
-                calibration = Calibration(
-                    method=method,
-                    images=len(self.calibration),
-                    images_sha256=self.calibration.sha256,
-                    seed=self.settings.seed,
-                )
-                yield self._graph(path, precision, rest, calibration), path
+                yield self._int8(method, rest)
+            if self.settings.sensitivity:
+                for layers in fallback_groups(self.layer_costs):
+                    yield self._int8(self.settings.methods[0], rest, layers)
+
+    @cached_property
+    def layer_costs(self) -> list[LayerCost]:
+        """What quantising each layer alone costs, the costliest first."""
+        _, quantised = self._int8(self.settings.methods[0], "fp32")
+        return rank_layers(self.master, quantised, self._calibration_pixels[:SENSITIVITY_IMAGES], self.report)
+
+    def _int8(self, method: Method, rest: Rest, keep: Sequence[str] = ()) -> tuple[Graph, Path]:
+        """The graph calibrated with `method`, with the layers `keep` in the precision `rest`."""
+        kept = f"-{len(keep)}-kept" if keep else ""
+        path = self.workspace / f"int8-{method}-{rest}{kept}.onnx"
+        if not path.exists():
+            self.report(f"calibrating INT8 ({method}) with {len(self.calibration)} training images")
+            convert_to_int8(
+                self.master, path, self._calibration_pixels, method=method, rest=rest, exclude=keep
+            )
+        calibration = Calibration(
+            method=method,
+            images=len(self.calibration),
+            images_sha256=self.calibration.sha256,
+            seed=self.settings.seed,
+            higher_precision_layers=list(keep),
+        )
+        return self._graph(path, "int8", rest, calibration), path
 
     @cached_property
     def _calibration_pixels(self) -> Pixels:
@@ -120,43 +169,63 @@ class Preparation:
         )
 
 
-def prepare_checkpoint(path: Path, workspace: Path, settings: Settings, report: Report) -> Preparation:
-    """Load a checkpoint and its data, export the master graph, and compute the reference logits.
+def open_checkpoint(path: Path, data: str | None) -> Subject:
+    """The checkpoint in a folder, with the data it was trained on or the data named.
+
+    Raises:
+        CheckpointError: no valid checkpoint there.
+        DatasetError: its data cannot be found, or is not what it was trained on.
+    """
+    network, card = load_checkpoint(path)
+    spec = card.preprocessing
+    return Subject(
+        path=path,
+        student=Student(
+            name=card.name,
+            labels=card.labels,
+            preprocessing=spec,
+            checkpoint_sha256=card.weights_sha256,
+            parameters=card.metrics.parameters,
+            macs=card.metrics.macs,
+        ),
+        data=_open_data(card, data),
+        export=lambda master: export_onnx(network, spec, master),
+        reference=lambda pixels: predict_logits(network, pixels, spec).numpy(),
+    )
+
+
+def prepare(subject: Subject, workspace: Path, settings: Settings, report: Report) -> Preparation:
+    """Export the master graph, and compute the reference logits.
 
     Args:
-        path: a checkpoint's folder.
+        subject: the network and its data.
         workspace: an empty folder for the graphs.
         settings: where images come from, and how many.
         report: takes lines of progress.
 
     Raises:
-        CheckpointError: no valid checkpoint there.
-        DatasetError: its data cannot be found, or is not what it was trained on.
+        DatasetError: an image cannot be read.
         ExportError: the network cannot be exported faithfully.
     """
-    report("loading the checkpoint")
-    network, card = load_checkpoint(path)
-    report("finding calibration and validation images")
-    split = _open_data(card, settings.data)
-    calibration = _sample(split.train, settings.calibration_images, settings.seed)
-    validation = _sample(split.validation, settings.verification_images, settings.seed)
-    pixels = validation.load_pixels(card.preprocessing)
+    student, data = subject.student, subject.data
+    report("loading calibration and validation images")
+    calibration = _sample(data.train, settings.calibration_images, settings.seed)
+    validation = _sample(data.validation, settings.verification_images, settings.seed)
+    positions = min(settings.verification_images // len(validation), len(_SHIFTS))
+    pixels = _in_positions(validation.load_pixels(student.preprocessing), positions)
     report("exporting to ONNX")
     master = workspace / "fp32.onnx"
-    difference = export_onnx(network, card.preprocessing, master)
+    difference = subject.export(master)
     report("computing the FP32 reference")
-    logits = predict_logits(network, pixels, card.preprocessing).numpy()
     return Preparation(
-        path=path,
-        student=Student(
-            name=card.name,
-            labels=card.labels,
-            preprocessing=card.preprocessing,
-            checkpoint_sha256=card.weights_sha256,
-            parameters=card.metrics.parameters,
-            macs=card.metrics.macs,
+        path=subject.path,
+        student=student,
+        verification=VerificationSet(
+            name=validation.name if positions == 1 else f"{validation.name} in {positions} positions",
+            pixels=pixels,
+            targets=np.tile(validation.targets, positions),
+            logits=subject.reference(pixels),
         ),
-        verification=VerificationSet(validation.name, pixels, validation.targets, logits),
         workspace=workspace,
         master=master,
         export_difference=difference,
@@ -225,3 +294,16 @@ def _sample(images: ImageSet, count: int, seed: int) -> ImageSet:
         return images
     chosen = np.random.default_rng(seed).choice(len(images), count, replace=False)
     return images.subset(np.sort(chosen), f"{images.name}-{count}")
+
+
+def _in_positions(pixels: Pixels, positions: int) -> Pixels:
+    """Every image in the first `positions` of `_SHIFTS`, its border repeated where it moves away.
+
+    The gate weighs half points. Among 144 images a single one that FP32 itself can hardly tell is 0.7
+    points, so a small set would refuse good engines by chance.
+    """
+    height, width = pixels.shape[1:3]
+    padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    return np.concatenate(
+        [padded[:, 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in _SHIFTS[:positions]]
+    )
