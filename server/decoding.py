@@ -17,7 +17,7 @@ class DecodePool:
     """
 
     def __init__(self, threads: int) -> None:
-        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"trimrt-decode-{i}", daemon=True) for i in range(threads)
         ]
@@ -25,7 +25,7 @@ class DecodePool:
             thread.start()
         self.submit(Image.init)  # Pillow imports its readers on first use, which would delay a request
 
-    def submit(self, task: Callable[[], None]) -> None:
+    def submit(self, task: Callable[[], object]) -> None:
         """Run `task`, which must not raise, on one of the threads."""
         self._tasks.put(task)
 

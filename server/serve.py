@@ -15,8 +15,6 @@ from server.settings import Settings
 
 log = logging.getLogger("trimrt")
 
-_BACKLOG = 2048
-
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """An option for every field of `Settings`, which checks the values."""
@@ -73,7 +71,7 @@ def run(settings: Settings) -> None:
         resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
     except EngineError as error:
         raise click.ClickException(str(error)) from None
-    listener = _listen(settings)
+    listener = listen(settings)
 
     from server.app import create_app
     from server.draining import DrainingServer
@@ -93,12 +91,25 @@ def run(settings: Settings) -> None:
         raise click.ClickException(str(failures[0]))
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listen(settings: Settings) -> socket.socket:
+    """A socket on the address that `settings` names, not yet listening.
+
+    Raises:
+        click.ClickException: it cannot be had.
+    """
     try:
-        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
-            0
-        ]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        family, kind, _, _, address = found[0]
+        # asyncio turns off Nagle's algorithm, which would hold an answer's body back for 40 ms, only where
+        # the protocol is named.
+        listener = socket.socket(family, kind, socket.IPPROTO_TCP)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+        return listener
     except OSError as error:
         raise click.ClickException(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "

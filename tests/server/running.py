@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.draining import DrainingServer
 from server.registry import LoadEngine, load_engine
+from server.serve import listen
 from server.settings import Settings
 
 
@@ -35,7 +34,6 @@ class Running:
     app: FastAPI
     server: DrainingServer
     client: httpx.Client
-    loop: asyncio.AbstractEventLoop
 
     def predict(self, image: bytes, content_type: str = "image/png", **options: Any) -> httpx.Response:
         headers = {"Content-Type": content_type, **options.pop("headers", {})}
@@ -48,9 +46,8 @@ def running(settings: Settings, load: LoadEngine = load_engine) -> Iterator[Runn
     failures: list[Exception] = []
     app = create_app(settings, load=load, on_failure=failures.append)
     server = DrainingServer(app, settings)
-    listener = socket.create_server((settings.host, settings.port))
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([listener])))
+    listener = listen(settings)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     host, port = listener.getsockname()[:2]
     url = f"http://{host}:{port}"
@@ -59,9 +56,8 @@ def running(settings: Settings, load: LoadEngine = load_engine) -> Iterator[Runn
             while client.get("/health/ready").status_code != 200:
                 if failures:
                     raise failures[0]
-            yield Running(url, app, server, client, loop)
+            yield Running(url, app, server, client)
     finally:
         server.should_exit = True
         thread.join(timeout=30)
-        loop.close()
     assert not thread.is_alive()

@@ -1,0 +1,1 @@
+"""Load testing of a running server: `trimrt loadtest`. Nothing that serves imports this."""

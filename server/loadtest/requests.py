@@ -1,0 +1,75 @@
+"""The requests that are sent: images from a folder, in turn, as raw bodies or several to a form."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+MEDIA_TYPES: Final = {
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".bmp": "image/bmp",
+    ".tif": "image/tiff",
+    ".tiff": "image/tiff",
+}
+
+
+@dataclass(frozen=True)
+class Body:
+    """One request's body."""
+
+    data: bytes
+    content_type: str
+
+
+def find_images(folder: Path, most: int = 1000) -> list[Path]:
+    """The images under `folder`, or `folder` itself if it is one; at most so many of them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    images = [file for file in files if file.suffix.lower() in MEDIA_TYPES]
+    if not images:
+        raise ValueError(f"no images in {folder} ({', '.join(MEDIA_TYPES)})")
+    return images[:most]
+
+
+def make_bodies(images: list[Path], images_per_request: int) -> Iterator[Body]:
+    """Requests without end, with the images in turn."""
+    if images_per_request == 1:
+        bodies = [Body(path.read_bytes(), MEDIA_TYPES[path.suffix.lower()]) for path in images]
+    else:
+        count = max(1, len(images) // images_per_request)
+        turn = itertools.cycle(images)
+        bodies = [_form([next(turn) for _ in range(images_per_request)]) for _ in range(count)]
+    return itertools.cycle(bodies)
+
+
+def _form(images: list[Path]) -> Body:
+    boundary = os.urandom(16).hex()
+    parts = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{number}{path.suffix}"\r\n'
+        f"Content-Type: {MEDIA_TYPES[path.suffix.lower()]}\r\n\r\n".encode()
+        + path.read_bytes()
+        for number, path in enumerate(images)
+    ]
+    data = b"\r\n".join(parts) + f"\r\n--{boundary}--\r\n".encode()
+    return Body(data, f"multipart/form-data; boundary={boundary}")
+
+
+def reason_of(status: int, body: bytes) -> str:
+    """Why a request was not answered: its problem's name, or its status."""
+    try:
+        return f"{status} {orjson.loads(body)['type'].rpartition(':')[2]}"
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return str(status)
