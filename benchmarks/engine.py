@@ -4,6 +4,7 @@ Its weights are random (seeded), for speed does not depend on them; everything e
 builder. `prepare` leaves in a folder:
 
 - `resnet18-int8-openvino/` and `resnet18-fp32-openvino/`: engine packages;
+- `colour-fp32-openvino/`: the package of a network that costs nothing, to see what a server costs;
 - `pixels.onnx`: the INT8 package's graph;
 - `float.onnx`: the same graph without its first nodes, taking normalised float NCHW tensors;
 - `labels.json`.
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -29,7 +30,8 @@ from builder.packages import build_package
 from builder.targets import Report, Rest, open_target
 from builder.verification import Gate, VerificationSet
 from models.preprocessing import Pixels, Preprocessing, load_pixels
-from server.manifest import BatchSizes, Precision, sha256_of
+from server.engines import load_engine
+from server.manifest import BatchSizes, EngineError, Precision, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,23 +40,41 @@ SPEC = Preprocessing(resize=256, height=224, width=224)
 CLASSES = 1000
 INT8 = "resnet18-int8-openvino"
 FP32 = "resnet18-fp32-openvino"
+NEXT_TO_NOTHING = "colour-fp32-openvino"
 
 _BATCH = BatchSizes(min=1, opt=8, max=32)
 _COMMAND = "python -m benchmarks.engine"
 
 
+def _resnet18() -> torch.nn.Module:
+    from torchvision.models import resnet18
+
+    network: torch.nn.Module = resnet18(num_classes=CLASSES)
+    return network
+
+
+def _colour() -> torch.nn.Module:
+    from torch import nn
+
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, CLASSES))
+
+
+_NETWORKS: Final = {"resnet18": _resnet18, "colour": _colour}
+
+
 @dataclass(frozen=True)
-class RandomResNet18:
+class RandomNetwork:
     """A source of graphs for the builder, as a checkpoint is."""
 
     path: Path
+    name: str
 
     @property
     def student(self) -> Student:
         """The network's description."""
         labels = [f"class-{index:03}" for index in range(CLASSES)]
         return Student(
-            name="resnet18",
+            name=self.name,
             labels=labels,
             preprocessing=SPEC,
             checkpoint_sha256=None,
@@ -72,7 +92,7 @@ class RandomResNet18:
 
     def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
         """One graph; its calibration images are the verification's, for nothing is learned here."""
-        path = self.path / f"{precision}.onnx"
+        path = self.path / f"{self.name}-{precision}.onnx"
         if precision == "int8":
             convert_to_int8(self._master, path, self._pixels, method="max", rest=rest)
         else:
@@ -105,10 +125,9 @@ class RandomResNet18:
     @cached_property
     def _network(self) -> torch.nn.Module:
         import torch
-        from torchvision.models import resnet18
 
         torch.manual_seed(0)
-        network = resnet18(num_classes=CLASSES)
+        network = _NETWORKS[self.name]()
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (SPEC.mean, SPEC.std))
         images = (torch.from_numpy(self._pixels).permute(0, 3, 1, 2) / 255 - mean) / std
         with torch.inference_mode():  # batch statistics of real images: activations as in a trained network
@@ -118,21 +137,25 @@ class RandomResNet18:
 
     @cached_property
     def _master(self) -> Path:
-        path = self.path / "fp32.onnx"
+        path = self.path / f"{self.name}-fp32.onnx"
         export_onnx(self._network, SPEC, path)
         return path
 
 
 def prepare(folder: Path, report: Report) -> Path:
-    """Make the engines in `folder`, unless they are there; returns `folder`."""
-    if (folder / "labels.json").is_file():
+    """Make the engines in `folder`, unless they are there and run here; returns `folder`."""
+    if _usable(folder):
         return folder
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
-    source = RandomResNet18(work)
-    for precision in ("fp32", "int8"):
+    builds: tuple[tuple[str, Precision], ...] = (
+        ("colour", "fp32"),
+        ("resnet18", "fp32"),
+        ("resnet18", "int8"),
+    )
+    for name, precision in builds:
         package = build_package(
-            source,
+            RandomNetwork(work, name),
             open_target("openvino"),
             precision,
             folder,
@@ -145,8 +168,17 @@ def prepare(folder: Path, report: Report) -> Path:
     shutil.copyfile(graph, folder / "pixels.onnx")
     take_float_tensors(graph, folder / "float.onnx")
     shutil.rmtree(work)
-    (folder / "labels.json").write_text(json.dumps(source.student.labels), encoding="utf-8")
+    (folder / "labels.json").write_text(json.dumps(package.manifest.labels), encoding="utf-8")
     return folder
+
+
+def _usable(folder: Path) -> bool:
+    try:
+        for name in (INT8, FP32, NEXT_TO_NOTHING):
+            load_engine(folder / name).close()
+    except EngineError:
+        return False
+    return (folder / "labels.json").is_file()
 
 
 def take_float_tensors(graph: Path, path: Path) -> None:
@@ -163,7 +195,7 @@ def take_float_tensors(graph: Path, path: Path) -> None:
     del model.graph.node[:], model.graph.input[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(weights)
-    shape = ["batch", 3, SPEC.height, SPEC.width]
+    shape: list[str | int | None] = ["batch", 3, SPEC.height, SPEC.width]
     model.graph.input.extend(
         [helper.make_tensor_value_info(layout.output[0], TensorProto.FLOAT, shape), *kept]
     )

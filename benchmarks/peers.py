@@ -8,10 +8,8 @@ measured only after its answers proved right.
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +20,14 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from benchmarks.answers import Labels, ask, expected_labels, wait_for_answer
+from benchmarks.answers import Labels, expected_labels
 from benchmarks.contenders import BUILD, PEERS, REPOSITORY, TRIMRT, Contender, Form
 from benchmarks.engine import INT8, prepare
 from benchmarks.limit import Limit
-from benchmarks.load import run_wrk
 from benchmarks.measurements import Measurement, Results, Run, now, this_machine
-from benchmarks.photos import photographs
-from benchmarks.processes import ProcessTree, running
+from benchmarks.photos import photographs, store
 from benchmarks.report import LARGE, LARGE_CONNECTIONS, SMALL, write_report
+from benchmarks.serving import Serving, serving
 
 _WARM_UP_SECONDS: Final = 2
 
@@ -47,9 +44,9 @@ class Photographs:
     """
 
     name: str
-    files: Sequence[Path]
+    files: list[Path]
     connections: Sequence[int]
-    labels: Mapping[Form, Sequence[Labels]]
+    labels: Mapping[Form, list[Labels]]
 
 
 @dataclass
@@ -78,28 +75,19 @@ class Benchmark:
         Raises:
             click.ClickException: it does not start, or answers wrongly.
         """
-        port = free_port()
-        log = BUILD / f"{contender.name}-{form}.log"
-        command = contender.command(self.engines, port)
+        self._say(f"{contender.title} ({form}): starting")
         first = self.kinds[0].files[0].read_bytes()
-        started = time.perf_counter()
-        try:
-            with running(command, contender.variables(form, self.engines, port), log) as tree:
-                self._say(f"{contender.title} ({form}): starting")
-                wait_for_answer(tree, port, contender.path, contender.headers, first)
-                start_seconds = time.perf_counter() - started
-                self._check(contender, form, port)
-                idle = tree.memory_bytes()
-                measurements = list(self._loads(contender, form, port, tree))
-                loaded = tree.memory_bytes()
-        except click.ClickException as error:
-            raise click.ClickException(f"{contender.title} ({form}): {error.message}; see {log}") from error
+        with serving(contender, form, self.engines, first) as server:
+            self._check(server, form)
+            idle = server.tree.memory_bytes()
+            measurements = list(self._loads(server, form))
+            loaded = server.tree.memory_bytes()
         self.results.runs.append(
             Run(
                 name=contender.name,
                 title=contender.title,
                 form=form,
-                start_seconds=start_seconds,
+                start_seconds=server.start_seconds,
                 idle_mb=idle / 1e6,
                 loaded_mb=loaded / 1e6,
                 installed_mb=contender.installed_bytes() / 1e6,
@@ -128,56 +116,34 @@ class Benchmark:
             self.results.runs.append(Limit.model_validate_json(result.stdout.splitlines()[-1]))
             self.progress.advance(self.task)
 
-    def _check(self, contender: Contender, form: Form, port: int) -> None:
+    def _check(self, server: Serving, form: Form) -> None:
         for kind in self.kinds:
             for file, expected in zip(kind.files, kind.labels[form], strict=True):
-                answer = ask(port, contender.path, contender.headers, file.read_bytes())
+                answer = server.ask(file.read_bytes())
                 if answer != expected:
                     raise click.ClickException(
                         f"wrong labels for {file.name}: {', '.join(answer)} instead of {', '.join(expected)}"
                     )
 
-    def _loads(self, contender: Contender, form: Form, port: int, tree: ProcessTree) -> Iterator[Measurement]:
+    def _loads(self, server: Serving, form: Form) -> Iterator[Measurement]:
         for kind in self.kinds:
             for connections in kind.connections:
-                self._say(f"{contender.title} ({form}): {kind.name}, {connections} connections")
-                url = f"http://127.0.0.1:{port}{contender.path}"
-                for seconds in (min(_WARM_UP_SECONDS, self.seconds), self.seconds):
-                    cpu = tree.cpu_seconds()
-                    load = run_wrk(
-                        url, kind.files, connections=connections, seconds=seconds, headers=contender.headers
-                    )
-                    cpu = tree.cpu_seconds() - cpu
-                yield Measurement(
-                    photograph=kind.name,
-                    connections=connections,
-                    load=load,
-                    cpu_ms=1000 * cpu / max(1, load.requests),
-                )
+                self._say(f"{server.contender.title} ({form}): {kind.name}, {connections} connections")
+                server.load(kind.files, connections, min(_WARM_UP_SECONDS, self.seconds))
+                load, cpu_ms = server.load(kind.files, connections, self.seconds)
+                yield Measurement(photograph=kind.name, connections=connections, load=load, cpu_ms=cpu_ms)
                 self.progress.advance(self.task)
 
     def _say(self, text: str) -> None:
         self.progress.update(self.task, description=text)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def store_photographs(
     name: str, files: Sequence[bytes], connections: Sequence[int], engines: Path
 ) -> Photographs:
     """Write `files` where `wrk` finds them, and compute the right answers."""
-    folder = BUILD / "photographs"
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{name.replace(' ', '')}-{index}.jpg" for index in range(len(files))]
-    for path, file in zip(paths, files, strict=True):
-        path.write_bytes(file)
-    labels: dict[Form, Sequence[Labels]] = {
+    paths = store(name, files, BUILD / "photographs")
+    labels: dict[Form, list[Labels]] = {
         form: expected_labels(engines, form, files) for form in ("usual", "trimrt")
     }
     return Photographs(name, paths, connections, labels)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import cv2
 from PIL import Image
@@ -31,3 +33,12 @@ def photographs(megapixels: float | None = None) -> tuple[bytes, ...]:
         Image.fromarray(pixels).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return tuple(files)
+
+
+def store(name: str, files: Sequence[bytes], folder: Path) -> list[Path]:
+    """Write `files` into `folder`, for programs that read files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name.replace(' ', '')}-{index}.jpg" for index in range(len(files))]
+    for path, file in zip(paths, files, strict=True):
+        path.write_bytes(file)
+    return paths

@@ -37,7 +37,8 @@ def markdown(results: Results) -> str:
     )
     lines = [
         f"{machine.processor}, {machine.cores} cores, {machine.memory_gb:g} GB, Python {machine.python}; "
-        f"{results.seconds:g} s a load, {results.started_at:%Y-%m-%d %H:%M} UTC. TrimRT: mean of all its runs.",
+        f"{results.seconds:g} s a load, {results.started_at:%Y-%m-%d %H:%M} UTC. "
+        "TrimRT: mean of all its runs.",
         "",
         f"Images a second, and milliseconds, for {SMALL} JPEGs at so many connections:",
         "",
@@ -46,14 +47,16 @@ def markdown(results: Results) -> str:
     head += [f"{count}" for count in counts]
     head += [f"p50, {count}" for count in counts] + [f"p99, {count}" for count in counts]
     head += [f"{LARGE}, {LARGE_CONNECTIONS}"]
-    rows = []
-    for limit in (run for run in results.runs if isinstance(run, Limit) and run.photograph == SMALL):
-        rows.append(_limit_row(results, limit, counts))
+    rows = [
+        _limit_row(results, run, counts)
+        for run in results.runs
+        if isinstance(run, Limit) and run.photograph == SMALL
+    ]
     rows += [_speed_row(runs, counts) for runs in _grouped(results)]
-    lines += _table(head, rows)
+    lines += markdown_table(head, rows)
     lines += ["", "What it costs:", ""]
     head = ["server", "form", "CPU ms an image", "ready after s", "memory MB, idle", "loaded", "installed MB"]
-    lines += _table(head, [_cost_row(runs, counts) for runs in _grouped(results)])
+    lines += markdown_table(head, [_cost_row(runs, counts) for runs in _grouped(results)])
     gains = list(_gain_rows(results, counts))
     if gains:
         lines += [
@@ -64,7 +67,7 @@ def markdown(results: Results) -> str:
         head = ["server", "form"]
         head += [f"throughput, {count}" for count in counts]
         head += [f"p99, {count}" for count in counts] + [f"throughput, {LARGE}"]
-        lines += _table(head, gains)
+        lines += markdown_table(head, gains)
     return "\n".join(lines) + "\n"
 
 
@@ -125,10 +128,8 @@ def _gain_rows(results: Results, counts: list[int]) -> Iterator[list[str]]:
             continue
         ours = [neighbour for neighbour in runs[max(0, index - 1) : index + 2] if neighbour.name == "trimrt"]
         row = [run.title, _FORMS[run.form]]
-        for count in counts:
-            row.append(_ratio(ours, run, SMALL, count, "throughput"))
-        for count in counts:
-            row.append(_ratio(ours, run, SMALL, count, "p99"))
+        row += [_ratio(ours, run, SMALL, count, "throughput") for count in counts]
+        row += [_ratio(ours, run, SMALL, count, "p99") for count in counts]
         yield [*row, _ratio(ours, run, LARGE, LARGE_CONNECTIONS, "throughput")]
 
 
@@ -143,8 +144,9 @@ def _mean(values: list[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f}" if values else ""
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    align = ["---" if index < 2 else "---:" for index in range(len(head))]
+def markdown_table(head: list[str], rows: list[list[str]], left: int = 2) -> list[str]:
+    """The lines of a table whose first `left` columns are text, and the others numbers."""
+    align = ["---" if index < left else "---:" for index in range(len(head))]
     return ["| " + " | ".join(row) + " |" for row in (head, align, *rows)]
 
 

@@ -56,9 +56,15 @@ class Contender:
         if stamp.is_file() and stamp.read_text() == wanted:
             return
         subprocess.run([sys.executable, "-m", "venv", "--clear", self.environment], check=True)
-        pip = [self.environment / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install"]
+        pip = [
+            str(self.environment / "bin" / "python"),
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+        ]
         installed = subprocess.run(
-            [*pip, "-q", "-r", requirements], cwd=REPOSITORY, capture_output=True, text=True, check=False
+            [*pip, "-q", "-r", str(requirements)], cwd=REPOSITORY, capture_output=True, text=True, check=False
         )
         if installed.returncode:
             raise click.ClickException(
@@ -88,15 +94,20 @@ class Contender:
         }
 
 
+@dataclass(frozen=True)
 class TrimRT(Contender):
-    """This repository's server, with nothing but its own requirements installed."""
+    """This repository's server, with nothing but its own requirements installed.
+
+    Attributes:
+        package: the engine package that it serves.
+    """
+
+    package: str = "resnet18-int8-openvino"
 
     def command(self, engines: Path, port: int) -> list[str]:
         """`trimrt serve`, with no other setting than where."""
-        from benchmarks.engine import INT8
-
         program = str(self.environment / "bin" / "trimrt")
-        return [program, "serve", "--engine", str(engines / INT8), "--port", str(port)]
+        return [program, "serve", "--engine", str(engines / self.package), "--port", str(port)]
 
 
 class PyTriton(Contender):

@@ -32,8 +32,8 @@ ENGINES = Path(os.environ.get("BENCHMARK_ENGINES", ""))
 MAX_BATCH = 32
 TOP_K = 5
 
-_MEAN = np.float32([0.485, 0.456, 0.406])
-_STD = np.float32([0.229, 0.224, 0.225])
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Classifier:

@@ -1,0 +1,127 @@
+"""What each stage of a request costs: `python -m benchmarks.stages`.
+
+The stages are timed one by one on one thread, in turns. What the server itself costs is found with a
+network that costs nothing: processor time for a request, less that of the same decoding and inference
+in a loop.
+"""
+
+from __future__ import annotations
+
+import http.client
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import click
+import numpy as np
+import orjson
+import simplejpeg
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import limit
+from benchmarks.contenders import BUILD, TRIMRT, TrimRT
+from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
+from benchmarks.photos import photographs, store
+from benchmarks.serving import Serving, serving
+from models.preprocessing import load_pixels
+from server.engines import load_engine
+from server.engines.base import Options, Slot
+
+_BATCH: Final = 8
+_CONNECTIONS: Final = 8
+
+
+def stage_milliseconds(slot: Slot, answer: bytes, file: bytes, repeats: int) -> dict[str, float]:
+    """Median milliseconds of every stage for one image, on this thread.
+
+    Args:
+        slot: of the engine to infer with.
+        answer: a response of the server, to write again.
+        file: a JPEG.
+        repeats: how often each stage is timed.
+    """
+    pixels = load_pixels(file, SPEC)
+    content = orjson.loads(answer)
+
+    def decode() -> None:
+        simplejpeg.decode_jpeg(file, "RGB", min_height=SPEC.resize, min_width=SPEC.resize)
+
+    def assemble() -> None:
+        for row in range(_BATCH):
+            slot.pixels[row] = pixels
+
+    def infer_one() -> None:
+        slot.infer(1)
+
+    def infer_batch() -> None:
+        slot.infer(_BATCH)
+
+    stages: dict[str, tuple[Callable[[], object], int]] = {
+        "decode": (decode, 1),
+        "decode, resize and crop": (lambda: load_pixels(file, SPEC), 1),
+        "batch assembly": (assemble, _BATCH),
+        "inference, batch 1": (infer_one, 1),
+        f"inference, batch {_BATCH}": (infer_batch, _BATCH),
+        "serialisation": (lambda: orjson.dumps(content), 1),
+    }
+    times: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in track(range(repeats), "stages", transient=True):
+        for name, (run, images) in stages.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) / images)
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def serve_nothing(engines: Path, files: list[Path], seconds: float) -> dict[str, float]:
+    """Processor milliseconds a request, with a network that costs nothing."""
+    contender = TrimRT("trimrt", "TrimRT", TRIMRT.path, package=NEXT_TO_NOTHING)
+    with serving(contender, "trimrt", engines, files[0].read_bytes()) as server:
+        server.load(files, _CONNECTIONS, min(2, seconds))
+        _, whole = server.load(files, _CONNECTIONS, seconds)
+    setting = limit.Setting(slots=1, threads=1, batch=1)
+    encoded = [file.read_bytes() for file in files]
+    _, alone = limit.throughput(engines / NEXT_TO_NOTHING, encoded, setting, seconds)
+    return {
+        "a request, network that costs nothing": whole,
+        "the same without a server": alone,
+        "what the server costs": whole - alone,
+    }
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--seconds", default=8.0, show_default=True, help="Length of each load.")
+@click.option("--repeats", default=200, show_default=True, help="How often each stage is timed.")
+def main(seconds: float, repeats: int) -> None:
+    """Time every stage of a request."""
+    TRIMRT.install()
+    engines = prepare(BUILD / "engine", click.echo)
+    files = store("640x427", photographs(), BUILD / "photographs")
+    file = files[0].read_bytes()
+    with serving(TRIMRT, "trimrt", engines, file) as server:
+        answer = _response(server, file)
+    engine = load_engine(engines / INT8, Options(slots=1, threads=1))
+    with closing(engine), closing(engine.open_slot()) as slot:
+        slot.pixels[:] = np.random.default_rng(0).integers(0, 256, slot.pixels.shape, dtype=np.uint8)
+        times = stage_milliseconds(slot, answer, file, repeats)
+    table = Table("stage", box=SIMPLE_HEAD, title="ms for one image, one thread")
+    table.add_column("ms", justify="right")
+    for name, milliseconds in {**times, **serve_nothing(engines, files, seconds)}.items():
+        table.add_row(name, f"{milliseconds:.3f}")
+    Console().print(table)
+
+
+def _response(server: Serving, file: bytes) -> bytes:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
+        connection.request("POST", server.contender.path, body=file, headers=dict(server.contender.headers))
+        return connection.getresponse().read()
+
+
+if __name__ == "__main__":
+    main()
