@@ -157,12 +157,12 @@ def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
 
 
 def test_streams_and_threads_are_what_was_asked_for(package: Path) -> None:
-    model = load_engine(package, Options(slots=2, threads=2))._model  # type: ignore[attr-defined]
+    model, *_ = load_engine(package, Options(slots=2, threads=2))._models  # type: ignore[attr-defined]
     assert model.get_property("NUM_STREAMS") == 2
     assert model.get_property("INFERENCE_NUM_THREADS") == 2
 
 
 def test_nothing_is_computed_in_bf16(package: Path) -> None:
     """OpenVINO would choose it by itself where the processor has it."""
-    model = load_engine(package)._model  # type: ignore[attr-defined]
+    model, *_ = load_engine(package)._models  # type: ignore[attr-defined]
     assert model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32

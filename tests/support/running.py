@@ -52,10 +52,11 @@ def running(settings: Settings, load: LoadEngine = load_engine) -> Iterator[Runn
     host, port = listener.getsockname()[:2]
     url = f"http://{host}:{port}"
     try:
+        wait_until(lambda: server.started)
         with httpx.Client(base_url=url, timeout=30) as client:
-            while client.get("/health/ready").status_code != 200:
-                if failures:
-                    raise failures[0]
+            wait_until(lambda: bool(failures) or client.get("/health/ready").status_code == 200)
+            if failures:
+                raise failures[0]
             yield Running(url, app, server, client)
     finally:
         server.should_exit = True
