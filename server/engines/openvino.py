@@ -17,6 +17,11 @@ from server.manifest import Compatibility, EngineError, Manifest, check_artefact
 # Left to itself the CPU plugin computes FP32 graphs in BF16 where the processor has it.
 CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
+# A loaded model prepares its kernels anew whenever the batch size changes, which takes longer than a
+# small network's inference. So the smallest sizes have a model each, a lane, and the others share one.
+_MAX_LANES: Final = 8
+_LANES_BYTES: Final = 256 << 20
+
 # The instruction sets that decide which kernels a graph is lowered to.
 _FEATURES: Final = frozenset(
     (
@@ -57,14 +62,17 @@ def load(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
     configuration = CONFIGURATION | {"NUM_STREAMS": slots}
     if options.threads:
         configuration["INFERENCE_NUM_THREADS"] = options.threads
+    sizes = manifest.batch.max - manifest.batch.min + 1
+    lanes = max(1, min(sizes, _MAX_LANES, _LANES_BYTES // len(blob)))
+    core = openvino.Core()
     try:
-        model = openvino.Core().import_model(io.BytesIO(blob), "CPU", configuration)
+        models = [core.import_model(io.BytesIO(blob), "CPU", configuration) for _ in range(lanes)]
     except RuntimeError as error:
         raise EngineError(
             f"OpenVINO {openvino.get_version()} cannot load {folder}: {error}; "
             f"rebuild it: {manifest.build_command}"
         ) from error
-    return OpenVINOEngine(manifest, model, slots)
+    return OpenVINOEngine(manifest, models, slots)
 
 
 def _check_machine(folder: Path, manifest: Manifest) -> None:
@@ -88,11 +96,11 @@ def _check_machine(folder: Path, manifest: Manifest) -> None:
 
 
 class OpenVINOEngine:
-    """A compiled model; each slot is an inference request of its own."""
+    """The blob, loaded once for each of the smallest batch sizes; each slot has its own requests."""
 
-    def __init__(self, manifest: Manifest, model: openvino.CompiledModel, slots: int) -> None:
+    def __init__(self, manifest: Manifest, models: list[openvino.CompiledModel], slots: int) -> None:
         self._manifest = manifest
-        self._model = model
+        self._models = models
         self._slots = slots
 
     @property
@@ -107,23 +115,23 @@ class OpenVINOEngine:
 
     def open_slot(self) -> OpenVINOSlot:
         """A slot for the calling thread."""
-        return OpenVINOSlot(self._manifest, self._model.create_infer_request())
+        return OpenVINOSlot(self._manifest, [model.create_infer_request() for model in self._models])
 
     def close(self) -> None:
-        """Nothing to do: the model is freed with the last reference to it."""
+        """Nothing to do: the models are freed with the last reference to them."""
 
 
 class OpenVINOSlot:
-    """One inference request over memory that OpenVINO reads and writes in place."""
+    """Inference requests over memory that OpenVINO reads and writes in place."""
 
-    def __init__(self, manifest: Manifest, request: openvino.InferRequest) -> None:
+    def __init__(self, manifest: Manifest, requests: list[openvino.InferRequest]) -> None:
         self._batch = manifest.batch
-        self._request = request
+        self._requests = requests
         self._pixels = np.zeros((manifest.batch.max, *manifest.input.shape[1:]), np.uint8)
         classes = len(manifest.labels)
         self._logits = np.zeros((manifest.batch.max, classes), np.float32)
         self._probabilities = np.zeros_like(self._logits)
-        self._bound = 0
+        self._bound = [0] * len(requests)
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
@@ -140,14 +148,15 @@ class OpenVINOSlot:
         if not self._batch.min <= count <= self._batch.max:
             raise ValueError(f"batch of {count} is outside {self._batch.min}..{self._batch.max}")
         logits, probabilities = self._logits[:count], self._probabilities[:count]
+        lane = min(count - self._batch.min, len(self._requests) - 1)
+        request = self._requests[lane]
         try:
-            if count != self._bound:
-                bind = openvino.Tensor
-                self._request.set_input_tensor(0, bind(self._pixels[:count], shared_memory=True))
-                self._request.set_output_tensor(0, bind(logits, shared_memory=True))
-                self._request.set_output_tensor(1, bind(probabilities, shared_memory=True))
-                self._bound = count
-            self._request.infer()
+            if count != self._bound[lane]:
+                request.set_input_tensor(0, openvino.Tensor(self._pixels[:count], shared_memory=True))
+                request.set_output_tensor(0, openvino.Tensor(logits, shared_memory=True))
+                request.set_output_tensor(1, openvino.Tensor(probabilities, shared_memory=True))
+                self._bound[lane] = count
+            request.infer()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed on a batch of {count}: {error}") from error
         return Outputs(logits, probabilities)
