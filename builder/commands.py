@@ -6,8 +6,9 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
@@ -20,10 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from builder.export import ExportError
+from builder.import_onnx import NORMALISATIONS
 from builder.int8 import METHODS
 from builder.kit import GraphSource, KitError, is_kit, open_kit
 from builder.packages import Package, build_package
 from builder.publication import PublicationError
+from builder.selection import build_best
+from builder.sensitivity import LayerCost
 from builder.targets import INT8_REST, CompileError, choose_backend, open_target
 from builder.tensorrt.flags import build_options, tensorrt_options
 from builder.tensorrt.progress import BuildListener, RichListener
@@ -38,18 +42,18 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def _precisions(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[Precision, ...]:
-    known = get_args(Precision)
-    chosen = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
-    if unknown := [part for part in chosen if part not in known]:
-        raise click.BadParameter(f"{', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
-    return cast("tuple[Precision, ...]", chosen)
+def _one_or_more_of(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if unknown := [part for part in chosen if part not in known]:
+            raise click.BadParameter(f"{', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
+        return chosen
+
+    return parse
 
 
 def _source_argument(text: str) -> Callable[[_Command], _Command]:
-    return click.argument(
-        "source", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar=text
-    )
+    return click.argument("source", metavar=text)
 
 
 def _preparation_options(command: _Command) -> _Command:
@@ -71,6 +75,28 @@ def _preparation_options(command: _Command) -> _Command:
             click.option("--calibration-images", type=click.IntRange(1), default=512, show_default=True),
             click.option("--verification-images", type=click.IntRange(1), default=1024, show_default=True),
             click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of images."),
+            click.option(
+                "--sensitivity",
+                is_flag=True,
+                help="Rank the layers by what quantising each costs; if INT8 fails the gate, keep the "
+                "costliest in higher precision.",
+            ),
+            click.option(
+                "--preprocess",
+                metavar="NAME|FILE",
+                help="How a MODEL's images are normalised: "
+                f"{', '.join(NORMALISATIONS)}, or a JSON file with resize, mean and std.",
+            ),
+            click.option(
+                "--labels",
+                type=click.Path(dir_okay=False, path_type=Path),
+                help="A MODEL's classes, one a line.  [default: the data's]",
+            ),
+            click.option(
+                "--weights",
+                metavar="FILE|pretrained",
+                help="For torchvision:NAME and timm:NAME: a state dict, or the library's own weights.",
+            ),
         )
     ):
         command = option(command)
@@ -81,16 +107,17 @@ _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 @click.command(context_settings=_HELP)
-@_source_argument("CHECKPOINT|KIT")
+@_source_argument("CHECKPOINT|KIT|MODEL")
 @click.option(
     "-p",
     "--precision",
     "precisions",
-    callback=_precisions,
+    callback=_one_or_more_of((*get_args(Precision), "best")),
     metavar="LIST",
     default="int8",
     show_default=True,
-    help=f"One or more of {', '.join(get_args(Precision))}, separated by commas.",
+    help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the faster one of "
+    "fp16 and int8 that passes the gate.",
 )
 @click.option(
     "--target",
@@ -130,8 +157,8 @@ _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def build(
     context: click.Context,
     /,
-    source: Path,
-    precisions: Sequence[Precision],
+    source: str,
+    precisions: Sequence[Precision | Literal["best"]],
     target: Backend | Literal["auto"],
     output: Path,
     min_batch: int,
@@ -144,7 +171,9 @@ def build(
     """Compile a student into engine packages, and publish those that are as good as it is.
 
     From a CHECKPOINT (`trimrt compress`): export, conversion to each precision and compilation. From
-    a build KIT (`trimrt prepare`): compilation alone, which needs neither torch nor ModelOpt.
+    a build KIT (`trimrt prepare`): compilation alone, which needs neither torch nor ModelOpt. A MODEL
+    that was not made here is an ONNX file, or torchvision:NAME or timm:NAME with --weights; it needs
+    --data.
 
     Each engine is run over held-out validation images. One that is beyond the accuracy gate is not
     published, and the exit code is not 0.
@@ -161,17 +190,18 @@ def build(
         compiler = open_target(target, options, display.listener())
         with _open(context, source, preparation, display) as graphs:
             for precision in precisions:
+                building = partial(
+                    build_best if precision == "best" else partial(build_package, precision=precision),
+                    source=graphs,
+                    target=compiler,
+                    output=output,
+                    batch=batch,
+                    gate=gate,
+                    command=_command_line(context, precisions=precision, target=target),
+                    report=display.report,
+                )
                 try:
-                    package = build_package(
-                        graphs,
-                        compiler,
-                        precision,
-                        output,
-                        batch=batch,
-                        gate=gate,
-                        command=_command_line(context, precisions=precision, target=target),
-                        report=display.report,
-                    )
+                    package = building()
                 except GateError as error:
                     refused.append(str(error))
                     continue
@@ -184,12 +214,12 @@ def build(
 
 
 @click.command(context_settings=_HELP)
-@_source_argument("CHECKPOINT")
+@_source_argument("CHECKPOINT|MODEL")
 @click.option(
     "-p",
     "--precision",
     "precisions",
-    callback=_precisions,
+    callback=_one_or_more_of(get_args(Precision)),
     metavar="LIST",
     default=",".join(get_args(Precision)),
     show_default=True,
@@ -216,13 +246,15 @@ def build(
 def prepare(
     context: click.Context,
     /,
-    source: Path,
+    source: str,
     precisions: Sequence[Precision],
     targets: Sequence[Backend],
     output: Path,
     **preparation: Any,
 ) -> None:
     """Turn a CHECKPOINT into a build kit: all that compiling on another machine needs.
+
+    A MODEL that was not made here is an ONNX file, or torchvision:NAME or timm:NAME with --weights.
 
     Carry the kit to the device and run `trimrt build KIT` there.
     """
@@ -336,46 +368,72 @@ def _batch_sizes(smallest: int, best: int, largest: int) -> BatchSizes:
 
 @contextmanager
 def _open(
-    context: click.Context, path: Path, preparation: dict[str, Any], display: _Display
+    context: click.Context, source: str, preparation: dict[str, Any], display: _Display
 ) -> Iterator[GraphSource]:
-    """The build kit or checkpoint at `path`."""
-    if not is_kit(path):
-        with _prepare(path, preparation, display) as prepared:
+    """The build kit, checkpoint or model that `source` names."""
+    if not is_kit(Path(source)):
+        with _prepare(source, preparation, display) as prepared:
             yield prepared
         return
     given = [name for name in preparation if _is_typed(context, name)]
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise click.UsageError(
-            f"{path} is a build kit, whose images and calibration are fixed; leave out {options}"
+            f"{source} is a build kit, whose images and calibration are fixed; leave out {options}"
         )
     display.report("checking the build kit")
-    yield open_kit(path)
+    yield open_kit(Path(source))
 
 
 @contextmanager
-def _prepare(path: Path, preparation: dict[str, Any], display: _Display) -> Iterator[Preparation]:
-    """The checkpoint at `path`, exported; its graphs live as long as the context."""
-    read_card(path)  # says what is wrong before seconds of importing
+def _prepare(source: str, preparation: dict[str, Any], display: _Display) -> Iterator[Preparation]:
+    """The checkpoint or model that `source` names, exported; its graphs live as long as the context."""
+    path, named = Path(source), source.startswith(("torchvision:", "timm:"))
+    model_options = [name for name in ("preprocess", "labels", "weights") if preparation[name] is not None]
+    if not named and not path.is_file():
+        read_card(path)  # says what is wrong before seconds of importing
+        if model_options:
+            raise click.UsageError(
+                f"{source} is a checkpoint, which says itself what --{model_options[0]} would"
+            )
+    display.report("importing")
     try:
-        from builder.preparation import Settings, prepare_checkpoint
+        from builder.preparation import Settings, open_checkpoint, prepare
+        from builder.sources import Details, open_named, open_onnx
     except ImportError as error:
         raise click.ClickException(
-            f"{path} is a checkpoint, and preparing one needs what `pip install 'trimrt[compress]'` brings "
+            f"preparing {source} needs what `pip install 'trimrt[compress]'` brings "
             f"({error}). Or run `trimrt prepare` where that is installed, and build from its kit here"
         ) from error
     method = preparation["calibration"]
     settings = Settings(
-        data=preparation["data"],
         calibration_images=preparation["calibration_images"],
         verification_images=preparation["verification_images"],
         methods=METHODS if method == "auto" else (method,),
         seed=preparation["seed"],
+        sensitivity=preparation["sensitivity"],
     )
+    display.report(f"reading {source}")
+    if named or path.is_file():
+        details = Details(**{name: preparation[name] for name in ("data", "preprocess", "labels", "weights")})
+        subject = open_named(source, details) if named else open_onnx(path, details)
+    else:
+        subject = open_checkpoint(path, preparation["data"])
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
-        prepared = prepare_checkpoint(path, Path(workspace), settings, display.report)
-        display.note(f"ONNX and PyTorch logits differ by {prepared.export_difference:.1e} at most")
+        prepared = prepare(subject, Path(workspace), settings, display.report)
+        display.note(f"the exported graph's logits differ by {prepared.export_difference:.1e} at most")
+        if settings.sensitivity:
+            display.note(_ranking(prepared.layer_costs))
         yield prepared
+
+
+def _ranking(costs: Sequence[LayerCost]) -> Table:
+    table = Table(box=SIMPLE_HEAD, caption="Error of the logits when this layer alone is quantised")
+    table.add_column("layer")
+    table.add_column("error", justify="right")
+    for cost in costs:
+        table.add_row(escape(cost.layer), f"{cost.error:.3%}")
+    return table
 
 
 def _is_typed(context: click.Context, name: str) -> bool:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 from builder.export import INPUT, LOGITS, PROBABILITIES
-from builder.kit import Graph, GraphSource
+from builder.kit import Graph, GraphSource, KitError
 from builder.measurement import measure
 from builder.publication import staging, write_manifest
 from builder.targets import INT8_REST, Artefact, Report, Target, open_target
 from builder.verification import Gate, GateError, VerificationSet, compare
 from server.engines import load_engine
+from server.engines.base import Engine
 from server.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
 
 
@@ -87,19 +89,28 @@ def build_package(
                     report("verifying")
                     write_manifest(stage.folder, manifest)
                     evidence = _verify(stage.folder, source.verification, gate, graph.weights_bytes)
+                    if graph.calibration and graph.calibration.higher_precision_layers:
+                        _require_gain(evidence, source, target, batch, report)
                     manifest = manifest.model_copy(update={"evidence": evidence})
                 else:
                     report("verifying the graph with OpenVINO")
-                    unverified += f". {_verify_graph(path, manifest, source.verification, gate, report)}"
+                    unverified += f". {_verify_graph(source, graph, path, batch, gate, report)}"
             except GateError as error:
-                method = graph.calibration.method if graph.calibration else precision
-                tried.append(method)
-                rejected.append(f"{method}: {error}")
+                tried.append(_label(graph))
+                rejected.append(f"{_label(graph)}: {error}")
                 continue
             report("publishing")
             manifest = stage.publish(manifest)
             return Package(output / name, manifest, tuple(rejected), unverified)
     raise GateError(f"{name} was not published. " + "; ".join(rejected))
+
+
+def _label(graph: Graph) -> str:
+    """What distinguishes a graph from the others of its precision."""
+    if graph.calibration is None:
+        return graph.precision
+    kept = graph.calibration.higher_precision_layers
+    return graph.calibration.method + (f", {len(kept)} layers in {graph.rest}" if kept else "")
 
 
 def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: int) -> Evidence:
@@ -112,7 +123,7 @@ def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: in
 
 
 def _verify_graph(
-    graph: Path, manifest: Manifest, images: VerificationSet, gate: Gate, report: Report
+    source: GraphSource, graph: Graph, path: Path, batch: BatchSizes, gate: Gate, report: Report
 ) -> str:
     """Hold the graph of an engine that cannot be run here against the gate, with OpenVINO in its place.
 
@@ -121,30 +132,51 @@ def _verify_graph(
     Returns:
         What was found, in words.
     """
-    with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
-        folder = Path(name)
-        artefact = open_target("openvino").compile(graph, folder, manifest.batch, report)
-        stand_in = manifest.model_copy(
-            update={
-                "backend": "openvino",
-                "backend_version": artefact.backend_version,
-                "compatibility": artefact.compatibility,
-                "provenance": manifest.provenance.model_copy(
-                    update={
-                        "artefact": artefact.file,
-                        "artefact_sha256": sha256_of(folder / artefact.file),
-                    }
-                ),
-            }
-        )
-        write_manifest(folder, stand_in)
-        with closing(load_engine(folder)) as engine:
-            comparison = compare(engine, images)
+    with _trial(source, open_target("openvino"), graph, path, batch, report) as engine:
+        comparison = compare(engine, source.verification)
     gate.check(comparison)
     return (
         f"Its graph, run with OpenVINO, passes the gate: top-1 {comparison.engine_top1:.2%}, "
         f"agreement {comparison.label_agreement:.2%} on {comparison.images} images"
     )
+
+
+def _require_gain(
+    evidence: Evidence, source: GraphSource, target: Target, batch: BatchSizes, report: Report
+) -> None:
+    """Refuse an INT8 engine with layers kept out of INT8 that is no faster than one without any INT8.
+
+    Raises:
+        GateError: nothing is gained.
+    """
+    rest = INT8_REST[target.backend]
+    try:
+        graph, path = next(iter(source.graphs(rest, rest)))
+    except KitError:
+        return  # a kit without that graph; there is nothing to compare with
+    report(f"comparing with {rest}")
+    with _trial(source, target, graph, path, batch, report) as engine:
+        speed = measure(engine)
+    if evidence.latency_ms >= speed.latency_ms and evidence.throughput <= speed.throughput:
+        raise GateError(
+            f"it is accurate but not faster than {rest}: {evidence.latency_ms:.2f} ms against "
+            f"{speed.latency_ms:.2f} ms, {evidence.throughput:,.0f} images/s against {speed.throughput:,.0f}"
+        )
+
+
+@contextmanager
+def _trial(
+    source: GraphSource, target: Target, graph: Graph, path: Path, batch: BatchSizes, report: Report
+) -> Iterator[Engine]:
+    """An engine that is not published, gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
+        folder = Path(name)
+        artefact = target.compile(path, folder, batch, report)
+        write_manifest(
+            folder, _describe("trial", source, target, graph, artefact, folder, [], "trimrt build")
+        )
+        with closing(load_engine(folder)) as engine:
+            yield engine
 
 
 def _describe(

@@ -114,6 +114,16 @@ class Evidence(_Strict):
     weights_bytes: int = Field(description="weights as stored in the ONNX graph")
 
 
+class Candidate(_Strict):
+    """An engine that `--precision best` tried; what was not measured is None."""
+
+    precision: Precision
+    latency_ms: float | None = None
+    throughput: float | None = None
+    engine_top1: float | None = None
+    refused: str | None = Field(default=None, description="what the accuracy gate said of it")
+
+
 class Manifest(_Strict):
     """One engine package's description; `manifest.json`."""
 
@@ -135,6 +145,7 @@ class Manifest(_Strict):
     evidence: Evidence | None = Field(
         default=None, description="None when the engine could not be run where it was built"
     )
+    candidates: list[Candidate] = Field(default=[], description="what `--precision best` chose from")
     build_command: str = Field(description="the command that rebuilds it")
 
 

@@ -11,7 +11,7 @@ from small_student import SPEC
 
 from builder.export import INPUT, quiet
 from builder.kit import Graph, Kit
-from builder.preparation import Settings, prepare_checkpoint
+from builder.preparation import Settings, open_checkpoint, prepare
 from models.datasets import DataSplit, ImageSet
 from models.preprocessing import Pixels
 
@@ -46,9 +46,8 @@ def observed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Obse
         patch.setattr(ImageSet, "load_pixels", watched_load_pixels)
         patch.setattr(quantization, "quantize", watched_quantize)
         settings = Settings(calibration_images=64, methods=["max"])
-        preparation = prepare_checkpoint(
-            checkpoint, tmp_path_factory.mktemp("calibration"), settings, lambda _: None
-        )
+        subject, workspace = open_checkpoint(checkpoint, data=None), tmp_path_factory.mktemp("calibration")
+        preparation = prepare(subject, workspace, settings, lambda _: None)
         ((graph, _),) = preparation.graphs("int8", "fp32")
     return Observed(files, calibrated, graph)
 
