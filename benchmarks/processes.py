@@ -27,8 +27,13 @@ class ProcessTree:
 
     def members(self) -> list[psutil.Process]:
         """Every live process of the tree."""
+        members = []
         # Orphans are children of this process, which is their subreaper.
-        return [child for child in psutil.Process().children(recursive=True) if child.pid not in self._others]
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if child.pid not in self._others and child.status() != psutil.STATUS_ZOMBIE:
+                    members.append(child)
+        return members
 
     def ended(self) -> bool:
         """Whether the process that was started is gone."""
