@@ -1,0 +1,62 @@
+"""Does decoding large JPEGs at a reduced scale change the labels? `python -m benchmarks.scaled_decoding`.
+
+Test images of the engine's own data set are enlarged to 12 megapixels, compressed, and labelled twice:
+decoded at the reduced scale, and decoded in full.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from contextlib import closing
+from pathlib import Path
+
+import click
+from PIL import Image
+from rich.progress import track
+
+from models.datasets import open_dataset
+from models.preprocessing import load_pixels
+from server.engines import load_engine
+from server.manifest import EngineError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--data", default="digits", show_default=True, help="`digits`, `fashion-mnist` or a folder.")
+@click.option("--images", default=300, show_default=True, help="How many test images.")
+@click.option("--megapixels", default=12.0, show_default=True, help="Size that they are enlarged to.")
+def main(package: Path, data: str, images: int, megapixels: float) -> None:
+    """Compare the labels that PACKAGE gives to reduced-scale and to full decoding."""
+    try:
+        engine = load_engine(package)
+    except EngineError as error:
+        raise click.ClickException(str(error)) from error
+    spec = engine.manifest.preprocessing
+    exact = spec.model_copy(update={"scaled_decoding": False})
+    paths = open_dataset(data).test.paths[:images]
+    agreeing = 0
+    with closing(engine), closing(engine.open_slot()) as slot:
+        for path in track(paths, "labelling"):
+            file = enlarged(path, megapixels)
+            labels = []
+            for how in (spec, exact):
+                slot.pixels[0] = load_pixels(file, how)
+                labels.append(int(slot.infer(1).logits.argmax()))
+            agreeing += labels[0] == labels[1]
+    click.echo(f"{agreeing} of {len(paths)} labels agree ({agreeing / len(paths):.2%})")
+
+
+def enlarged(path: Path, megapixels: float) -> bytes:
+    """The image as a JPEG of so many million pixels."""
+    with Image.open(path) as image:
+        scale = math.sqrt(megapixels * 1e6 / (image.width * image.height))
+        size = (round(image.width * scale), round(image.height * scale))
+        large = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    large.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()
