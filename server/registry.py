@@ -134,9 +134,9 @@ class Registry:
         Raises:
             Problem: `engine-not-found`, or `not-ready` while the default is still loading.
         """
-        scheduler = self.loaded.get(name or self.default or "")
-        if scheduler is not None:
-            return scheduler
+        wanted = self.default if name is None else name
+        if wanted is not None and wanted in self.loaded:
+            return self.loaded[wanted]
         if name is None:
             raise Problem("not-ready", "no engine is loaded yet", headers={"Retry-After": "1"})
         raise Problem(

@@ -36,7 +36,7 @@ def _manager(request: Request) -> Registry:
 
 
 Manager = Annotated[Registry, Depends(_manager)]
-_MANAGED = documented(401, 403, 404, 409, 422)
+_MANAGED = documented(400, 401, 403, 404, 409, 422)
 
 
 @router.get("")

@@ -149,6 +149,18 @@ async def model_ready(request: Request, model: ModelName, version: str = "") -> 
     return ModelReady(name=model, ready=True)
 
 
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON schema without references, which OpenAPI could not follow into a request body."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items() if key != "$defs"}
+
+
+_SCHEMA: Final = InferenceRequest.model_json_schema()
 _INFER: Final[dict[str, Any]] = {
     "response_class": Response,
     "responses": documented(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
@@ -156,7 +168,7 @@ _INFER: Final[dict[str, Any]] = {
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": InferenceRequest.model_json_schema()},
+                "application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])},
                 "application/octet-stream": {
                     "schema": {"type": "string", "format": "binary"},
                 },

@@ -35,6 +35,32 @@ def _answers_correctly(served: Started, image: bytes, expected: int) -> None:
     assert response.json()["results"][0]["predictions"][0]["index"] == expected
 
 
+_PATHS = [
+    "/predict",
+    "/predict?top_k=0",
+    "/predict?engine=%00",
+    f"/predict?top_k={'9' * 50}",
+    "/v2/models/tiny/infer",
+    "/v2/models/tiny/versions/9/infer",
+    "/engines/x/load",
+    "/page/../../etc/passwd",
+    "/%ff%fe",
+    "/",
+]
+_CONTENT_TYPES = [
+    "image/png",
+    "image/jpeg",
+    "multipart/form-data",
+    "multipart/form-data; boundary=b",
+    "application/json",
+    "x",
+]
+
+
+def _head(length: int) -> bytes:
+    return f"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
 def _garbage(random: random.Random, image: bytes) -> bytes:
     """One request that is wrong in some way, as it goes over the wire."""
     noise = random.randbytes(random.randrange(0, 3000))
@@ -42,32 +68,7 @@ def _garbage(random: random.Random, image: bytes) -> bytes:
     for _ in range(random.randrange(1, 20)):
         damaged[random.randrange(len(damaged))] = random.randrange(256)
     body = random.choice([noise, bytes(damaged), image[: random.randrange(len(image))], b"", image + noise])
-    path = random.choice(
-        [
-            "/predict",
-            "/predict?top_k=0",
-            "/predict?engine=%00",
-            "/v2/models/tiny/infer",
-            "/",
-            "/engines/x/load",
-        ]
-        + [
-            "/v2/models/tiny/versions/9/infer",
-            "/%ff%fe",
-            "/predict?top_k=" + "9" * 50,
-            "/page/../../etc/passwd",
-        ]
-    )
-    content_type = random.choice(
-        [
-            "image/png",
-            "image/jpeg",
-            "multipart/form-data",
-            "multipart/form-data; boundary=b",
-            "application/json",
-            "x",
-        ]
-    )
+    path, content_type = random.choice(_PATHS), random.choice(_CONTENT_TYPES)
     if content_type.endswith("=b"):
         body = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + body
         body += random.choice([b"", b"\r\n--b", b"\r\n--b--\r\n"])
@@ -131,8 +132,8 @@ def test_ten_thousand_garbage_requests(
 def test_clients_that_vanish(served: Started, encode: Encode, reference: Callable[..., object]) -> None:
     """After the head, inside the body, and before the answer."""
     image = encode(1)
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
-    whole = head.encode() + image
+    head = _head(len(image))
+    whole = head + image
     cuts = [len(head) // 2, len(head), len(head) + len(image) // 2, len(whole)]
     requests = [whole[:cut] for cut in cuts] * 500
     _send_all(served.url, requests, patience=0.001)
@@ -153,9 +154,7 @@ def test_slow_bodies_cost_no_one_else_anything(
 ) -> None:
     """Two hundred bodies that never end; meanwhile others are served, and then the slow are told."""
     image = encode(1)
-    slow = (
-        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9999\r\n\r\nbegin"
-    )
+    slow = _head(9999) + b"begin"
     outcomes: list[Counter[int | None]] = []
     thread = threading.Thread(
         target=lambda: outcomes.append(_send_all(served.url, [slow] * 200, patience=20))

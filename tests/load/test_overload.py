@@ -19,10 +19,10 @@ from server.settings import Settings
 
 pytestmark = pytest.mark.slow
 
-SECONDS_PER_BATCH = 0.02
+SECONDS_PER_BATCH = 0.05
 MAX_BATCH = 2
 CAPACITY = MAX_BATCH / SECONDS_PER_BATCH  # images a second
-QUEUE_LIMIT = 40
+QUEUE_LIMIT = 20
 
 
 def test_overload_is_shed_and_survived(tmp_path: Path, encode: Callable[..., bytes]) -> None:
@@ -51,7 +51,8 @@ def test_overload_is_shed_and_survived(tmp_path: Path, encode: Callable[..., byt
         assert time.monotonic() - ended < 2, "not back to normal"
         assert answer.elapsed.total_seconds() < max(5 * usual, 0.1)
     (point,) = json.loads(result.read_text())["points"]
-    bound = 1.2 * QUEUE_LIMIT / CAPACITY * 1000
+    service_ms = 1000 / point["requests_per_s"]
+    bound = 1.2 * QUEUE_LIMIT * service_ms
     growth = max(resident) / resident[0] - 1
     print(
         f"{point['requests']} sent, {point['answered']} answered ({point['requests_per_s']:.0f}/s of "

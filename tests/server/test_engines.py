@@ -79,14 +79,14 @@ def test_the_default_engine_cannot_be_unloaded(served: Running, encode: Encode) 
 
 
 def test_what_does_not_exist_cannot_be_managed(served: Running) -> None:
-    assert _problem(served.client.post("/engines/nobody/load")) == (404, "engine-not-found")
-    assert _problem(served.client.post("/engines/nobody/unload")) == (404, "engine-not-found")
-    assert _problem(served.client.put("/engines/default", json={"name": "nobody"})) == (
-        404,
-        "engine-not-found",
-    )
+    missing = (404, "engine-not-found")
+    assert _problem(served.client.post("/engines/nobody/load")) == missing
+    assert _problem(served.client.post("/engines/nobody/unload")) == missing
+    for name in ("nobody", ""):
+        assert _problem(served.client.put("/engines/default", json={"name": name})) == missing
     assert _problem(served.client.post("/engines/..%2Ftiny/load"))[0] == 404
     assert _problem(served.client.post("/engines/.hidden/load")) == (422, "invalid-parameter")
+    assert served.client.get("/health/ready").status_code == 200
 
 
 def test_a_newer_version_replaces_the_running_one(served: Running, directory: Path, encode: Encode) -> None:
