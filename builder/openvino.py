@@ -40,7 +40,7 @@ class OpenVINOTarget:
             raise CompileError(f"OpenVINO cannot compile {graph.name}: {error}") from error
         (folder / BLOB_NAME).write_bytes(blob.getbuffer())
         shutil.copyfile(graph, folder / GRAPH_NAME)
-        return Artefact(BLOB_NAME, openvino.get_version(), this_machine(), batch)
+        return Artefact(BLOB_NAME, openvino.get_version(), this_machine(), batch, arithmetic="fp32")
 
     def missing_device(self) -> str | None:
         """None: every machine that OpenVINO installs on has its CPU plugin."""

@@ -201,6 +201,7 @@ def _describe(
         backend=target.backend,
         backend_version=artefact.backend_version,
         precision=graph.precision,
+        arithmetic=artefact.arithmetic,
         input=Tensor(name=INPUT, dtype="uint8", shape=[-1, spec.height, spec.width, 3], layout="NHWC"),
         outputs=[
             Tensor(name=output, dtype="float32", shape=[-1, len(student.labels)])

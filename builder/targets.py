@@ -30,12 +30,14 @@ class Artefact:
         backend_version: of the library that compiled it.
         compatibility: the machine it is for.
         batch: sizes it was compiled for.
+        arithmetic: what the backend computes in where not in INT8; None: what the graph says.
     """
 
     file: str
     backend_version: str
     compatibility: Compatibility
     batch: BatchSizes
+    arithmetic: Literal["fp32"] | None = None
 
 
 class Target(Protocol):

@@ -55,6 +55,7 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
     rows = [
         ("engine", f"{manifest.name}, version {manifest.version}"),
         ("precision", manifest.precision),
+        *([("computed in", f"{manifest.arithmetic} where not in INT8")] if manifest.arithmetic else []),
         ("backend", f"{manifest.backend} {manifest.backend_version}"),
         ("built", f"{manifest.created_at:%Y-%m-%d %H:%M:%S %Z} by TrimRT {manifest.builder_version}"),
         *((name.replace("_", " "), _text(value)) for name, value in machine.items()),

@@ -135,6 +135,11 @@ class Manifest(_Strict):
     backend: Backend
     backend_version: str
     precision: Precision
+    arithmetic: Literal["fp32"] | None = Field(
+        default=None,
+        description="what is computed in where not in INT8, if that is not what the graph says: "
+        "CPUs compute FP16 graphs in FP32",
+    )
     input: Tensor
     outputs: list[Tensor] = Field(min_length=1)
     batch: BatchSizes

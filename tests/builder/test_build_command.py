@@ -46,6 +46,16 @@ def test_package_is_rebuilt_by_the_command_in_its_manifest(
     assert after.provenance.onnx_sha256 == before.provenance.onnx_sha256
 
 
+def test_fp16_engine_of_a_cpu_says_that_it_computes_in_fp32(packages: dict[Precision, Path]) -> None:
+    assert read_manifest(packages["fp16"]).arithmetic == "fp32"
+
+
+def test_fp16_halves_the_blob_too(packages: dict[Precision, Path]) -> None:
+    """OpenVINO by itself would store FP32 weights, because that is what it computes in."""
+    fp32, fp16 = ((packages[p] / "engine.blob").stat().st_size for p in ("fp32", "fp16"))
+    assert fp32 / fp16 >= 1.9
+
+
 def test_manifest_tells_the_whole_story(packages: dict[Precision, Path], kit: Kit, checkpoint: Path) -> None:
     manifest = read_manifest(packages["int8"])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -15,6 +16,7 @@ from builder.kit import Graph, Kit
 from builder.legality import check_legality
 from models.datasets import DataSplit
 from server.engines import load_engine
+from server.engines.openvino import CONFIGURATION
 from server.manifest import Precision
 
 
@@ -78,6 +80,19 @@ def test_engine_stays_close_to_the_fp32_network(
     evidence = load_engine(packages[precision]).manifest.evidence
     assert evidence is not None
     assert evidence.max_logit_difference <= limit
+
+
+@pytest.mark.parametrize(("precision", "integer"), [("fp16", 0), ("int8", 20), ("int8-dynamic", 19)])
+def test_int8_convolutions_run_as_integer_kernels(kit: Kit, precision: Precision, integer: int) -> None:
+    """Dynamic ones too, where OpenVINO runs the usual ConvInteger in floating point."""
+    model = openvino.Core().compile_model(graph_of(kit, precision)[1], "CPU", CONFIGURATION)
+    kernels = [node.get_rt_info() for node in model.get_runtime_model().get_ordered_ops()]
+    types = [
+        kernel["runtimePrecision"].astype(str) for kernel in kernels if kernel["layerType"] == "Convolution"
+    ]
+
+    assert len(types) == 20
+    assert sum(kind in ("i8", "u8") for kind in types) == integer
 
 
 def test_dynamic_int8_result_does_not_depend_on_the_batch(kit: Kit, data: DataSplit) -> None:
