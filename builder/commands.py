@@ -210,6 +210,10 @@ def build(
         if any(package.manifest.evidence for package in packages):
             display.note(_table(packages))
     if refused:
+        if "int8" in precisions and not preparation["sensitivity"]:
+            refused.append(
+                "--sensitivity (of `trimrt prepare`, for a kit) finds the layers that INT8 hurts most"
+            )
         raise click.ClickException("\n".join(refused))
 
 
@@ -428,9 +432,9 @@ def _prepare(source: str, preparation: dict[str, Any], display: _Display) -> Ite
 
 
 def _ranking(costs: Sequence[LayerCost]) -> Table:
-    table = Table(box=SIMPLE_HEAD, caption="Error of the logits when this layer alone is quantised")
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("layer")
-    table.add_column("error", justify="right")
+    table.add_column("logit error if quantised alone", justify="right")
     for cost in costs:
         table.add_row(escape(cost.layer), f"{cost.error:.3%}")
     return table
