@@ -61,7 +61,7 @@ def markdown(results: Results) -> str:
     if gains:
         lines += [
             "",
-            "TrimRT against each, from the runs next to it (throughput: more is better; p99: less is):",
+            "TrimRT over each, from TrimRT's runs next to it (throughput: more is better; p99: less is):",
             "",
         ]
         head = ["server", "form"]
@@ -121,23 +121,47 @@ def _cost_row(runs: list[Run], counts: list[int]) -> list[str]:
     ]
 
 
+def _neighbours(results: Results, index: int) -> list[Run]:
+    """TrimRT's runs just before and just after the one at `index`."""
+    ours = [isinstance(run, Run) and run.name == "trimrt" for run in results.runs]
+    before = max((place for place in range(index) if ours[place]), default=None)
+    after = min((place for place in range(index + 1, len(ours)) if ours[place]), default=None)
+    found = [results.runs[place] for place in (before, after) if place is not None]
+    return [run for run in found if isinstance(run, Run)]
+
+
 def _gain_rows(results: Results, counts: list[int]) -> Iterator[list[str]]:
-    runs = _servers(results)
-    for index, run in enumerate(runs):
-        if run.name == "trimrt":
-            continue
-        ours = [neighbour for neighbour in runs[max(0, index - 1) : index + 2] if neighbour.name == "trimrt"]
-        row = [run.title, _FORMS[run.form]]
-        row += [_ratio(ours, run, SMALL, count, "throughput") for count in counts]
-        row += [_ratio(ours, run, SMALL, count, "p99") for count in counts]
-        yield [*row, _ratio(ours, run, LARGE, LARGE_CONNECTIONS, "throughput")]
+    for index, run in enumerate(results.runs):
+        ours = _neighbours(results, index)
+        if isinstance(run, Limit):
+            if run.photograph == SMALL:
+                yield _limit_gains(ours, run, counts)
+        elif run.name != "trimrt":
+            row = [run.title, _FORMS[run.form]]
+            row += [_ratio(ours, run, SMALL, count, "throughput") for count in counts]
+            row += [_ratio(ours, run, SMALL, count, "p99") for count in counts]
+            yield [*row, _ratio(ours, run, LARGE, LARGE_CONNECTIONS, "throughput")]
+
+
+def _limit_gains(ours: list[Run], limit: Limit, counts: list[int]) -> list[str]:
+    row = ["no server", "best loop"]
+    row += [
+        _quotient([m.load.throughput for m in _at(ours, SMALL, count)], limit.throughput) for count in counts
+    ]
+    alone = _quotient([m.load.p50 for m in _at(ours, SMALL, 1)], limit.latency_ms)
+    return [*row, *(f"{alone} (p50)" if count == 1 and alone else "" for count in counts), ""]
 
 
 def _ratio(ours: list[Run], theirs: Run, photograph: str, connections: int, what: str) -> str:
-    mine, other = _at(ours, photograph, connections), theirs.at(photograph, connections)
-    if not mine or other is None:
+    other = theirs.at(photograph, connections)
+    if other is None:
         return ""
-    return f"{fmean(getattr(m.load, what) for m in mine) / getattr(other.load, what):.2f}"
+    mine = [getattr(m.load, what) for m in _at(ours, photograph, connections)]
+    return _quotient(mine, getattr(other.load, what))
+
+
+def _quotient(values: list[float], divisor: float) -> str:
+    return f"{fmean(values) / divisor:.2f}" if values and divisor else ""
 
 
 def _mean(values: list[float], digits: int) -> str:

@@ -84,3 +84,9 @@ def test_the_written_json_is_the_run(results: Results, tmp_path: Path) -> None:
     assert Results.model_validate_json((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "results.md").read_text() == markdown(results)
     assert "</svg>" in (tmp_path / "results.svg").read_text()
+
+
+def test_the_limit_is_compared_with_the_trimrt_runs_next_to_it(results: Results) -> None:
+    *_, limit = rows(markdown(results), "no server")
+
+    assert limit[2] == "0.50"  # (200 + 100) / 2 to 300
