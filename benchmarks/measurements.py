@@ -60,6 +60,7 @@ class Results(BaseModel):
     machine: Machine
     seconds: float = Field(description="of each load")
     runs: list[Run | Limit] = []
+    failures: list[str] = Field(default=[], description="servers that could not be measured, and why")
 
 
 def this_machine() -> Machine:

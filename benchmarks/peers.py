@@ -215,10 +215,17 @@ def main(
         progress.update(task, total=loads)
         benchmark = Benchmark(engines, kinds, seconds, progress, task)
         for index, (contender, form) in enumerate(turns):
-            benchmark.measure(contender, form)
+            try:
+                benchmark.measure(contender, form)
+            except click.ClickException as error:
+                if contender is TRIMRT:
+                    raise
+                benchmark.results.failures.append(error.message)
             if limit and index == len(turns) // 2:
                 benchmark.measure_limit()
     write_report(benchmark.results, output, console)
+    if benchmark.results.failures:
+        raise click.ClickException("not every server was measured")
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> None:

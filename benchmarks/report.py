@@ -68,6 +68,8 @@ def markdown(results: Results) -> str:
         head += [f"throughput, {count}" for count in counts]
         head += [f"p99, {count}" for count in counts] + [f"throughput, {LARGE}"]
         lines += markdown_table(head, gains)
+    if results.failures:
+        lines += ["", "Not measured:", "", *(f"- {failure}" for failure in results.failures)]
     return "\n".join(lines) + "\n"
 
 

@@ -90,3 +90,10 @@ def test_the_limit_is_compared_with_the_trimrt_runs_next_to_it(results: Results)
     *_, limit = rows(markdown(results), "no server")
 
     assert limit[2] == "0.50"  # (200 + 100) / 2 to 300
+
+
+def test_a_server_that_could_not_be_measured_is_named(results: Results) -> None:
+    failed = results.model_copy(update={"failures": ["Ray Serve (usual): it ended before it answered"]})
+
+    assert "Not measured" not in markdown(results)
+    assert "- Ray Serve (usual): it ended before it answered" in markdown(failed)
