@@ -76,7 +76,7 @@ def evaluate(network: nn.Module, pixels: Pixels, targets: NDArray[np.int64], spe
     expected = torch.from_numpy(targets)
     wrong = int((logits.argmax(1) != expected).sum())
     return Score(
-        accuracy=1 - wrong / len(targets),
+        accuracy=(len(targets) - wrong) / len(targets),
         loss=float(functional.cross_entropy(logits.double(), expected)),
         wrong=wrong,
         images=len(targets),

@@ -73,7 +73,7 @@ class Teacher(Training):
         default=None,
         description="start from this state dict (.safetensors or .pth); with 0 epochs it is kept as it is",
     )
-    epochs: int = Field(default=36, ge=0, description="passes over the training images")
+    epochs: int = Field(default=48, ge=0, description="passes over the training images")
     learning_rate: float = Field(default=1.5e-3, gt=0, description="peak of the one-cycle schedule")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from models.card import Card, Metrics
 from models.datasets import DataSplit, open_dataset
@@ -14,6 +15,9 @@ from models.inputs import choose_inputs
 from models.preprocessing import Preprocessing
 from models.recipe import Recipe
 from models.training import Images
+
+# Networks and batches are tiny here: a second thread would only wait for the first.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

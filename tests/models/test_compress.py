@@ -25,6 +25,7 @@ from models.preprocessing import IMAGENET_MEAN
 from models.recipe import make_recipe
 
 SHORT = [
+    *("--threads", "1"),
     *("--teacher-architecture", "resnet18", "--teacher-epochs", "1", "--student-epochs", "2"),
     *("--pruning-epochs", "1", "--distillation-views", "2"),
     *("--teacher-batch-size", "16", "--student-batch-size", "16", "--pruning-batch-size", "16"),
@@ -123,7 +124,9 @@ class TestRerun:
         assert result.output.count("is finished already") == 2
         before, after = weights(finished[0]), weights(tmp_path)
         assert [before[stage] == after[stage] for stage in STAGES] == [True, True, False]
-        assert load_checkpoint(tmp_path / "pruned")[1].metrics.parameters == 2_796_202
+        plan = load_checkpoint(tmp_path / "pruned")[1].channel_plan
+        assert plan is not None
+        assert plan["fc"] == {"in_features": 256}
 
     def test_a_damaged_stage_is_made_anew(
         self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
@@ -238,7 +241,7 @@ class TestErrors:
     ) -> None:
         given = [argument.format(data=few_digits) for argument in arguments]
         code = 2 if any(option in given for option in ("--fold", "--pruning-ratio", "--config")) else 1
-        result = run(*given, "--out", tmp_path / "out", *SHORT[2:], code=code)
+        result = run(*SHORT, "--out", tmp_path / "out", *given, code=code)
         assert message in " ".join(result.output.split())
         assert "Traceback" not in result.output
         assert isinstance(result.exception, SystemExit)
