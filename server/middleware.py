@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import random
 import re
 import time
 
@@ -60,4 +60,5 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     for name, value in headers:
         if name == b"x-request-id" and _ACCEPTED_ID.fullmatch(value):
             return value.decode()
-    return os.urandom(8).hex()
+    # Not `os.urandom`: it gives up the interpreter's lock, and under load waits 0.1 ms to get it back.
+    return f"{random.getrandbits(64):016x}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
@@ -19,8 +20,6 @@ from server.manifest import Manifest
 from server.problems import Problem, documented
 from server.scheduler import Result
 from server.settings import Settings
-
-router = APIRouter(tags=["inference"])
 
 DEFAULT_TOP_K = 5
 
@@ -91,6 +90,33 @@ _REQUEST_BODY = {
 }
 
 
+_PARAMETERS = [
+    {
+        "name": "engine",
+        "in": "query",
+        "schema": {"type": "string"},
+        "description": "engine to ask; the default one if absent",
+    },
+    {
+        "name": "top_k",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 1},
+        "description": f"labels per image; {DEFAULT_TOP_K}, or all of fewer, if absent",
+    },
+]
+
+
+class _DirectRoute(APIRoute):
+    """Calls its endpoint with the request alone: FastAPI's parameters cost 0.1 ms of CPU each time."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See `fastapi.routing.APIRoute`."""
+        return self.endpoint
+
+
+router = APIRouter(tags=["inference"], route_class=_DirectRoute)
+
+
 @router.post(
     "/predict",
     response_class=Response,
@@ -98,15 +124,9 @@ _REQUEST_BODY = {
         200: {"model": PredictResponse},
         **documented(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
-    openapi_extra={"requestBody": _REQUEST_BODY},
+    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": _PARAMETERS},
 )
-async def predict(
-    request: Request,
-    engine: Annotated[str | None, Query(description="engine to ask; the default one if absent")] = None,
-    top_k: Annotated[
-        int | None, Query(ge=1, description="labels per image; 5, or all of fewer, if absent")
-    ] = None,
-) -> Response:
+async def predict(request: Request) -> Response:
     """Classify one image (a raw `image/*` body) or several (multipart field `file`, repeated)."""
     state = request.app.state
     settings: Settings = state.settings
@@ -115,9 +135,9 @@ async def predict(
             raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
         if settings.protect_predict:
             require_key(request, settings.api_key)
-        scheduler = state.registry.get(engine)
+        scheduler = state.registry.get(request.query_params.get("engine"))
         manifest: Manifest = scheduler.engine.manifest
-        count = _checked_top_k(top_k, len(manifest.labels))
+        count = _top_k(request.query_params.get("top_k"), len(manifest.labels))
         deadline = time.monotonic() + request_timeout(request.headers.get("x-request-timeout-ms"), settings)
         # Turned away before the body is read, an overload costs little.
         scheduler.check_room()
@@ -130,12 +150,14 @@ async def predict(
         return _answer(request.state.request_id, manifest, images, results, count)
 
 
-def _checked_top_k(top_k: int | None, classes: int) -> int:
-    if top_k is None:
+def _top_k(value: str | None, classes: int) -> int:
+    if value is None:
         return min(DEFAULT_TOP_K, classes)
-    if top_k > classes:
-        raise Problem("invalid-parameter", f"top_k is {top_k}, but the engine has {classes} classes")
-    return top_k
+    if not (value.isascii() and value.isdecimal() and 1 <= int(value[:9]) <= classes):
+        raise Problem(
+            "invalid-parameter", f"top_k must be a whole number from 1 to {classes}, not {value[:40]!r}"
+        )
+    return int(value)
 
 
 def request_timeout(header: str | None, settings: Settings) -> float:
