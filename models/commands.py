@@ -7,13 +7,18 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from models.card import Card
 
 _EPILOG: Final = """\
 Every setting can also stand in a TOML file (--config): `--teacher-epochs 36` is `epochs = 36` under
@@ -22,7 +27,7 @@ Every setting can also stand in a TOML file (--config): `--teacher-epochs 36` is
 \b
 Examples:
   trimrt compress digits
-  trimrt compress fashion-mnist --preset aggressive
+  trimrt compress fashion-mnist --teacher-epochs 8 --student-epochs 8 --device cuda
   trimrt compress ~/photos --teacher-weights resnet50.safetensors --teacher-epochs 5
   trimrt compress digits --pruning-target-parameters 0.5 --pruning-scope global
 """
@@ -135,19 +140,24 @@ def _compress(
     _print_table(console, cards, folder)
 
 
-def _print_table(console: Any, cards: list[Any], folder: Path) -> None:
+def _print_table(console: Console, cards: list[Card], folder: Path) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{folder}: measured on {cards[0].metrics.images} test images, FP32")
-    for column in ("", "parameters", "MACs", "weights", "accuracy", "wrong", "loss", "live"):
-        table.add_column(column, justify="right" if column else "left")
+    console.print(
+        f"\n{folder}, measured on {cards[0].metrics.images} test images in FP32:",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE)
+    for column in ("", "parameters", "MACs", "accuracy", "wrong", "loss", "alive"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for card in cards:
         metrics = card.metrics
         table.add_row(
             card.name,
             f"{metrics.parameters / 1e6:.3f} M",
             f"{metrics.macs / 1e6:.1f} M",
-            f"{metrics.parameters * 4 / 1e6:.2f} MB",
             f"{metrics.accuracy:.2%}",
             str(metrics.wrong),
             f"{metrics.loss:.4f}",
@@ -158,6 +168,7 @@ def _print_table(console: Any, cards: list[Any], folder: Path) -> None:
     fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
     console.print(
         f"Pruning took {fewer:.1%} of the student's parameters. Next: trimrt build {folder / 'pruned'}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -171,7 +171,7 @@ class Compression:
         return self.out / ".training"
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, highlight=False, soft_wrap=True)
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     # The stages.
 
@@ -344,6 +344,7 @@ class Compression:
         self, network: nn.Module, stage: _Stage, objective: Objective, settings: Training, *, part: str = ""
     ) -> None:
         network.to(self._device)
+        self._work.mkdir(parents=True, exist_ok=True)  # no place to write is better known before than after
         train(
             network,
             self._train_images,

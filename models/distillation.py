@@ -7,7 +7,6 @@ A view is not stored but drawn again from its seed; only the teacher's logits ar
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from models.evaluation import normalise, to_float
 from models.files import replace_file
 from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Distillation
+from models.training import derive_seed
 
 _BATCH = 256
 
@@ -57,7 +57,7 @@ def distillation_loss(
 
 def view_seed(seed: int, view: int) -> int:
     """The seed that view number `view` is drawn with; different from every training epoch's."""
-    return int.from_bytes(hashlib.sha256(f"view {seed} {view}".encode()).digest()[:7], "big")
+    return derive_seed(view, f"view {seed}")
 
 
 @dataclass(frozen=True)
