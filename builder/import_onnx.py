@@ -61,8 +61,10 @@ class ImportedModel:
         spec = self.preprocessing
         mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
         images = (pixels.astype(np.float32) / 255 - mean) / std
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # its errors are raised as well
         session = onnxruntime.InferenceSession(
-            self.model.SerializeToString(), providers=["CPUExecutionProvider"]
+            self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         name = session.get_inputs()[0].name
         parts = np.array_split(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), -(-len(images) // 32))
@@ -152,12 +154,27 @@ def _free_batch(path: Path, model: onnx.ModelProto) -> tuple[int, int]:
         raise ExportError(f"{path} takes NHWC images; export it for NCHW, (N, 3, H, W)")
     if channels != 3 or height < 1 or width < 1:
         raise ExportError(f"{path} takes images of shape {sizes[1:]}; they must be (3, H, W), H and W fixed")
+    if sizes[0]:
+        _free_reshapes(model, sizes[0])
     for value in (inputs[0], model.graph.output[0]):
         if value.type.tensor_type.shape.dim:
             value.type.tensor_type.shape.dim[0].Clear()
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]  # shapes with the old batch size
     return height, width
+
+
+def _free_reshapes(model: onnx.ModelProto, batch: int) -> None:
+    """Let reshapes that name the batch size of the export keep whatever they get; `_check_batches` judges."""
+    from onnx import numpy_helper
+
+    targets = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
+    for tensor in model.graph.initializer:
+        if tensor.name in targets:
+            shape = numpy_helper.to_array(tensor).copy()
+            if len(shape) > 1 and shape[0] == batch:
+                shape[0] = 0 if -1 in shape else -1  # as in the input; whatever is left over
+                tensor.CopyFrom(numpy_helper.from_array(shape, tensor.name))
 
 
 def _take_softmax_off(model: onnx.ModelProto) -> None:
