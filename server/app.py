@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
+from server.bodies import BodyMemory
 from server.devices import find_devices
 from server.lifecycle import Lifecycle
 from server.manifest import EngineError
@@ -79,6 +80,7 @@ def create_app(
     )
     app.state.settings = settings
     app.state.lifecycle = Lifecycle()
+    app.state.body_memory = BodyMemory(settings.max_body_memory_bytes)
     app.add_middleware(RequestContext)
     for module in (predict, engines, health, observability, rest, page):
         app.include_router(module.router)

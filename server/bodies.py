@@ -6,6 +6,8 @@ Nothing is spooled to disk, and an image's bytes are copied once.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
 
@@ -29,16 +31,54 @@ class Part(NamedTuple):
     data: bytes
 
 
-async def read_body(request: Request, limit: int, timeout: float) -> bytes:
+class BodyMemory:
+    """Bounds what all request bodies together may hold in memory.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.held = 0
+        self.limit = limit
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that takes so many bytes more, until the block ends.
+
+        Raises:
+            Problem: `queue-full`, from that function.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self.held + size > self.limit:
+                raise Problem(
+                    "queue-full",
+                    f"request bodies hold {self.held:,} bytes, the limit is {self.limit:,}; try again",
+                    headers={"Retry-After": "1"},
+                )
+            self.held += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
+
+
+async def read_body(request: Request, limit: int, timeout: float, take: Callable[[int], None]) -> bytes:
     """The request's body.
 
     Args:
         request: whose body has not been touched.
         limit: most bytes accepted.
         timeout: seconds within which all of it must have arrived.
+        take: told of the bytes as they come; see `BodyMemory.share`.
 
     Raises:
-        Problem: `body-too-large` or `body-timeout`.
+        Problem: `body-too-large`, `body-timeout` or `queue-full`.
         ClientDisconnect: the client went away.
     """
     declared = request.headers.get("content-length", "")
@@ -56,6 +96,7 @@ async def read_body(request: Request, limit: int, timeout: float) -> bytes:
                 size += len(chunk)
                 if size > limit:
                     raise _too_large(limit)
+                take(len(chunk))
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return chunks[0] if len(chunks) == 1 else b"".join(chunks)

@@ -130,7 +130,10 @@ async def predict(request: Request) -> Response:
     """Classify one image (a raw `image/*` body) or several (multipart field `file`, repeated)."""
     state = request.app.state
     settings: Settings = state.settings
-    with state.telemetry.request("predict", request.headers) as observed:
+    with (
+        state.telemetry.request("predict", request.headers) as observed,
+        state.body_memory.share() as take,
+    ):
         if state.lifecycle.refusing:
             raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
         if settings.protect_predict:
@@ -141,7 +144,7 @@ async def predict(request: Request) -> Response:
         deadline = time.monotonic() + request_timeout(request.headers.get("x-request-timeout-ms"), settings)
         # Turned away before the body is read, an overload costs little.
         scheduler.check_room()
-        images = await _read_images(request, settings, deadline - time.monotonic())
+        images = await _read_images(request, settings, deadline - time.monotonic(), take)
         observed.manifest = manifest
         with CancelOnDisconnect(request.receive):
             observed.results = results = await scheduler.infer(
@@ -177,7 +180,9 @@ def request_timeout(header: str | None, settings: Settings) -> float:
     return min(asked, settings.timeout_ms) / 1000
 
 
-async def _read_images(request: Request, settings: Settings, timeout: float) -> Sequence[Part]:
+async def _read_images(
+    request: Request, settings: Settings, timeout: float, take: Callable[[int], None]
+) -> Sequence[Part]:
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type not in MEDIA_TYPES and media_type != "multipart/form-data":
@@ -186,7 +191,7 @@ async def _read_images(request: Request, settings: Settings, timeout: float) -> 
             f"Content-Type is {media_type or 'missing'!r}; "
             "send multipart/form-data with a field `file`, or one of " + ", ".join(sorted(MEDIA_TYPES)),
         )
-    body = await read_body(request, settings.max_body_bytes, timeout)
+    body = await read_body(request, settings.max_body_bytes, timeout, take)
     if media_type != "multipart/form-data":
         return [Part("file", None, body)]
     images = [part for part in parse_multipart(content_type, body) if part.name == "file"]

@@ -184,7 +184,10 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
     """Run a model on pixels (`UINT8`) or encoded images (`BYTES`; in JSON, base64)."""
     state = request.app.state
     settings: Settings = state.settings
-    with state.telemetry.request("v2-rest", request.headers) as observed:
+    with (
+        state.telemetry.request("v2-rest", request.headers) as observed,
+        state.body_memory.share() as take,
+    ):
         if state.lifecycle.refusing:
             raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
         if settings.protect_predict:
@@ -195,7 +198,7 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
         scheduler.check_room()
         if "content-encoding" in request.headers:
             raise Problem("unsupported-media-type", "compressed bodies are not accepted")
-        body = await read_body(request, settings.max_body_bytes, deadline - time.monotonic())
+        body = await read_body(request, settings.max_body_bytes, deadline - time.monotonic(), take)
         header, tensors = parse(body, request.headers.get(_HEADER_LENGTH))
         asked = _requested(model, version, header, tensors)
         core.check_outputs(asked, len(manifest.labels))

@@ -88,6 +88,25 @@ def test_a_request_larger_than_the_free_room_is_not_half_admitted(gated: Running
     assert _pending(gated) == 0
 
 
+def test_bodies_together_may_not_hold_more_than_their_limit(
+    engine_dir: Path, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
+) -> None:
+    image = encode(1)
+    limit = int(2.5 * len(image))
+    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0, max_body_memory_bytes=limit)
+    with running(settings, load_gated(gate)) as server:
+        gate.close()
+        held = _send(pool, server, [image, image])
+        wait_until(lambda: _pending(server) == 2)
+        refused = server.predict(image)
+        assert refused.status_code == 429
+        assert "request bodies hold" in refused.json()["detail"]
+        gate.open()
+        assert [future.result().status_code for future in held] == [200, 200]
+        assert server.predict(image).status_code == 200
+        assert server.app.state.body_memory.held == 0
+
+
 def test_a_large_request_is_split_over_batches_and_reassembled(
     gated: Running, gate: Gate, encode: Encode, reference: Callable[..., object]
 ) -> None:
