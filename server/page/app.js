@@ -98,7 +98,7 @@ function choose(file, name) {
   preview.onload = () => preview.classList.toggle("small", preview.naturalWidth < 128);
   preview.onerror = () => { preview.hidden = true; $("invitation").hidden = false; };
   $("invitation").hidden = true;
-  $("filename").textContent = `${state.name}, ${(file.size / 1024).toFixed(0)} kB`;
+  $("filename").textContent = `${state.name}, ${file.size < 10_000 ? `${file.size} bytes` : `${(file.size / 1000).toFixed(0)} kB`}`;
   $("again").disabled = false;
   predict();
 }
