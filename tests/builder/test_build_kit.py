@@ -103,7 +103,7 @@ def scratch(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_any_changed_byte_of_any_file_is_found(scratch: Path, kit: Kit, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted({path.name for path in kit.path.iterdir()} - {KIT_NAME})))
     original = (kit.path / name).read_bytes()
@@ -125,7 +125,7 @@ def test_any_changed_byte_of_any_file_is_found(scratch: Path, kit: Kit, data: st
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     ).map(lambda value: json.dumps(value).encode())
 )
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_garbage_is_no_kit(scratch: Path, kit: Kit, garbage: bytes) -> None:
     (scratch / KIT_NAME).write_bytes(garbage)
     try:
