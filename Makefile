@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test check format constraints clean
+.PHONY: help install install-dev demo serve test test-gpu check format constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -35,6 +35,9 @@ serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:80
 
 test: $(VENV)/.install-dev  ## Run the whole test suite and print its coverage.
 	@$(BIN)/python -m pytest --cov
+
+test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
+	@$(BIN)/python -m pytest tests/gpu -m gpu -v
 
 check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path, data: DataSplit) -> Path:
         ),
         seed=0,
         recipe={},
-        command="tests/builder/small_student.py",
+        command="tests/support/small_student.py",
         versions={"torch": torch.__version__},
     )
     save_checkpoint(folder, network, card)
