@@ -20,7 +20,7 @@ $(VENV)/.install: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.install-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --progress-bar off -q -c constraints.txt -e ".[compress,rtx,grpc,loadtest,dev]"
+	$(PIP) install --progress-bar off -q -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.install
 
 install: $(VENV)/.install  ## Install TrimRT with training and export into a virtual environment.
@@ -51,10 +51,10 @@ format: $(VENV)/.install-dev  ## Format the code and sort its imports.
 
 constraints:  ## Pin the newest versions of all dependencies in constraints.txt.
 	@rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	build/constraints/bin/pip install -q ".[compress,rtx,tensorrt,grpc,loadtest,dev]"
+	build/constraints/bin/pip install -q ".[dev]"
 	build/constraints/bin/pip freeze --exclude trimrt | grep -v -E ' @ |^-e' > constraints.tmp
 	mv constraints.tmp constraints.txt
 	@rm -rf build/constraints
 
 clean:  ## Remove what the commands above made, but for checkpoints and engines.
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis .coverage* *.egg-info
