@@ -149,9 +149,10 @@ def _print_table(console: Console, cards: list[Card], folder: Path) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE)
-    for column in ("", "parameters", "MACs", "accuracy", "wrong", "loss", "alive"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column(overflow="fold")
+    for column in ("params", "MACs", "accuracy", "wrong", "loss", "alive"):
+        table.add_column(column, justify="right", no_wrap=True)
     for card in cards:
         metrics = card.metrics
         table.add_row(

@@ -225,10 +225,9 @@ class Compression:
             (card.architecture, card.recipe, card.lineage, card.dataset)
             == (stage.architecture, stage.settings, stage.lineage, self.data.card())
         ) and (card.preprocessing, card.stem) == self._inputs
-        if not same:
-            self._say(f"{stage.role}: the one in {folder} had another recipe or other data", "yellow")
-            return None
-        return card
+        if not same and folder.parent == self.out:
+            self._say(f"{stage.role}: made anew, for {folder} is of another recipe or other data", "yellow")
+        return card if same else None
 
     def _publish(self, stage: _Stage, network: nn.Module) -> Card:
         network.to("cpu")

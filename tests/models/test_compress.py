@@ -150,19 +150,19 @@ class TestRerun:
             str(tmp_path),
             *SHORT,
         ]
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [*command, "--student-epochs", "1000"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("teacher:"):  # it is published, and the student is next
-                process.send_signal(signal.SIGINT)
-                break
-        rest = process.stdout.read()
-        assert process.wait() == 1
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("teacher:"):  # it is published, and the student is next
+                    process.send_signal(signal.SIGINT)
+                    break
+            rest = process.stdout.read()
+        assert process.returncode == 1
         assert "goes on from here" in rest
         assert "Traceback" not in rest
         load_checkpoint(tmp_path / "teacher")
@@ -229,7 +229,7 @@ class TestErrors:
             (["digits", "--config", "missing.toml"], "does not exist"),
             (["{data}", "--teacher-architecture", "resnet19"], "unknown architecture 'resnet19'"),
             (
-                ["{data}", "--teacher-architecture", "alexnet", "--image-size", "16"],
+                ["{data}", "--teacher-architecture", "alexnet", "--image-size", "8"],
                 "choose a larger --image-size",
             ),
             (["{data}", "--teacher-architecture", "vit_b_16"], "--image-stem standard"),

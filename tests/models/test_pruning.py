@@ -52,9 +52,7 @@ def test_default_takes_at_least_23_percent_of_the_parameters(student: nn.Module)
 
 @pytest.mark.parametrize("round_to", [8, 16, 32])
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_channel_counts_are_multiples(
-    small: nn.Module, student: nn.Module, scope: str, round_to: int
-) -> None:
+def test_channel_counts_are_multiples(student: nn.Module, scope: str, round_to: int) -> None:
     settings = Pruning.model_validate({"ratio": 0.4, "round_to": round_to, "scope": scope})
     assert all(width % round_to == 0 for width in widths(prune(student, settings)))
 

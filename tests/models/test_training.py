@@ -161,8 +161,8 @@ def test_a_damaged_state_is_not_used(trainer: Trainer, uninterrupted: nn.Module,
 def test_early_stopping_keeps_the_best_and_survives_an_interruption(
     trainer: Trainer, validation_images: Images, spec: Preprocessing, tmp_path: Path
 ) -> None:
-    # So high a rate that the loss goes up: whatever came first is the best.
-    settings = Training(epochs=12, learning_rate=10.0, batch_size=16, patience=2)
+    # So high a rate that the loss goes up again.
+    settings = Training(epochs=12, learning_rate=0.03, batch_size=16, patience=2)
     stopped = trainer.run(tmp_path / "one.pt", settings=settings)
     steps = InterruptedProgress(10**6)
     assert same_weights(trainer.run(tmp_path / "counted.pt", settings=settings, progress=steps), stopped)
