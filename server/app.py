@@ -22,7 +22,7 @@ from server.manifest import EngineError
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem
-from server.registry import LoadEngine, Registry, load_engine, resolve_engines
+from server.registry import LoadEngine, Registry, resolve_engines
 from server.routes import engines, health, observability, page, predict
 from server.settings import Settings
 from server.telemetry import Telemetry
@@ -41,7 +41,7 @@ _HTTP_PROBLEMS = {404: "not-found", 405: "method-not-allowed"}
 def create_app(
     settings: Settings,
     *,
-    load: LoadEngine = load_engine,
+    load: LoadEngine | None = None,
     on_failure: Callable[[Exception], None] | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.
@@ -50,7 +50,7 @@ def create_app(
 
     Args:
         settings: all of its configuration.
-        load: how an engine package becomes an engine.
+        load: how an engine package becomes an engine; None: as the settings say.
         on_failure: told when an engine named in `settings` cannot be loaded at start.
     """
 
@@ -59,7 +59,7 @@ def create_app(
         app.state.telemetry = telemetry = Telemetry(_make_tracer(settings))
         app.state.registry = registry = Registry(settings, telemetry, load)
         app.state.metrics = Metrics(telemetry, registry, find_devices())
-        loading = asyncio.create_task(_load_configured(registry, settings, on_failure))
+        loading = asyncio.create_task(_load_configured(app, settings, on_failure))
         grpc_server = await _start_grpc(app, settings)
         watching = asyncio.create_task(registry.watch()) if settings.watch else None
         yield
@@ -110,11 +110,12 @@ async def _start_grpc(app: FastAPI, settings: Settings) -> Any:
 
 
 async def _load_configured(
-    registry: Registry, settings: Settings, on_failure: Callable[[Exception], None] | None
+    app: FastAPI, settings: Settings, on_failure: Callable[[Exception], None] | None
 ) -> None:
     try:
         for folder in resolve_engines(settings):
-            await registry.load(folder)
+            await app.state.registry.load(folder)
+        app.state.lifecycle.loaded = True
     except Exception as error:
         log.error("an engine could not be loaded", exc_info=not isinstance(error, EngineError))
         if on_failure is not None:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel
 
 from server.decoding import DecodePool
-from server.engines.base import Engine
+from server.engines.base import Engine, Options
 from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 from server.problems import Problem
 from server.scheduler import Scheduler
@@ -24,11 +25,20 @@ log = logging.getLogger("trimrt.registry")
 LoadEngine = Callable[[Path], Engine]
 
 
-def load_engine(folder: Path) -> Engine:
+def load_engine(folder: Path, options: Options | None = None) -> Engine:
     """See `server.engines.load_engine`."""
     from server import engines  # the backend's library is only imported when there is an engine
 
-    return engines.load_engine(folder)
+    return engines.load_engine(folder, options)
+
+
+def _engine_options(settings: Settings) -> Options:
+    return Options(
+        slots=settings.slots,
+        cuda=settings.cuda,
+        cuda_graphs=settings.cuda_graphs,
+        host_code=settings.host_code,
+    )
 
 
 def find_package_folders(directory: Path) -> list[Path]:
@@ -118,13 +128,13 @@ class EngineRow(BaseModel):
 class Registry:
     """Loaded engines by name. All of its methods run on the event loop."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, load: LoadEngine = load_engine) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry, load: LoadEngine | None = None) -> None:
         self.loaded: dict[str, Scheduler] = {}
         self.default: str | None = None
         self._folders: dict[str, Path] = {}
         self._settings = settings
         self._telemetry = telemetry
-        self._load = load
+        self._load = load or partial(load_engine, options=_engine_options(settings))
         self._decoder = DecodePool(settings.decode_threads)
         self._changing = asyncio.Lock()
 

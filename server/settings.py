@@ -51,6 +51,16 @@ class Settings(BaseSettings):
     max_batch_delay_ms: float = Field(
         default=0.0, ge=0, le=1000, description="How long an idle engine waits for a fuller batch. 0: never."
     )
+    slots: int | None = Field(
+        default=None, ge=1, description="Batches an engine runs at once; left out, the backend decides."
+    )
+    cuda: Literal["cuda-bindings", "pycuda"] | None = Field(
+        default=None, description="CUDA interface of TensorRT engines; left out, what is installed."
+    )
+    cuda_graphs: bool = Field(default=True, description="Let TensorRT engines use CUDA graphs.")
+    host_code: bool = Field(
+        default=False, description="Let version-compatible TensorRT plans run the code that they carry."
+    )
     decode_threads: int = Field(
         default=os.cpu_count() or 1, ge=1, description="Threads that decode images, beside inference."
     )

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.draining import DrainingServer
-from server.registry import LoadEngine, load_engine
+from server.registry import LoadEngine
 from server.serve import listen
 from server.settings import Settings
 
@@ -41,7 +41,7 @@ class Running:
 
 
 @contextmanager
-def running(settings: Settings, load: LoadEngine = load_engine) -> Iterator[Running]:
+def running(settings: Settings, load: LoadEngine | None = None) -> Iterator[Running]:
     """Serves `settings` until the block ends; the engines are loaded and warm when it begins."""
     failures: list[Exception] = []
     app = create_app(settings, load=load, on_failure=failures.append)
