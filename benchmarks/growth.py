@@ -17,6 +17,7 @@ from benchmarks.engine import FP32, INT8, prepare
 from benchmarks.load import Load
 from benchmarks.measurements import Machine, this_machine
 from benchmarks.photos import photographs, store
+from benchmarks.processes import exit_on_sigterm
 from benchmarks.report import markdown_table
 from benchmarks.serving import serving
 from server.engines import load_engine
@@ -123,6 +124,7 @@ def plot(growth: Growth, path: Path) -> None:
 )
 def main(seconds: float, output: Path) -> None:
     """Measure how TrimRT grows with image size, concurrency and batch."""
+    exit_on_sigterm()
     TRIMRT.install()
     engines = prepare(BUILD / "engine", click.echo)
     folder = BUILD / "photographs"

@@ -7,13 +7,10 @@ measured only after its answers proved right.
 
 from __future__ import annotations
 
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import click
@@ -26,6 +23,7 @@ from benchmarks.engine import INT8, prepare
 from benchmarks.limit import Limit
 from benchmarks.measurements import Measurement, Results, Run, now, this_machine
 from benchmarks.photos import photographs, store
+from benchmarks.processes import exit_on_sigterm
 from benchmarks.report import LARGE, LARGE_CONNECTIONS, SMALL, write_report
 from benchmarks.serving import Serving, serving
 
@@ -189,7 +187,7 @@ def main(
     output: Path,
 ) -> None:
     """Measure TrimRT beside other model servers, and beside the limit."""
-    signal.signal(signal.SIGTERM, _exit)  # so that servers are ended then, too
+    exit_on_sigterm()
     console = Console()
     peers = [peer for peer in PEERS if not names or peer.name in names]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -226,10 +224,6 @@ def main(
     write_report(benchmark.results, output, console)
     if benchmark.results.failures:
         raise click.ClickException("not every server was measured")
-
-
-def _exit(_signal: int, _frame: FrameType | None) -> None:
-    sys.exit(143)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -71,6 +72,11 @@ class ProcessTree:
         self._root.wait(_GRACE_SECONDS)
         if left:
             raise RuntimeError(f"cannot end processes {[member.pid for member in left]}")
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this program as an exception does, so that `running` ends its processes."""
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(143))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from benchmarks import limit
 from benchmarks.contenders import BUILD, TRIMRT, TrimRT
 from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
 from benchmarks.photos import photographs, store
+from benchmarks.processes import exit_on_sigterm
 from benchmarks.serving import Serving, serving
 from models.preprocessing import load_pixels
 from server.engines import load_engine
@@ -100,6 +101,7 @@ def serve_nothing(engines: Path, files: list[Path], seconds: float) -> dict[str,
 @click.option("--repeats", default=200, show_default=True, help="How often each stage is timed.")
 def main(seconds: float, repeats: int) -> None:
     """Time every stage of a request."""
+    exit_on_sigterm()
     TRIMRT.install()
     engines = prepare(BUILD / "engine", click.echo)
     files = store("640x427", photographs(), BUILD / "photographs")
