@@ -1,18 +1,34 @@
-"""How the server ends: not ready first, then no new work, then nothing left to do."""
+"""Where the server stands between start and stop: loading, serving, draining, refusing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from server.problems import Problem
+
 
 @dataclass
 class Lifecycle:
-    """Where the application stands between start and stop.
+    """One flag a step; none is ever taken back.
 
     Attributes:
+        loaded: every engine named at the start is loaded and warm.
         draining: a stop was asked for; readiness is off, and connections are not kept alive.
         refusing: new inference requests are turned away.
     """
 
+    loaded: bool = False
     draining: bool = False
     refusing: bool = False
+
+    def check_ready(self) -> None:
+        """Raise the problem `not-ready` unless new work is wanted."""
+        if not self.loaded:
+            raise Problem("not-ready", "the engines are still loading", headers={"Retry-After": "1"})
+        if self.draining:
+            raise Problem("not-ready", "the server is draining")
+
+    def check_serving(self) -> None:
+        """Raise the problem `not-ready` if new inference requests are turned away."""
+        if self.refusing:
+            raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})

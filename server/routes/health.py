@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from server.problems import Problem, documented
+from server.problems import documented
 
 router = APIRouter(prefix="/health", tags=["health"])
 
@@ -17,12 +17,9 @@ async def live() -> dict[str, str]:
 
 @router.get("/ready", responses=documented(503))
 async def ready(request: Request) -> dict[str, str]:
-    """An engine is loaded and warm, and the server is not draining."""
-    registry = request.app.state.registry
-    if request.app.state.lifecycle.draining:
-        raise Problem("not-ready", "the server is draining")
-    scheduler = registry.get(None)
-    manifest = scheduler.engine.manifest
+    """Every engine named at the start is loaded and warm, and the server is not draining."""
+    request.app.state.lifecycle.check_ready()
+    manifest = request.app.state.registry.get(None).engine.manifest
     return {
         "status": "ready",
         "engine": manifest.name,

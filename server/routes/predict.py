@@ -134,8 +134,7 @@ async def predict(request: Request) -> Response:
         state.telemetry.request("predict", request.headers) as observed,
         state.body_memory.share() as take,
     ):
-        if state.lifecycle.refusing:
-            raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
+        state.lifecycle.check_serving()
         if settings.protect_predict:
             require_key(request, settings.api_key)
         scheduler = state.registry.get(request.query_params.get("engine"))

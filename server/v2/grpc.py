@@ -90,8 +90,8 @@ class _Service:
     async def server_ready(
         self, _request: pb.ServerReadyRequest, _context: Context
     ) -> pb.ServerReadyResponse:
-        ready = self._state.registry.default is not None and not self._state.lifecycle.draining
-        return pb.ServerReadyResponse(ready=ready)
+        lifecycle = self._state.lifecycle
+        return pb.ServerReadyResponse(ready=lifecycle.loaded and not lifecycle.draining)
 
     async def model_ready(self, request: pb.ModelReadyRequest, _context: Context) -> pb.ModelReadyResponse:
         core.find_model(self._state.registry, request.name, request.version)
@@ -111,8 +111,7 @@ class _Service:
     async def model_infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
         with self._state.telemetry.request("v2-grpc", metadata) as observed:
-            if self._state.lifecycle.refusing:
-                raise Problem("not-ready", "the server is draining")
+            self._state.lifecycle.check_serving()
             if self._settings.protect_predict:
                 self._require_key(metadata, context.peer())
             scheduler = core.find_model(self._state.registry, request.model_name, request.model_version)

@@ -126,10 +126,8 @@ async def live() -> dict[str, bool]:
 
 @router.get("/health/ready", responses=documented(503))
 async def ready(request: Request) -> dict[str, bool]:
-    """An engine is loaded and warm, and the server is not draining."""
-    if request.app.state.lifecycle.draining:
-        raise Problem("not-ready", "the server is draining")
-    request.app.state.registry.get(None)
+    """Every engine named at the start is loaded and warm, and the server is not draining."""
+    request.app.state.lifecycle.check_ready()
     return {"ready": True}
 
 
@@ -188,8 +186,7 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
         state.telemetry.request("v2-rest", request.headers) as observed,
         state.body_memory.share() as take,
     ):
-        if state.lifecycle.refusing:
-            raise Problem("not-ready", "the server is draining", headers={"Retry-After": "1"})
+        state.lifecycle.check_serving()
         if settings.protect_predict:
             require_key(request, settings.api_key)
         scheduler = core.find_model(state.registry, model, version)

@@ -60,6 +60,12 @@ def test_the_list_tells_what_is_loaded_and_what_could_be(served: Running) -> Non
     assert (rows["other"]["state"], rows["other"]["default"]) == ("available", False)
 
 
+def test_ready_means_that_every_named_engine_is_loaded(directory: Path) -> None:
+    with running(Settings(engine="tiny,other", engine_dir=directory, port=0)) as server:
+        assert _states(server) == {"tiny": "loaded", "other": "loaded"}
+        assert server.client.get("/health/ready").json()["engine"] == "tiny"
+
+
 def test_load_switch_and_unload(served: Running, encode: Encode) -> None:
     image = encode(1)
     assert _problem(served.predict(image, params={"engine": "other"})) == (404, "engine-not-found")
