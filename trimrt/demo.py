@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def demo(engine_dir: Path) -> None:
         "\nNext:  [bold]make serve[/] starts the server (http://127.0.0.1:8000), "
         "[bold].venv/bin/trimrt --help[/] lists all commands.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -79,7 +81,7 @@ def _build(console: Console, card: Card, engine_dir: Path) -> dict[str, Path]:
         kept = ", ".join(precision for precision in PRECISIONS if precision not in missing)
         console.print(f"   built already: {kept}", highlight=False)
     if missing:
-        arguments = ["build", str(DIGITS_STUDENT), "--precision", ",".join(missing)]
+        arguments = ["build", os.path.relpath(DIGITS_STUDENT), "--precision", ",".join(missing)]
         arguments += ["--target", "openvino", "--output", str(engine_dir)]
         _show_command(console, shlex.join(["trimrt", *arguments]))
         if subprocess.run([sys.executable, "-m", "trimrt", *arguments], check=False).returncode:
@@ -104,8 +106,9 @@ def _serve_and_predict(console: Console, folder: Path, test: ImageSet) -> None:
     result = answer["results"][0]
     guesses = ", ".join(f"{guess['label']} ({guess['probability']:.1%})" for guess in result["predictions"])
     stages = ", ".join(f"{stage} {ms:.2f}" for stage, ms in result["latency_ms"].items())
-    console.print(f"   prediction  [bold]{guesses}[/]; the image shows a {label}", highlight=False)
-    console.print(f"   latency     {stages} ms, in a batch of {result['batch_size']}", highlight=False)
+    lines = f"   prediction  [bold]{guesses}[/]; the image shows a {label}\n"
+    lines += f"   latency     {stages} ms, in a batch of {result['batch_size']}"
+    console.print(lines, highlight=False, soft_wrap=True)
     if result["predictions"][0]["label"] != label:
         raise click.ClickException(f"the engine took {image} for a {result['predictions'][0]['label']}")
 
