@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,6 +47,7 @@ class Result:
         running: when its batch began.
         computed: when its batch ended.
         delivered: when the result was handed back.
+        device: seconds of the batch's stages on the device, by name; empty where there is none to ask.
     """
 
     probabilities: NDArray[np.float32]
@@ -58,6 +59,7 @@ class Result:
     running: float
     computed: float
     delivered: float
+    device: Mapping[str, float]
 
     @property
     def decode(self) -> float:
@@ -121,8 +123,10 @@ class _Image:
         return self.job.over or now >= self.job.deadline
 
 
-def warmup_sizes(batch: BatchSizes) -> list[int]:
-    """Batch sizes to run before an engine is ready: powers of two, and the profile's own."""
+def warmup_sizes(batch: BatchSizes, *, every: bool = False) -> list[int]:
+    """Batch sizes to run before an engine is ready: powers of two and the profile's own, or every one."""
+    if every:
+        return list(range(batch.min, batch.max + 1))
     powers = {1 << i for i in range(batch.max.bit_length())}
     return sorted(
         size for size in powers | {batch.min, batch.opt, batch.max} if batch.min <= size <= batch.max
@@ -277,6 +281,7 @@ class Scheduler:
         logits: NDArray[np.float32],
         started: float,
         finished: float,
+        device: Mapping[str, float],
     ) -> None:
         now = time.monotonic()
         self._measure_rate(len(batch), started, now)
@@ -295,8 +300,9 @@ class Scheduler:
                 started,
                 finished,
                 now,
+                device,
             )
-            self.stats.image(result.decode, result.queue, result.inference, result.total)
+            self.stats.image(result.decode, result.queue, result.inference, result.total, device)
             job.remaining -= 1
             self._release(1)
             if job.remaining == 0 and not job.future.done():
@@ -348,7 +354,9 @@ class Scheduler:
             self._loop.call_soon_threadsafe(opened.set_exception, error)
             return
         try:
-            for size in warmup_sizes(self.engine.manifest.batch):
+            manifest = self.engine.manifest
+            # TensorRT sets up an execution context and a CUDA graph for each size.
+            for size in warmup_sizes(manifest.batch, every=manifest.backend != "openvino"):
                 slot.infer(size)
         except Exception as error:
             self._loop.call_soon_threadsafe(opened.set_exception, error)
@@ -377,11 +385,12 @@ class Scheduler:
             outputs = slot.infer(len(batch))
             # The slot's arrays are overwritten by its next batch.
             probabilities, logits = outputs.probabilities.copy(), outputs.logits.copy()
+            device = {stage: milliseconds / 1000 for stage, milliseconds in outputs.timings_ms.items()}
         except Exception as error:
             log.exception("a batch of %d images failed", len(batch))
             problem = Problem("inference-failed", f"the engine failed: {error}")
             self._loop.call_soon_threadsafe(self._deliver_failure, batch, problem)
             return
         self._loop.call_soon_threadsafe(
-            self._deliver, batch, probabilities, logits, started, time.monotonic()
+            self._deliver, batch, probabilities, logits, started, time.monotonic(), device
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import log2
 from typing import Final
@@ -113,13 +113,19 @@ class EngineStats:
         """Count a batch of `size` images."""
         self.batches[size] = self.batches.get(size, 0) + 1
 
-    def image(self, decode: float, queue: float, inference: float, total: float) -> None:
-        """Count one answered image; durations in seconds."""
+    def image(
+        self, decode: float, queue: float, inference: float, total: float, device: Mapping[str, float]
+    ) -> None:
+        """Count one answered image; durations in seconds, `device` those of its batch by stage."""
         stages = self.stages
         stages["decode"].add(decode)
         stages["queue"].add(queue)
         stages["inference"].add(inference)
         stages["total"].add(total)
+        for stage, seconds in device.items():
+            if stage not in stages:
+                stages[stage] = Distribution()
+            stages[stage].add(seconds)
 
     def drop(self, reason: str, images: int) -> None:
         """Count images that were dropped before compute."""

@@ -33,12 +33,18 @@ class Prediction(BaseModel):
 
 
 class Latency(BaseModel):
-    """Milliseconds, by stage. `queue` is all the waiting; `total` runs from admission to the result."""
+    """Milliseconds, by stage. `queue` is all the waiting; `total` runs from admission to the result.
+
+    On a GPU, `h2d`, `compute` and `d2h` are the parts of `inference` that CUDA events measured.
+    """
 
     decode: float
     queue: float
     inference: float
     total: float
+    h2d: float | None = None
+    compute: float | None = None
+    d2h: float | None = None
 
 
 class ImageResult(BaseModel):
@@ -222,6 +228,7 @@ def _answer(
                     "queue": round(result.queue * 1000, 3),
                     "inference": round(result.inference * 1000, 3),
                     "total": round(result.total * 1000, 3),
+                    **{stage: round(seconds * 1000, 3) for stage, seconds in result.device.items()},
                 },
             }
             for image, result in zip(images, results, strict=True)
@@ -244,7 +251,7 @@ def _predictions(result: Result, labels: Sequence[str], top_k: int) -> list[dict
 def server_timing(results: Sequence[Result]) -> str:
     """The `Server-Timing` header: the slowest image's stages, milliseconds."""
     slowest = max(results, key=lambda result: result.total)
+    stages = {stage: getattr(slowest, stage) for stage in ("decode", "queue", "inference", "total")}
     return ", ".join(
-        f"{stage};dur={getattr(slowest, stage) * 1000:.3f}"
-        for stage in ("decode", "queue", "inference", "total")
+        f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in (stages | dict(slowest.device)).items()
     )

@@ -177,5 +177,6 @@ def _nodes(path: Path):
 def test_in_floating_point_the_fragile_network_is_the_student(
     checkpoint: Path, preparation: Preparation
 ) -> None:
-    logits = open_checkpoint(checkpoint, data=None).reference(preparation.verification.pixels)
-    np.testing.assert_allclose(preparation.verification.logits, logits, rtol=1e-3, atol=1e-3)
+    expected = preparation.verification
+    logits = open_checkpoint(checkpoint, data=None).reference(expected.pixels[:128])
+    np.testing.assert_allclose(expected.logits[:128], logits, rtol=1e-3, atol=1e-3)

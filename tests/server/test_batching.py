@@ -85,3 +85,7 @@ def test_no_image_is_lost_doubled_or_reordered(
 def test_every_power_of_two_in_the_profile_is_warmed() -> None:
     assert warmup_sizes(BatchSizes(min=1, opt=6, max=12)) == [1, 2, 4, 6, 8, 12]
     assert warmup_sizes(BatchSizes(min=4, opt=4, max=4)) == [4]
+
+
+def test_or_every_size() -> None:
+    assert warmup_sizes(BatchSizes(min=2, opt=4, max=5), every=True) == [2, 3, 4, 5]

@@ -6,6 +6,7 @@ Nothing here shows that a plan runs on a GPU; `tests/gpu` does, on a machine tha
 from __future__ import annotations
 
 import inspect
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recording_cuda
+from PIL import Image
 from recording_cuda import (
     DESKTOP,
     ORIN,
@@ -26,6 +28,7 @@ from recording_cuda import (
     logits_of,
     probabilities_of,
 )
+from running import running
 
 from models.preprocessing import Preprocessing
 from server.engines import load_engine, tensorrt
@@ -42,6 +45,7 @@ from server.manifest import (
     Tensor,
     sha256_of,
 )
+from server.settings import Settings
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install trimrt[rtx]")
 
@@ -217,6 +221,24 @@ def test_each_size_runs_in_its_own_profile(machine, package):
     assert profiles == [(1,), (1,)]
     with pytest.raises(ValueError, match=r"outside 1\.\.1, 4\.\.8"):
         slot.infer(2)
+
+
+def test_behind_the_server_every_size_is_captured_first_and_every_answer_has_the_device_stages(
+    machine, tmp_path
+):
+    package = write_package(tmp_path / "digits-fp16-tensorrt")
+    file = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), "green").save(file, "PNG")
+    with running(Settings(engine=package.name, engine_dir=tmp_path, port=0)) as server:
+        assert len(machine.cuda.graphs) == 2 * 8, "for both slots, before it was ready"
+        response = server.predict(file.getvalue())
+        latency = response.json()["results"][0]["latency_ms"]
+        stats = server.client.get("/stats").text
+        metrics = server.client.get("/metrics").text
+    assert [latency[stage] for stage in ("h2d", "compute", "d2h")] == [1.5, 1.5, 1.5]
+    assert "compute;dur=1.500" in response.headers["Server-Timing"]
+    assert '"h2d"' in stats
+    assert 'stage="d2h"' in metrics
 
 
 # Threads
