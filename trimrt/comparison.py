@@ -100,7 +100,7 @@ def _table(rows: list[_Row], networks: int) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         caption="Size: the weights, or the engine's graph with them. Latency: one image alone,\n"
-        f"the best of {_ROUNDS} rounds, on all of this machine's cores; PyTorch runs the networks.",
+        f"best of {_ROUNDS} rounds, on all of this machine's cores; PyTorch runs the networks.",
         caption_justify="left",
     )
     for title in ("parameters", "MACs", "size", "accuracy", "latency", "speed"):
@@ -120,7 +120,7 @@ def _table(rows: list[_Row], networks: int) -> Table:
 
 
 def _milliseconds(runs: list[Callable[[], object]]) -> list[float]:
-    """Best time of each, one after the other in every round: what else the machine does slows none of them."""
+    """Best time of each, in turns: what else the machine does at one time slows none of them for good."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in track(range(_ROUNDS), "timing", transient=True):
         for run, times in zip(runs, seconds, strict=True):
