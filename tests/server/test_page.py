@@ -65,8 +65,8 @@ def photo(tmp_path: Path, encode: Encode) -> Path:
 
 
 def test_an_image_is_picked_and_its_labels_and_stages_shown(page: Page, photo: Path, served: Running) -> None:
-    page.set_input_files("#file", photo)
     best = served.predict(photo.read_bytes()).json()["results"][0]["predictions"]
+    page.set_input_files("#file", photo)  # after that answer, or the two could share a batch
     rows = page.locator("#labels li")
     expect(rows).to_have_count(5)
     expect(rows.first.locator(".name")).to_have_text(best[0]["label"])
