@@ -26,7 +26,7 @@ from models.datasets import DataSplit, ImageSet
 from models.distillation import TeacherViews, label_views, load_logits, save_logits
 from models.evaluation import count_macs, count_parameters, evaluate, live_parameters
 from models.inputs import PHOTO_SIDE, choose_inputs
-from models.networks import NetworkError, Stem, build_network, load_pretrained
+from models.networks import NetworkError, Stem, build_network, channel_plan, load_pretrained
 from models.preprocessing import Preprocessing
 from models.pruning import Pruner, find_ratio
 from models.recipe import Augmentation, Pruning, Recipe, Training
@@ -251,7 +251,7 @@ class Compression:
                 images=test.images,
                 parameters=count_parameters(network),
                 macs=count_macs(network, self._spec.height, self._spec.width),
-                live_parameters=self._live_share(network),
+                live_parameters=self._live_share(network, stage.architecture),
             ),
             seed=self.recipe.seed,
             recipe=stage.settings,
@@ -318,16 +318,20 @@ class Compression:
             self._fit(network, stage, self._views, settings, part=f"-{step}")
         return network
 
+    def _check_that_the_student_can_be_pruned(self) -> None:
+        """Raise now what pruning would raise after hours of training."""
+        settings, architecture = self.recipe.pruning, self.recipe.student.architecture
+        classes, stem = len(self.data.labels), self._inputs[1]
+        student = build_network(architecture, classes, stem).eval()
+        self._live_share(student, architecture)
+        Pruner(student, self._spec, settings, settings.ratio).step()
+        channel_plan(student, architecture, classes, stem)
+
     def _new_network(self, stage: _Stage) -> nn.Module:
+        self._check_that_the_student_can_be_pruned()
         torch.manual_seed(derive_seed(self.recipe.seed, f"{stage.role} weights"))
         network = build_network(stage.architecture, len(self.data.labels), self._inputs[1])
-        try:
-            live = self._live_share(network)
-        except RuntimeError as error:
-            size = f"{self._spec.height}x{self._spec.width}"
-            raise NetworkError(
-                f"{stage.architecture} cannot take {size} images ({error}); choose a larger --image-size"
-            ) from error
+        live = self._live_share(network, stage.architecture)
         if live < LIVE_SHARE:
             self._say(
                 f"warning: only {live:.0%} of {stage.architecture}'s parameters receive a gradient "
@@ -336,8 +340,14 @@ class Compression:
             )
         return network
 
-    def _live_share(self, network: nn.Module) -> float:
-        return live_parameters(network, self._train_images.pixels[:_PROBE_IMAGES], self._spec)
+    def _live_share(self, network: nn.Module, architecture: str) -> float:
+        try:
+            return live_parameters(network, self._train_images.pixels[:_PROBE_IMAGES], self._spec)
+        except RuntimeError as error:
+            size = f"{self._spec.height}x{self._spec.width}"
+            raise NetworkError(
+                f"{architecture} cannot take {size} images ({error}); choose a larger --image-size"
+            ) from error
 
     def _fit(
         self, network: nn.Module, stage: _Stage, objective: Objective, settings: Training, *, part: str = ""

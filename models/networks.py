@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import safetensors.torch
 import torch
@@ -21,6 +21,7 @@ _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.BatchNorm1d: ("num_features",),
     nn.Linear: ("in_features", "out_features"),
 }
+PRUNABLE: Final = "ResNet, MobileNet, EfficientNet, DenseNet and SqueezeNet students can be pruned"
 
 
 class NetworkError(ValueError):
@@ -99,6 +100,9 @@ def channel_plan(network: nn.Module, architecture: str, classes: int, stem: Stem
 
     Returns:
         Module name to the attributes that differ and their values in `network`.
+
+    Raises:
+        NetworkError: it differs in more than a plan can say, so it could not be rebuilt.
     """
     with torch.device("meta"):
         unpruned = dict(build_network(architecture, classes, stem).named_modules())
@@ -111,7 +115,17 @@ def channel_plan(network: nn.Module, architecture: str, classes: int, stem: Stem
         }
         if differing:
             plan[name] = differing
+    rebuilt = build_planned_network(architecture, classes, stem, plan).state_dict()
+    if _shapes(rebuilt) != _shapes(network.state_dict()):
+        raise NetworkError(
+            f"a pruned {architecture} cannot be rebuilt: only convolutions, batch normalisations and linear "
+            f"layers may change; {PRUNABLE}"
+        )
     return plan or None
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def build_planned_network(

@@ -7,6 +7,7 @@ same channels together.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Final
 
@@ -14,7 +15,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from models.networks import classifier_head
+from models.networks import PRUNABLE, classifier_head
 from models.preprocessing import Preprocessing
 from models.recipe import Pruning
 
@@ -47,21 +48,24 @@ class Pruner:
             PruningError: torch-pruning cannot trace this network.
         """
         try:
-            self._pruner = _MagnitudePruner(
-                network,
-                torch.zeros(1, 3, spec.height, spec.width),
-                importance=tp.importance.MagnitudeImportance(p=2),
-                global_pruning=settings.scope == "global",
-                pruning_ratio=ratio,
-                iterative_steps=settings.steps,
-                round_to=settings.round_to,
-                ignored_layers=[classifier_head(network)[1]],
-                # Its defaults are dictionaries that all pruners share.
-                in_channel_groups={},
-                out_channel_groups={},
-            )
+            with warnings.catch_warnings():
+                # Parameters outside of layers are refused later, with a message of our own.
+                warnings.filterwarnings("ignore", "Unwrapped parameters", UserWarning)
+                self._pruner = _MagnitudePruner(
+                    network,
+                    torch.zeros(1, 3, spec.height, spec.width),
+                    importance=tp.importance.MagnitudeImportance(p=2),
+                    global_pruning=settings.scope == "global",
+                    pruning_ratio=ratio,
+                    iterative_steps=settings.steps,
+                    round_to=settings.round_to,
+                    ignored_layers=[classifier_head(network)[1]],
+                    # Its defaults are dictionaries that all pruners share.
+                    in_channel_groups={},
+                    out_channel_groups={},
+                )
         except Exception as error:  # tracing fails in as many ways as there are architectures
-            raise PruningError(f"torch-pruning cannot trace this network: {error}") from error
+            raise PruningError(f"torch-pruning cannot follow this network ({error}); {PRUNABLE}") from error
 
     def step(self) -> None:
         """Remove the next step's channels."""

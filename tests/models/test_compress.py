@@ -233,6 +233,21 @@ class TestErrors:
                 "choose a larger --image-size",
             ),
             (["{data}", "--teacher-architecture", "vit_b_16"], "--image-stem standard"),
+            (["{data}", "--student-architecture", "shufflenet_v2_x0_5"], "students can be pruned"),
+            (
+                [
+                    "{data}",
+                    "--student-architecture",
+                    "convnext_tiny",
+                    "--image-stem=standard",
+                    "--image-size=64",
+                ],
+                "cannot be rebuilt",
+            ),
+            (
+                ["{data}", "--student-architecture", "alexnet", "--image-size", "8"],
+                "choose a larger --image-size",
+            ),
             (["{data}", "--teacher-weights", "missing.pth"], "cannot read weights from missing.pth"),
         ],
     )
