@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -11,7 +12,6 @@ from typing import Final
 
 import torch
 from rich import box
-from rich.progress import track
 from rich.table import Column, Table
 from torch import nn
 
@@ -22,7 +22,8 @@ from models.datasets import ImageSet
 from models.networks import build_network
 from server.engines import load_engine
 
-_ROUNDS: Final = 20
+_TIMING_SECONDS: Final = 5.0
+_MIN_ROUNDS: Final = 3
 _BYTES_PER_WEIGHT: Final = 4
 
 
@@ -100,7 +101,7 @@ def _table(rows: list[_Row], networks: int) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         caption="Size: the weights, or the engine's graph with them. Latency: one image alone,\n"
-        f"best of {_ROUNDS} rounds, on all of this machine's cores; PyTorch runs the networks.",
+        "the best of many, on all of this machine's cores; PyTorch runs the networks.",
         caption_justify="left",
     )
     for title in ("parameters", "MACs", "size", "accuracy", "latency", "speed"):
@@ -121,11 +122,13 @@ def _table(rows: list[_Row], networks: int) -> Table:
 
 def _milliseconds(runs: list[Callable[[], object]]) -> list[float]:
     """Best time of each, in turns: what else the machine does at one time slows none of them for good."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in track(range(_ROUNDS), "timing", transient=True):
-        for run, times in zip(runs, seconds, strict=True):
+    best = [math.inf] * len(runs)
+    rounds, end = 0, time.perf_counter() + _TIMING_SECONDS
+    while rounds < _MIN_ROUNDS or time.perf_counter() < end:
+        for index, run in enumerate(runs):
             run()  # the caches are the other models' until now
             start = time.perf_counter()
             run()
-            times.append(time.perf_counter() - start)
-    return [1000 * min(times) for times in seconds]
+            best[index] = min(best[index], time.perf_counter() - start)
+        rounds += 1
+    return [1000 * seconds for seconds in best]
