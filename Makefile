@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-gpu check format constraints clean
+.PHONY: help install install-dev demo serve test test-load test-gpu bench check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -33,11 +33,19 @@ demo: $(VENV)/.install  ## Compress, build, serve and predict once, on handwritt
 serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:8000.
 	@$(BIN)/trimrt serve --engine $(ENGINE)
 
-test: $(VENV)/.install-dev  ## Run the whole test suite and print its coverage.
-	@$(BIN)/python -m pytest --cov
+test: $(VENV)/.install-dev  ## Run the test suite and print its coverage.
+	@$(BIN)/python -m pytest -m "not slow" --cov
+
+test-load: $(VENV)/.install-dev  ## Run the long tests of the server: overload, abuse, thousands of requests.
+	@$(BIN)/python -m pytest -m slow tests/load
 
 test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
 	@$(BIN)/python -m pytest tests/gpu -m gpu -v
+
+bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and the limit (half an hour; needs wrk).
+	@$(BIN)/python -m benchmarks.peers
+	@$(BIN)/python -m benchmarks.stages
+	@$(BIN)/python -m benchmarks.growth
 
 check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/ruff check .
@@ -48,6 +56,9 @@ check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 format: $(VENV)/.install-dev  ## Format the code and sort its imports.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: $(VENV)/.install-dev  ## Compile the Open Inference Protocol's messages.
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. server/v2/inference.proto
 
 constraints:  ## Pin the newest versions of all dependencies in constraints.txt.
 	@rm -rf build/constraints && $(PYTHON) -m venv build/constraints
