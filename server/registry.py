@@ -19,6 +19,7 @@ from server.problems import Problem
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.telemetry import Telemetry
+from server.threads import run_in_engine_thread
 
 log = logging.getLogger("trimrt.registry")
 
@@ -181,7 +182,7 @@ class Registry:
             EngineError: the package is refused; what ran before still runs.
         """
         async with self._changing:
-            engine = await asyncio.to_thread(self._open, folder)
+            engine = await run_in_engine_thread(partial(self._open, folder))
             manifest = engine.manifest
             scheduler = Scheduler(
                 engine,

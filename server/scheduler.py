@@ -27,6 +27,7 @@ from server.engines.base import Engine, Slot
 from server.manifest import BatchSizes
 from server.problems import Problem, image_problem
 from server.stats import EngineStats
+from server.threads import run_in_engine_thread
 
 log = logging.getLogger("trimrt.scheduler")
 
@@ -157,8 +158,9 @@ class Scheduler:
         self._delay = max_batch_delay
         self._waiting: deque[_Image] = deque()
         self._wake = threading.Condition()
-        self._closing = False
-        self._threads: list[threading.Thread] = []
+        self._retired = False  # admits no more
+        self._closing = False  # the slots are to end
+        self._slots: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop
         self._idle: asyncio.Event
         self._seconds_per_image = 0.0
@@ -176,12 +178,9 @@ class Scheduler:
         self._idle = asyncio.Event()
         self._idle.set()
         opened: list[asyncio.Future[None]] = [self._loop.create_future() for _ in range(self.engine.slots)]
-        for number, future in enumerate(opened):
-            thread = threading.Thread(
-                target=self._run_slot, args=(future,), name=f"trimrt-slot-{number}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
+        self._slots = [
+            self._loop.create_task(run_in_engine_thread(partial(self._run_slot, future))) for future in opened
+        ]
         outcomes = await asyncio.gather(*opened, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -219,6 +218,10 @@ class Scheduler:
             Problem: `image-damaged`, `unsupported-media-type` or `image-too-large` for an image that cannot
                 be decoded; `queue-full` (nothing was admitted), `deadline-exceeded`, `inference-failed`.
         """
+        if self._retired:
+            raise Problem(
+                "not-ready", "the engine is being unloaded; try again", headers={"Retry-After": "1"}
+            )
         self.check_room(len(images))
         now = time.monotonic()
         job = _Job(len(images), now, now + timeout, self._loop.create_future())
@@ -242,17 +245,14 @@ class Scheduler:
             self._leave(job)
 
     async def close(self) -> None:
-        """Answer what was admitted, then end the slot threads and free the engine."""
+        """Answer what was admitted, but admit no more; then close the slots and free the engine."""
+        self._retired = True
         await self._idle.wait()
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        await asyncio.to_thread(self._join)
-
-    def _join(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        self.engine.close()
+        await asyncio.gather(*self._slots)
+        await run_in_engine_thread(self.engine.close)
 
     def _leave(self, job: _Job) -> None:
         """Give back the queue room of what `job` still has under way."""

@@ -143,14 +143,15 @@ async def predict(request: Request) -> Response:
         state.lifecycle.check_serving()
         if settings.protect_predict:
             require_key(request, settings.api_key)
-        scheduler = state.registry.get(request.query_params.get("engine"))
-        manifest: Manifest = scheduler.engine.manifest
-        count = _top_k(request.query_params.get("top_k"), len(manifest.labels))
+        engine = request.query_params.get("engine")
         deadline = time.monotonic() + request_timeout(request.headers.get("x-request-timeout-ms"), settings)
         # Turned away before the body is read, an overload costs little.
-        scheduler.check_room()
+        state.registry.get(engine).check_room()
         images = await _read_images(request, settings, deadline - time.monotonic(), take)
-        observed.manifest = manifest
+        # Engines may have been switched meanwhile. From here to the admission nothing else runs.
+        scheduler = state.registry.get(engine)
+        observed.manifest = manifest = scheduler.engine.manifest
+        count = _top_k(request.query_params.get("top_k"), len(manifest.labels))
         with CancelOnDisconnect(request.receive):
             observed.results = results = await scheduler.infer(
                 [image.data for image in images], deadline - time.monotonic()

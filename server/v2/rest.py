@@ -189,18 +189,18 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
         state.lifecycle.check_serving()
         if settings.protect_predict:
             require_key(request, settings.api_key)
-        scheduler = core.find_model(state.registry, model, version)
-        manifest = scheduler.engine.manifest
         deadline = time.monotonic() + request_timeout(request.headers.get("x-request-timeout-ms"), settings)
-        scheduler.check_room()
+        core.find_model(state.registry, model, version).check_room()
         if "content-encoding" in request.headers:
             raise Problem("unsupported-media-type", "compressed bodies are not accepted")
         body = await read_body(request, settings.max_body_bytes, deadline - time.monotonic(), take)
         header, tensors = parse(body, request.headers.get(_HEADER_LENGTH))
         asked = _requested(model, version, header, tensors)
+        # Engines may have been switched while the body came. From here to the admission nothing else runs.
+        scheduler = core.find_model(state.registry, model, version)
+        observed.manifest = manifest = scheduler.engine.manifest
         core.check_outputs(asked, len(manifest.labels))
         images = core.images_of(asked, manifest, settings.max_images)
-        observed.manifest = manifest
         with CancelOnDisconnect(request.receive):
             observed.results = results = await scheduler.infer(images, deadline - time.monotonic())
         outputs = core.outputs_of(asked, results, manifest.labels)

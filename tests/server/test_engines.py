@@ -170,6 +170,23 @@ def test_watching_picks_up_new_and_newer_packages_and_survives_bad_ones(
         wait_until(lambda: server.predict(encode(0)).json()["engine"]["version"] == "2")
 
 
+def test_an_engine_replaced_while_the_body_comes_in_loses_no_request(
+    served: Running, encode: Encode, reference: Callable[..., np.ndarray]
+) -> None:
+    image = encode(3)
+
+    def slowly() -> Iterator[bytes]:
+        yield image[:100]
+        assert served.client.post("/engines/tiny/load").status_code == 200
+        yield image[100:]
+
+    with httpx.Client(base_url=served.url) as client:
+        answer = client.post("/predict", content=slowly(), headers={"Content-Type": "image/png"})
+    assert answer.status_code == 200
+    best = answer.json()["results"][0]["predictions"][0]["index"]
+    assert best == int(reference(image).argmax())
+
+
 def test_switching_and_reloading_under_load_drops_and_confuses_nothing(
     directory: Path, encode: Encode, reference: Callable[..., np.ndarray]
 ) -> None:
