@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -28,12 +27,23 @@ def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
         never.wait(0.001)
 
 
-@dataclass
 class Running:
-    url: str
-    app: FastAPI
-    server: DrainingServer
-    client: httpx.Client
+    """A running server, and a client of it for every thread that asks."""
+
+    def __init__(self, url: str, app: FastAPI, server: DrainingServer, clients: ExitStack) -> None:
+        self.url = url
+        self.app = app
+        self.server = server
+        self._clients = clients
+        self._of_thread = threading.local()
+
+    @property
+    def client(self) -> httpx.Client:
+        # One for each thread: threads that share one now and then close each other's connections.
+        if not hasattr(self._of_thread, "client"):
+            client = httpx.Client(base_url=self.url, timeout=30)
+            self._of_thread.client = self._clients.enter_context(client)
+        return self._of_thread.client
 
     def predict(self, image: bytes, content_type: str = "image/png", **options: Any) -> httpx.Response:
         headers = {"Content-Type": content_type, **options.pop("headers", {})}
@@ -53,11 +63,12 @@ def running(settings: Settings, load: LoadEngine | None = None) -> Iterator[Runn
     url = f"http://{host}:{port}"
     try:
         wait_until(lambda: server.started)
-        with httpx.Client(base_url=url, timeout=30) as client:
-            wait_until(lambda: bool(failures) or client.get("/health/ready").status_code == 200)
+        with ExitStack() as clients:
+            served = Running(url, app, server, clients)
+            wait_until(lambda: bool(failures) or served.client.get("/health/ready").status_code == 200)
             if failures:
                 raise failures[0]
-            yield Running(url, app, server, client)
+            yield served
     finally:
         server.should_exit = True
         thread.join(timeout=30)
