@@ -27,7 +27,7 @@ install: $(VENV)/.install  ## Install TrimRT with training and export into a vir
 
 install-dev: $(VENV)/.install-dev  ## The same, with everything the tests need.
 
-demo: $(VENV)/.install  ## Compress, build, serve and predict once, on handwritten digits.
+demo: $(VENV)/.install  ## Build, serve, ask and compare, once, on handwritten digits.
 	@$(BIN)/trimrt demo
 
 serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:8000.

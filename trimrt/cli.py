@@ -16,7 +16,7 @@ COMMANDS: Final = {
     "serve": ("server.serve:serve", "Serve an engine package over HTTP."),
     "loadtest": ("server.loadtest.commands:loadtest", "Load a running server and measure what it does."),
     "bench": ("server.bench:bench", "Time engine packages by themselves, side by side."),
-    "demo": ("trimrt.demo:demo", "Do it all once on handwritten digits: compress, build, serve, predict."),
+    "demo": ("trimrt.demo:demo", "Build, serve, ask and compare, once, on handwritten digits."),
 }
 
 
