@@ -45,7 +45,7 @@ def serve(**options: Any) -> None:
 
     Every option can also be set in the environment, by the name in brackets. Example:
 
-        trimrt serve --engine digits-resnet18-pruned-int8-openvino
+        trimrt serve --engine digits-resnet18-int8-openvino
     """
     try:
         settings = Settings(**{name: value for name, value in options.items() if value is not None})
