@@ -180,8 +180,9 @@ compress = _RecipeCommand(
     callback=_compress,
     help="""Train a teacher, distil a student from it, and prune the student.
 
-    SOURCE is `digits`, `fashion-mnist`, or a folder of images: train/ and test/ (or val/) with a folder for
-    each class, or the class folders themselves, which are then split into five folds.
+    SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, or a folder of
+    images: train/ and test/ (or val/) with a folder for each class, or the class folders themselves, which
+    are then split into five folds.
 
     Finished stages are reused and an interrupted one goes on where it stopped.""",
     epilog=_EPILOG,

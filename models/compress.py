@@ -26,11 +26,26 @@ from models.datasets import DataSplit, ImageSet
 from models.distillation import TeacherViews, label_views, load_logits, save_logits
 from models.evaluation import count_macs, count_parameters, evaluate, live_parameters
 from models.inputs import PHOTO_SIDE, choose_inputs
-from models.networks import NetworkError, Stem, build_network, channel_plan, load_pretrained
+from models.networks import (
+    NetworkError,
+    Stem,
+    build_network,
+    channel_plan,
+    draw_weights,
+    load_pretrained,
+)
 from models.preprocessing import Preprocessing
 from models.pruning import Pruner, find_ratio
-from models.recipe import Augmentation, Pruning, Recipe, Training
-from models.training import Images, Objective, TrueLabels, derive_seed, reproducible, train
+from models.recipe import Augmentation, Pruning, Recipe, Training, TrainingPrecision
+from models.training import (
+    Images,
+    Objective,
+    TrueLabels,
+    derive_seed,
+    reproducible,
+    supported_precision,
+    train,
+)
 
 LIVE_SHARE: Final = 0.95  # with less of a network alive, its size is mostly for show
 
@@ -106,7 +121,10 @@ class Compression:
     @cached_property
     def _inputs(self) -> tuple[Preprocessing, Stem]:
         spec, stem = choose_inputs(self.data.train, self.recipe)
-        self._say(f"{self.data.name}: {spec.height}x{spec.width} pixels, {stem} stem, {self._device}")
+        self._say(
+            f"{self.data.name}: {spec.height}x{spec.width} pixels, {stem} stem, {self._device}, "
+            f"training in {self._precision}"
+        )
         return spec, stem
 
     @property
@@ -119,6 +137,11 @@ class Compression:
         if wanted == "cuda" and not torch.cuda.is_available():
             raise NetworkError("there is no CUDA GPU here, or this torch is without CUDA; use --device cpu")
         return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
+
+    @cached_property
+    def _precision(self) -> TrainingPrecision:
+        wanted = self.recipe.precision
+        return supported_precision(self._device) if wanted == "auto" else wanted
 
     @cached_property
     def _limits(self) -> Augmentation:
@@ -147,7 +170,14 @@ class Compression:
         teacher, card = load_checkpoint(self.out / "teacher")
         count, seed = self.recipe.distillation.views, derive_seed(self.recipe.seed, "views")
         fingerprint = _fingerprint(
-            [card.weights_sha256, count, seed, self._limits.model_dump(), self.recipe.threads]
+            [
+                card.weights_sha256,
+                count,
+                seed,
+                self._limits.model_dump(),
+                self.recipe.threads,
+                self._precision,
+            ]
         )
         path = self._work / "views.safetensors"
         logits = load_logits(path, fingerprint)
@@ -161,6 +191,7 @@ class Compression:
                 views=count,
                 seed=seed,
                 progress=self._progress,
+                precision=self._precision,
             )
             save_logits(path, logits, fingerprint)
         targets = torch.from_numpy(self._train_images.targets)
@@ -182,7 +213,11 @@ class Compression:
             "pruned": {"teacher", "student", "distillation", "pruning"},
         }[role]
         settings = self.recipe.model_dump(mode="json", include={"seed", "threads", "image"} | sections)
-        settings |= {"device": self._device.type, "augmentation": self._limits.model_dump(mode="json")}
+        settings |= {
+            "device": self._device.type,
+            "precision": self._precision,
+            "augmentation": self._limits.model_dump(mode="json"),
+        }
         weights = self.recipe.teacher.weights
         if weights is not None:
             settings["teacher"]["weights_sha256"] = _file_sha256(weights)
@@ -314,6 +349,9 @@ class Compression:
         for step in range(1, settings.steps + 1):
             network.to("cpu")
             pruner.step()
+            if settings.weights == "random":
+                torch.manual_seed(derive_seed(self.recipe.seed, f"pruned weights {step}"))
+                draw_weights(network)
             # A finished step's weights come back from its state file, so that the next prunes the same.
             self._fit(network, stage, self._views, settings, part=f"-{step}")
         return network
@@ -374,6 +412,7 @@ class Compression:
                 ]
             ),
             progress=self._progress,
+            precision=self._precision,
         )
 
 

@@ -30,6 +30,7 @@ from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
 FOLDS: Final = 5
 SPLIT_SEED: Final = 42
 VALIDATION_SHARE: Final = 0.1
+UNSHUFFLED_DIGITS: Final = "digits-unshuffled"
 FASHION_MNIST_FOLDER: Final = Path("/usr/share/datasets/fashion-mnist")
 
 _SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -179,8 +180,9 @@ def open_dataset(source: str, *, fold: int = 0, cache_dir: Path | None = None) -
     aside for validation. The same source and fold always give the same parts.
 
     Args:
-        source: `digits` (scikit-learn's, 1797 grey 8x8 images), `fashion-mnist` (Debian's package
-            dataset-fashion-mnist), or a folder: `train/` and `test/` (or `val/`) with a folder of
+        source: `digits` (scikit-learn's, 1797 grey 8x8 images), `digits-unshuffled` (the same, with folds
+            that keep the file's order, which goes by writer: a harder split), `fashion-mnist` (Debian's
+            package dataset-fashion-mnist), or a folder: `train/` and `test/` (or `val/`) with a folder of
             images for each class, or the class folders themselves.
         fold: 0 to 4.
         cache_dir: where data sets are unpacked; `default_cache_dir()` if None.
@@ -239,7 +241,8 @@ def _cross_validation(name: str, source: str, root: Path, fold: int, cache_dir: 
         raise DatasetError(
             f"{root}: {FOLDS} folds need {FOLDS} images of every class; one class has {smallest}"
         )
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SPLIT_SEED)
+    shuffle = source != UNSHUFFLED_DIGITS
+    folds = StratifiedKFold(FOLDS, shuffle=shuffle, random_state=SPLIT_SEED if shuffle else None)
     rest, test = list(folds.split(everything.paths, everything.targets))[fold]
     name_and_fold = f"{name}-fold{fold}"
     train, validation = _split_validation(everything.subset(rest, f"{name_and_fold}-rest"), name_and_fold)
@@ -248,8 +251,9 @@ def _cross_validation(name: str, source: str, root: Path, fold: int, cache_dir: 
         source=source,
         fold=fold,
         folds=FOLDS,
-        description=f"StratifiedKFold({FOLDS}, shuffle=True, random_state={SPLIT_SEED}); "
-        f"validation: {_VALIDATION_TEXT}",
+        description=f"StratifiedKFold({FOLDS}, "
+        + (f"shuffle=True, random_state={SPLIT_SEED}); " if shuffle else "shuffle=False); ")
+        + f"validation: {_VALIDATION_TEXT}",
         sha256=everything.sha256,
         train=train,
         validation=validation,
@@ -387,5 +391,6 @@ def _write_images(
 
 _NAMED: Final[dict[str, Callable[[Path], Path]]] = {
     "digits": _write_digits,
+    UNSHUFFLED_DIGITS: _write_digits,
     "fashion-mnist": _write_fashion_mnist,
 }

@@ -1,4 +1,4 @@
-"""Knowledge distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) from cached teacher outputs.
+"""Knowledge distillation from cached teacher outputs.
 
 The teacher labels a fixed number of augmented views of the training images once; the student and
 every fine-tuning learn from these, so the teacher costs nothing later and all of them see the same.
@@ -21,19 +21,19 @@ from models.augmentation import random_affines, transform
 from models.evaluation import normalise, to_float
 from models.files import replace_file
 from models.preprocessing import Pixels, Preprocessing
-from models.recipe import Augmentation, Distillation
-from models.training import derive_seed
+from models.recipe import Augmentation, Distillation, TrainingPrecision
+from models.training import derive_seed, mixed_precision
 
 _BATCH = 256
 
 
-def distillation_loss(
+def kl_loss(
     logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, alpha: float, temperature: float
 ) -> Tensor:
     """Cross-entropy and Kullback-Leibler divergence to the teacher's softened outputs.
 
-    Hinton et al. 2015, section 2: the divergence is scaled by the squared temperature, so that its
-    gradients keep their size when the temperature changes.
+    Hinton et al. 2015 (https://arxiv.org/abs/1503.02531), section 2: the divergence is scaled by the
+    squared temperature, so that its gradients keep their size when the temperature changes.
 
     Args:
         logits: shape (N, classes).
@@ -53,6 +53,35 @@ def distillation_loss(
         log_target=True,
     )
     return alpha * hard + (1 - alpha) * temperature**2 * soft
+
+
+def dist_loss(logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy, and Pearson's correlation with the teacher's outputs instead of their very values.
+
+    DIST (Huang et al. 2022, https://arxiv.org/abs/2205.10536), equations 8 to 11: a student that ranks
+    the classes of an image, and the images of a class, as a stronger teacher does need not match its
+    confidence. The two correlations weigh twice as much as the cross-entropy, each.
+
+    Args:
+        logits: shape (N, classes), N at least 2.
+        teacher_logits: shape (N, classes).
+        targets: class indices, shape (N,).
+        temperature: divides both logits before the softmax.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    student = functional.softmax(logits / temperature, dim=1)
+    teacher = functional.softmax(teacher_logits / temperature, dim=1)
+    between_classes = 1 - _correlation(student, teacher).mean()
+    within_classes = 1 - _correlation(student.T, teacher.T).mean()
+    return functional.cross_entropy(logits, targets) + 2 * between_classes + 2 * within_classes
+
+
+def _correlation(left: Tensor, right: Tensor) -> Tensor:
+    """Pearson's correlation of each row of `left` with the same of `right`."""
+    left, right = (rows - rows.mean(dim=1, keepdim=True) for rows in (left, right))
+    return functional.cosine_similarity(left, right, dim=1)
 
 
 def view_seed(seed: int, view: int) -> int:
@@ -80,15 +109,14 @@ class TeacherViews:
         return random_affines(len(self.targets), self.limits, view_seed(self.seed, epoch % len(self.logits)))
 
     def loss(self, logits: Tensor, images: Tensor, epoch: int) -> Tensor:
-        """Distillation loss of the `logits` of the images numbered `images`."""
+        """The settings' loss of the `logits` of the images numbered `images`."""
+        settings, targets = self.settings, self.targets[images].to(logits.device)
+        if settings.loss == "labels":
+            return functional.cross_entropy(logits, targets)
         teacher = self.logits[epoch % len(self.logits), images].to(logits.device)
-        return distillation_loss(
-            logits,
-            teacher,
-            self.targets[images].to(logits.device),
-            alpha=self.settings.alpha,
-            temperature=self.settings.temperature,
-        )
+        if settings.loss == "dist":
+            return dist_loss(logits, teacher, targets, temperature=settings.temperature)
+        return kl_loss(logits, teacher, targets, alpha=settings.alpha, temperature=settings.temperature)
 
 
 @torch.inference_mode()
@@ -101,6 +129,7 @@ def label_views(
     views: int,
     seed: int,
     progress: Progress,
+    precision: TrainingPrecision = "fp32",
 ) -> Tensor:
     """The teacher's logits for each view of each image: float32 on the CPU, shape (views, N, classes)."""
     device = next(teacher.parameters()).device
@@ -113,7 +142,8 @@ def label_views(
         for start in range(0, len(pixels), _BATCH):
             batch = slice(start, start + _BATCH)
             images = transform(to_float(pixels[batch], device), affines[batch])
-            logits.append(teacher(normalise(images, spec)).cpu())
+            with mixed_precision(precision, device):
+                logits.append(teacher(normalise(images, spec)).float().cpu())
             progress.advance(task, len(images))
         labelled.append(torch.cat(logits))
     progress.remove_task(task)

@@ -59,14 +59,28 @@ def build_network(architecture: str, classes: int, stem: Stem = "standard") -> n
     network: nn.Module = torchvision.models.get_model(
         architecture, weights=None, num_classes=classes, **options
     )
+    _start_residuals_at_zero(network)
+    if stem == "small":
+        _replace_first_convolution(network, architecture)
+    return network
+
+
+def draw_weights(network: nn.Module) -> None:
+    """Replace the weights by random ones (He et al. 2015), of whatever sizes the layers have by now."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.Linear)):
+            module.reset_parameters()
+    _start_residuals_at_zero(network)
+
+
+def _start_residuals_at_zero(network: nn.Module) -> None:
     if isinstance(network, torchvision.models.ResNet):
         for module in network.modules():
             last_norm = getattr(module, "bn3", getattr(module, "bn2", None))
             if last_norm is not None:
                 nn.init.zeros_(last_norm.weight)
-    if stem == "small":
-        _replace_first_convolution(network, architecture)
-    return network
 
 
 def _replace_first_convolution(network: nn.Module, architecture: str) -> None:

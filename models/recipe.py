@@ -15,6 +15,11 @@ else:
     import tomli as tomllib
 
 
+TrainingPrecision = Literal["fp32", "bf16"]
+
+DistillationLoss = Literal["kl", "dist", "labels"]
+
+
 class RecipeError(ValueError):
     """Settings that are not valid; the message names each of them."""
 
@@ -73,7 +78,7 @@ class Teacher(Training):
         default=None,
         description="start from this state dict (.safetensors or .pth); with 0 epochs it is kept as it is",
     )
-    epochs: int = Field(default=48, ge=0, description="passes over the training images")
+    epochs: int = Field(default=40, ge=0, description="passes over the training images")
     learning_rate: float = Field(default=1.5e-3, gt=0, description="peak of the one-cycle schedule")
 
 
@@ -81,15 +86,22 @@ class Student(Training):
     """The small network."""
 
     architecture: str = Field(default="resnet18", description="torchvision classifier")
-    epochs: int = Field(default=40, ge=1, description="passes over the training images")
+    epochs: int = Field(default=32, ge=1, description="passes over the training images")
     learning_rate: float = Field(default=2e-3, gt=0, description="peak of the one-cycle schedule")
 
 
 class Distillation(_Section):
-    """Hinton et al. 2015, for the student and for every fine-tuning."""
+    """How the student and every fine-tuning learn from the teacher."""
 
+    loss: DistillationLoss = Field(
+        default="kl", description="kl: divergence from the teacher's outputs (Hinton et al. 2015); "
+        "dist: correlation with them (Huang et al. 2022); labels: the true labels alone",
+    )  # fmt: skip
     alpha: float = Field(
-        default=0.5, ge=0, le=1, description="share of the true labels in the loss; the teacher has the rest"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="kl: share of the true labels in the loss; the teacher has the rest",
     )
     temperature: float = Field(default=4.0, gt=0, description="softens the outputs of both networks")
     views: int = Field(
@@ -117,10 +129,14 @@ class Pruning(Training):
     round_to: int = Field(
         default=16, ge=1, description="channel counts become multiples of this; 1 leaves them"
     )
+    weights: Literal["kept", "random"] = Field(
+        default="kept",
+        description="of the channels that stay; random draws them anew, to see what keeping them is worth",
+    )
     steps: int = Field(
         default=1, ge=1, le=100, description="prune in so many steps, each followed by a fine-tuning"
     )
-    epochs: int = Field(default=16, ge=0, description="passes over the training images after each step")
+    epochs: int = Field(default=12, ge=0, description="passes over the training images after each step")
     learning_rate: float = Field(default=1e-3, gt=0, description="peak of the one-cycle schedule")
 
 
@@ -135,6 +151,11 @@ class Recipe(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto is CUDA where there is a GPU"
+    )
+    precision: TrainingPrecision | Literal["auto"] = Field(
+        default="auto",
+        description="of convolutions while training; auto is bf16 where the processor computes in it. "
+        "Networks are always measured in FP32",
     )
     image: Image = Image()
     augmentation: Augmentation = Augmentation()
@@ -151,7 +172,7 @@ PRESETS: Final[dict[str, tuple[str, Settings]]] = {
     "report": ("10 % of the channels, unaligned, as in the report that began this project",
                {"pruning": {"round_to": 1}}),
     "aggressive": ("75 % of the channels: a sixteenth of the parameters, fine-tuned for longer",
-                   {"pruning": {"ratio": 0.75, "epochs": 80, "learning_rate": 3e-3}}),
+                   {"pruning": {"ratio": 0.75, "epochs": 60, "learning_rate": 3e-3}}),
     "quick": ("a few epochs, to try things out",
               {"teacher": {"epochs": 8}, "student": {"epochs": 8}, "distillation": {"views": 8},
                "pruning": {"epochs": 4}}),

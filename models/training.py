@@ -21,7 +21,7 @@ from models.augmentation import random_affines, transform
 from models.evaluation import Score, evaluate, normalise, to_float
 from models.files import replace_file
 from models.preprocessing import Pixels, Preprocessing
-from models.recipe import Augmentation, Training
+from models.recipe import Augmentation, Training, TrainingPrecision
 
 _WARM_UP_SHARE: Final = 0.2
 SAVE_INTERVAL_S: Final = 30.0
@@ -85,6 +85,21 @@ def reproducible(threads: int) -> Iterator[None]:
         torch.backends.cudnn.benchmark = old_benchmark
 
 
+def mixed_precision(precision: TrainingPrecision, device: torch.device) -> torch.autocast:
+    """Convolutions and matrix products in bfloat16, all else in FP32 (Micikevicius et al. 2018)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def supported_precision(device: torch.device) -> TrainingPrecision:
+    """bf16 where the processor computes in it, which is faster; emulated it would be slower than FP32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities()
+        native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return "bf16" if native else "fp32"
+
+
 def train(
     network: nn.Module,
     train_images: Images,
@@ -98,6 +113,7 @@ def train(
     state_file: Path,
     fingerprint: str,
     progress: Progress,
+    precision: TrainingPrecision = "fp32",
     save_interval_s: float = SAVE_INTERVAL_S,
 ) -> None:
     """Train `network` in place, on the device it is on; it is in evaluation mode afterwards.
@@ -118,6 +134,7 @@ def train(
         state_file: written at most every `save_interval_s` seconds and at the end.
         fingerprint: of everything that decides the outcome; another one's state is not used.
         progress: running.
+        precision: of the convolutions and matrix products; weights, losses and the optimiser stay FP32.
         save_interval_s: 0 saves after every epoch.
     """
     device = next(network.parameters()).device
@@ -157,7 +174,8 @@ def train(
             images = transform(
                 to_float(train_images.pixels[batch.numpy()], device), affines[batch].to(device)
             )
-            logits = network(normalise(images, spec))
+            with mixed_precision(precision, device):
+                logits = network(normalise(images, spec)).float()
             loss = objective.loss(logits, batch, epoch)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from models.augmentation import random_affines, transform
 from models.distillation import (
     TeacherViews,
-    distillation_loss,
+    kl_loss,
     label_views,
     load_logits,
     save_logits,
@@ -33,17 +33,17 @@ class TestLoss:
         p, q = math.sqrt(2) / (math.sqrt(2) + 1), 2 / 3
         divergence = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
         expected = 0.3 * math.log(3 / 2) + 0.7 * 4 * divergence
-        loss = distillation_loss(student, teacher, torch.tensor([0]), alpha=0.3, temperature=2)
+        loss = kl_loss(student, teacher, torch.tensor([0]), alpha=0.3, temperature=2)
         assert float(loss) == pytest.approx(expected, rel=1e-5)
 
     def test_alpha_1_is_cross_entropy(self) -> None:
         logits, targets = torch.randn(8, 5), torch.arange(8) % 5
-        loss = distillation_loss(logits, torch.randn(8, 5), targets, alpha=1, temperature=4)
+        loss = kl_loss(logits, torch.randn(8, 5), targets, alpha=1, temperature=4)
         torch.testing.assert_close(loss, functional.cross_entropy(logits, targets))
 
     def test_agreeing_with_the_teacher_costs_nothing(self) -> None:
         logits = torch.randn(8, 5)
-        loss = distillation_loss(logits, logits + 3, torch.zeros(8, dtype=torch.long), alpha=0, temperature=4)
+        loss = kl_loss(logits, logits + 3, torch.zeros(8, dtype=torch.long), alpha=0, temperature=4)
         assert float(loss) == pytest.approx(0, abs=1e-5)
 
     def test_gradients_keep_their_size_when_the_temperature_changes(self) -> None:
@@ -53,7 +53,7 @@ class TestLoss:
         for temperature in (20.0, 40.0):
             logits = torch.zeros(64, 5, requires_grad=True)
             targets = torch.zeros(64, dtype=torch.long)
-            distillation_loss(logits, teacher, targets, alpha=0, temperature=temperature).backward()
+            kl_loss(logits, teacher, targets, alpha=0, temperature=temperature).backward()
             assert logits.grad is not None
             sizes.append(float(logits.grad.norm()))
         assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
