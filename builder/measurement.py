@@ -1,19 +1,22 @@
-"""How fast an engine is, on the machine it was built on."""
+"""How fast an engine is, on the machine it was built on, and how models compare in speed."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from server.engines.base import Engine
 
 WARM_UP_RUNS: Final = 5
 _MAX_RUNS: Final = 1000
+_MIN_ROUNDS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,35 @@ def measure(engine: Engine, seconds: float = 0.5) -> Speed:
         runs = [pool.submit(_run, engine, batch.max, seconds) for _ in range(engine.slots)]
         throughput = sum(batch.max * len(times) / sum(times) for times in (run.result() for run in runs))
     return Speed(latency_ms=float(np.median(latencies)) * 1000, throughput=throughput)
+
+
+def time_in_turns(
+    runs: Sequence[Callable[[], object]],
+    *,
+    seconds: float,
+    progress: Callable[[float], None] = lambda _share: None,
+) -> list[NDArray[np.float64]]:
+    """Times of each of `runs`, in turns: what else the machine does at one time slows none of them for good.
+
+    Args:
+        runs: what to time.
+        seconds: for all of them together; three rounds are done however long they take.
+        progress: takes the share of that time that has passed, after each round.
+
+    Returns:
+        Milliseconds, one array of shape (rounds,) for each of `runs`.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    started, rounds = time.perf_counter(), 0
+    while rounds < _MIN_ROUNDS or time.perf_counter() < started + seconds:
+        for run, taken in zip(runs, times, strict=True):
+            run()  # the caches are the other models' until now
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+        rounds += 1
+        progress(min(1.0, (time.perf_counter() - started) / max(seconds, 1e-9)))
+    return [1000 * np.array(taken) for taken in times]
 
 
 def _run(engine: Engine, count: int, seconds: float) -> list[float]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 LARGEST_SHARE: Final = 0.5  # of the layers in higher precision; beyond it INT8 is not worth its name
-_LEVELS: Final = 127
+LEVELS: Final = 127  # of INT8 on either side of zero
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,15 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class _Scales:
+class LayerScales:
+    """The quantisation steps of one layer, of which INT8 has 127 on either side of zero.
+
+    Attributes:
+        activation: of its input.
+        weights: of each channel, shape (channels,).
+        axis: of the weights that the channels lie on.
+    """
+
     activation: float
     weights: NDArray[np.float32]
     axis: int
@@ -62,7 +70,7 @@ def rank_layers(
     import onnx
 
     model = onnx.load(str(master))
-    scales = _scales_of(onnx.load(str(quantised)))
+    scales = layer_scales(onnx.load(str(quantised)))
     reference = _logits(model, pixels)
     norm = float(np.sqrt(np.mean(reference**2)))
     costs = []
@@ -81,8 +89,8 @@ def fallback_groups(costs: Sequence[LayerCost]) -> Iterator[list[str]]:
         size = most if size < most < 2 * size else 2 * size
 
 
-def _scales_of(model: onnx.ModelProto) -> dict[str, _Scales]:
-    """The scales of each layer whose input and weights are both quantised."""
+def layer_scales(model: onnx.ModelProto) -> dict[str, LayerScales]:
+    """The scales of each layer of an INT8 graph whose input and weights are both quantised, by node name."""
     from onnx import helper, numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -102,11 +110,11 @@ def _scales_of(model: onnx.ModelProto) -> dict[str, _Scales]:
         activation, weights = dequantize(node.input[0]), dequantize(node.input[1])
         if activation is not None and weights is not None and weights.input[0] in constants:
             axis = {a.name: helper.get_attribute_value(a) for a in weights.attribute}.get("axis", 1)
-            found[node.name] = _Scales(float(scale(activation)), scale(weights), axis)
+            found[node.name] = LayerScales(float(scale(activation)), scale(weights), axis)
     return found
 
 
-def _with_one_layer_quantised(master: onnx.ModelProto, layer: str, scales: _Scales) -> onnx.ModelProto:
+def _with_one_layer_quantised(master: onnx.ModelProto, layer: str, scales: LayerScales) -> onnx.ModelProto:
     """A copy of the FP32 graph in which one layer sees what it would see in INT8."""
     import onnx
     from onnx import helper, numpy_helper
@@ -118,7 +126,7 @@ def _with_one_layer_quantised(master: onnx.ModelProto, layer: str, scales: _Scal
     weights = next(tensor for tensor in graph.initializer if tensor.name == node.input[1])
     values = numpy_helper.to_array(weights)
     steps = scales.weights.reshape([-1 if axis == scales.axis else 1 for axis in range(values.ndim)])
-    rounded = np.clip(np.rint(values / steps), -_LEVELS, _LEVELS) * steps
+    rounded = np.clip(np.rint(values / steps), -LEVELS, LEVELS) * steps
     prefix = "sensitivity/"
     graph.initializer.extend(
         [

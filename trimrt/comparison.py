@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from rich import box
 from rich.table import Column, Table
 from torch import nn
 
+from builder.measurement import time_in_turns
 from builder.verification import accuracy
 from models.card import Ancestor, Card, Metrics
 from models.checkpoint import load_checkpoint
@@ -23,7 +22,6 @@ from models.networks import build_network
 from server.engines import load_engine
 
 _TIMING_SECONDS: Final = 5.0
-_MIN_ROUNDS: Final = 3
 _BYTES_PER_WEIGHT: Final = 4
 
 
@@ -95,7 +93,8 @@ def _engine_row(package: Path, card: Card, test: ImageSet, stack: ExitStack) -> 
 
 
 def _table(rows: list[_Row], networks: int) -> Table:
-    times = _milliseconds([row.run for row in rows])
+    taken = time_in_turns([row.run for row in rows], seconds=_TIMING_SECONDS)
+    times = [float(milliseconds.min()) for milliseconds in taken]
     table = Table(
         Column("model", no_wrap=True),
         box=box.SIMPLE_HEAD,
@@ -118,17 +117,3 @@ def _table(rows: list[_Row], networks: int) -> Table:
             end_section=index == networks,
         )
     return table
-
-
-def _milliseconds(runs: list[Callable[[], object]]) -> list[float]:
-    """Best time of each, in turns: what else the machine does at one time slows none of them for good."""
-    best = [math.inf] * len(runs)
-    rounds, end = 0, time.perf_counter() + _TIMING_SECONDS
-    while rounds < _MIN_ROUNDS or time.perf_counter() < end:
-        for index, run in enumerate(runs):
-            run()  # the caches are the other models' until now
-            start = time.perf_counter()
-            run()
-            best[index] = min(best[index], time.perf_counter() - start)
-        rounds += 1
-    return [1000 * seconds for seconds in best]
