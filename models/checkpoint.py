@@ -74,7 +74,13 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
 
 
 def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Copy the checkpoint in `source` to `folder`, in one step as `save_checkpoint` does."""
+    """Copy the checkpoint in `source` to `folder`, in one step as `save_checkpoint` does.
+
+    The weights are a hard link where the file system has them: they are large, and never written in place.
+    """
     with replace_folder(folder) as new:
-        for name in (WEIGHTS_NAME, CARD_NAME):
-            shutil.copyfile(source / name, new / name)
+        shutil.copyfile(source / CARD_NAME, new / CARD_NAME)
+        try:
+            (new / WEIGHTS_NAME).hardlink_to(source / WEIGHTS_NAME)
+        except OSError:
+            shutil.copyfile(source / WEIGHTS_NAME, new / WEIGHTS_NAME)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from models.card import Card
+    from models.compress import Role
 
 _EPILOG: Final = """\
 Every setting can also stand in a TOML file (--config): `--teacher-epochs 36` is `epochs = 36` under
@@ -109,6 +110,7 @@ def _compress(
     preset: str,
     config: Path | None,
     reuse: Path | None,
+    until: Role,
     **values: Any,
 ) -> None:
     from rich.console import Console
@@ -126,7 +128,7 @@ def _compress(
         data = open_dataset(source, fold=fold)
         folder = out or Path("runs") / (data.name if data.fold is None else f"{data.name}-fold{data.fold}")
         command = click.get_current_context().meta[_AS_TYPED]
-        cards = Compression(data, recipe, folder, console, command, reuse).run()
+        cards = Compression(data, recipe, folder, console, command, reuse, until).run()
     except ValueError as error:
         # All errors that this package raises for the user are ValueErrors with a message made for them.
         if type(error).__module__.partition(".")[0] != "models":
@@ -165,6 +167,8 @@ def _print_table(console: Console, cards: list[Card], folder: Path) -> None:
             f"{metrics.live_parameters:.1%}",
         )
     console.print(table)
+    if len(cards) < 3:
+        return
     _, student, pruned = cards
     fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
     console.print(
@@ -198,6 +202,8 @@ compress = _RecipeCommand(
                      help="TOML file with settings"),
         click.Option(["--reuse"], type=click.Path(path_type=Path, exists=True, file_okay=False),
                      help="another run's folder, to take its stages where the recipe is the same"),
+        click.Option(["--until"], type=click.Choice(["teacher", "student", "pruned"]), default="pruned",
+                     show_default=True, help="the last stage to make"),
         *_recipe_options(),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from rich.console import Console
@@ -84,6 +84,7 @@ class Compression:
         console: for messages and progress.
         command: recorded in the cards.
         reuse: another run's folder, whose stages are copied where this run would make the same.
+        until: the last stage to make.
     """
 
     data: DataSplit
@@ -92,12 +93,13 @@ class Compression:
     console: Console
     command: str = ""
     reuse: Path | None = None
+    until: Role = "pruned"
 
     def run(self) -> list[Card]:
-        """Make the three checkpoints, or take them where they are finished.
+        """Make the checkpoints, or take them where they are finished.
 
         Returns:
-            The cards of teacher, student and pruned student.
+            The cards of teacher, student and pruned student, or of those up to `until`.
 
         Raises:
             DatasetError: images that cannot be read.
@@ -106,10 +108,17 @@ class Compression:
             CheckpointError: a damaged checkpoint.
         """
         with reproducible(self.recipe.threads), self._progress:
-            teacher = self._make(self._stage("teacher"), self._train_teacher)
-            student = self._make(self._stage("student", teacher), self._train_student)
-            pruned = self._make(self._stage("pruned", teacher, student), self._prune)
-        return [teacher, student, pruned]
+            builders = {
+                "teacher": self._train_teacher,
+                "student": self._train_student,
+                "pruned": self._prune,
+            }
+            cards: list[Card] = []
+            for role in get_args(Role):
+                cards.append(self._make(self._stage(role, *cards), builders[role]))
+                if role == self.until:
+                    break
+        return cards
 
     # What all stages share, made when first needed.
 
@@ -181,6 +190,8 @@ class Compression:
         )
         path = self._work / "views.safetensors"
         logits = load_logits(path, fingerprint)
+        if logits is None and self.reuse:
+            logits = load_logits(self.reuse / path.relative_to(self.out), fingerprint)
         if logits is None:
             teacher.to(self._device)
             logits = label_views(

@@ -218,6 +218,43 @@ class TestChoices:
         assert spec.mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=1e-3)
         assert spec.std == pytest.approx(values.std(axis=(0, 1, 2)), abs=1e-3)
 
+    def test_until_the_student(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
+        run(few_digits, "--out", tmp_path, *SHORT, "--until", "student")
+        assert {path.name for path in tmp_path.iterdir()} == {"teacher", "student", ".training"}
+
+    def test_without_distillation_the_teachers_views_are_the_same(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        labels = ["--distillation-loss", "labels", "--until", "student"]
+        result = run(few_digits, "--out", tmp_path, "--reuse", finished[0], *SHORT, *labels)
+        assert result.output.count("is finished already") == 1
+        assert not (tmp_path / ".training" / "views.safetensors").exists()  # the other run's served
+        student = load_checkpoint(tmp_path / "student")[1]
+        assert student.weights_sha256 != weights(finished[0])["student"]
+        assert student.recipe["distillation"]["loss"] == "labels"
+
+    def test_random_weights_as_a_control(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        random = ["--pruning-weights", "random", "--pruning-epochs", "0"]
+        run(few_digits, "--out", tmp_path, "--reuse", finished[0], *SHORT, *random)
+        kept, _ = load_checkpoint(finished[0] / "pruned")
+        drawn, _ = load_checkpoint(tmp_path / "pruned")
+        old, new = kept.state_dict(), drawn.state_dict()
+        assert {name: tensor.shape for name, tensor in old.items()} == {n: t.shape for n, t in new.items()}
+        assert not any(torch.equal(old[name], new[name]) for name, tensor in old.items() if tensor.ndim > 1)
+        assert not new["layer1.0.bn2.weight"].any()  # residual branches start at zero
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_the_card_says_what_it_was_trained_in(
+        self, run: Compress, few_digits: Path, tmp_path: Path, precision: str
+    ) -> None:
+        result = run(few_digits, "--out", tmp_path, *SHORT, "--precision", precision, "--until", "teacher")
+        assert f"training in {precision}" in result.output
+        network, card = load_checkpoint(tmp_path / "teacher")
+        assert card.recipe["precision"] == precision
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
 
 class TestErrors:
     @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ class TestDigits:
         _, test = list(StratifiedKFold(5, shuffle=True, random_state=42).split(targets, targets))[fold]
         assert [int(path.stem) for path in data.test.paths] == test.tolist()
 
+    @pytest.mark.parametrize("fold", range(5))
+    def test_unshuffled_folds_keep_the_files_order(self, cache_dir: Path, fold: int) -> None:
+        data = open_dataset("digits-unshuffled", fold=fold, cache_dir=cache_dir)
+        targets = load_digits().target
+        _, test = list(StratifiedKFold(5).split(targets, targets))[fold]
+        assert [int(path.stem) for path in data.test.paths] == test.tolist()
+        assert data.card().source == "digits-unshuffled"
+
     def test_parts_are_disjoint_and_complete(self, digits: DataSplit) -> None:
         parts = [set(images.paths) for images in (digits.train, digits.validation, digits.test)]
         assert [len(part) for part in parts] == [1293, 144, 360]
@@ -154,7 +162,7 @@ class TestFolders:
             part.load_pixels(SPEC)
 
     def test_errors_say_what_to_do(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match="give digits, fashion-mnist, or a folder"):
+        with pytest.raises(DatasetError, match="give digits, digits-unshuffled, fashion-mnist, or a folder"):
             open_dataset(str(tmp_path / "nowhere"))
         with pytest.raises(DatasetError, match="0 to 4"):
             open_dataset("digits", fold=5)

@@ -1,4 +1,4 @@
-"""Distillation: the loss of Hinton et al. 2015, and views that are the same whenever they are drawn."""
+"""Distillation: the losses of Hinton and of Huang, and views that are the same whenever they are drawn."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 from models.augmentation import random_affines, transform
 from models.distillation import (
     TeacherViews,
+    dist_loss,
     kl_loss,
     label_views,
     load_logits,
@@ -22,11 +23,11 @@ from models.distillation import (
 from models.evaluation import normalise, to_float
 from models.networks import build_network
 from models.preprocessing import Preprocessing
-from models.recipe import Augmentation, Distillation
+from models.recipe import Augmentation, Distillation, DistillationLoss
 from models.training import Images
 
 
-class TestLoss:
+class TestDivergence:
     def test_by_hand(self) -> None:
         # Two classes; the student says 2:1, the teacher 4:1, and T = 2 takes square roots of both.
         student, teacher = torch.tensor([[2.0, 1.0]]).log(), torch.tensor([[4.0, 1.0]]).log()
@@ -57,6 +58,38 @@ class TestLoss:
             assert logits.grad is not None
             sizes.append(float(logits.grad.norm()))
         assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+
+
+class TestDist:
+    def test_by_hand(self) -> None:
+        # Of two classes, each image's outputs correlate with the teacher's fully: positively, or
+        # negatively where the two disagree on the order.
+        student = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
+        targets = torch.tensor([0, 0])
+        cross_entropy = -(math.log(3 / 4) + math.log(1 / 4)) / 2
+        for teacher, distance in ((student * 5, 0.0), (student.flip(1) * 5, 2.0)):
+            loss = dist_loss(student, teacher, targets, temperature=1)
+            assert float(loss) == pytest.approx(cross_entropy + 2 * distance + 2 * distance, rel=1e-5)
+
+    def test_the_order_matters_and_not_the_confidence(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        teacher = torch.randn(32, 5, generator=generator).softmax(1)
+        targets = teacher.argmax(1)
+        # The same shares, evened out: a linear change of every row and every column.
+        timid = (0.5 * teacher + 0.1).log()
+        loss = dist_loss(timid, teacher.log(), targets, temperature=1)
+        torch.testing.assert_close(loss, functional.cross_entropy(timid, targets))
+        assert float(kl_loss(timid, teacher.log(), targets, alpha=0, temperature=1)) > 0.01
+
+    def test_classes_are_compared_within_each_image(self) -> None:
+        # Equal rows for the teacher's every image: nothing to learn within classes, all between them.
+        logits = torch.randn(16, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        dist_loss(
+            logits, logits.detach().flip(0), torch.zeros(16, dtype=torch.long), temperature=4
+        ).backward()
+        assert logits.grad is not None
+        assert torch.isfinite(logits.grad).all()
+        assert bool((logits.grad != 0).all())
 
 
 class TestAugmentation:
@@ -129,6 +162,21 @@ class TestViews:
         some = torch.tensor([7, 3, 11])
         assert float(views.loss(logits[1, some], some, epoch=3)) == pytest.approx(0, abs=1e-6)
         assert float(views.loss(logits[1, some], some.flip(0), epoch=3)) > 1e-6
+
+    @pytest.mark.parametrize("loss", ["kl", "dist", "labels"])
+    def test_the_settings_choose_the_loss(
+        self, loss: DistillationLoss, labelled: tuple[torch.nn.Module, torch.Tensor], train_images: Images
+    ) -> None:
+        teacher, targets = labelled[1], torch.from_numpy(train_images.targets)
+        views = TeacherViews(teacher, targets, LIMITS, Distillation(loss=loss, temperature=2), seed=5)
+        some, logits = torch.tensor([7, 3, 11]), torch.randn(3, 3)
+        expected = {
+            "kl": kl_loss(logits, teacher[0, some], targets[some], alpha=0.5, temperature=2),
+            "dist": dist_loss(logits, teacher[0, some], targets[some], temperature=2),
+            "labels": functional.cross_entropy(logits, targets[some]),
+        }
+        assert len({round(float(value), 5) for value in expected.values()}) == 3
+        torch.testing.assert_close(views.loss(logits, some, epoch=2), expected[loss])
 
     def test_logits_are_kept_under_their_fingerprint(self, tmp_path: Path) -> None:
         logits = torch.randn(2, 3, 4)

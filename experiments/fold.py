@@ -1,0 +1,217 @@
+"""One fold of a study: its networks, their engines, and both measured on the part held out.
+
+Run by experiments.reproduce in a process of its own. Finished stages are kept; a rerun goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final, get_args
+
+from pydantic import BaseModel
+from rich.console import Console
+
+from builder.openvino import GRAPH_NAME
+from builder.packages import build_package
+from builder.preparation import Settings, open_checkpoint, prepare
+from builder.targets import open_target
+from builder.verification import Gate, GateError, VerificationSet, compare
+from experiments.results import Engine, Fold, Network
+from experiments.study import STUDIES, Study, Variant
+from models.card import WEIGHTS_NAME, Card
+from models.compress import Compression
+from models.datasets import DataSplit, open_dataset
+from models.files import replace_file
+from server.engines import load_engine
+from server.manifest import BatchSizes, Manifest, Precision
+
+RESULT: Final = "result.json"
+
+_TIMES: Final = "seconds.json"
+_BATCH: Final = BatchSizes(min=1, opt=8, max=32)
+
+
+def fold_folder(runs: Path, study: Study, fold: int, seed: int) -> Path:
+    """Where the fold's own run is; those of other variants are beside it."""
+    parts = [study.source, *([f"fold{fold}"] if study.folds > 1 else []), *([f"seed{seed}"] if seed else [])]
+    return runs / "-".join(parts)
+
+
+def run_fold(name: str, fold: int, *, seed: int, threads: int, runs: Path, console: Console) -> Fold:
+    """Make all networks and engines of the fold, or take them where they are finished.
+
+    Returns:
+        What they do on the test images; also written to the fold's folder.
+    """
+    study = STUDIES[name]
+    base = fold_folder(runs, study, fold, seed)
+    data = open_dataset(study.source, fold=fold)
+    compiled = [variant for variant in study.variants if variant.engines]
+    stages = len(study.variants) + len(compiled)
+    networks: list[Network] = []
+    engines: list[Engines] = []
+    precision = ""
+    for number, variant in enumerate(study.variants, 1):
+        _say(console, f"[{number}/{stages}] {base.name}: {variant.name}")
+        folder = _variant_folder(base, variant)
+        with _timed(base, variant.name, unless=folder / variant.role):
+            card = Compression(
+                data,
+                study.recipe(variant, seed=seed, threads=threads),
+                folder,
+                console,
+                study.command(variant, fold, seed=seed, threads=threads),
+                None if folder == base else base,
+                variant.role,
+            ).run()[-1]
+        precision = card.recipe["precision"]
+        networks.append(_network(variant, card, folder / variant.role))
+    for number, variant in enumerate(compiled, len(study.variants) + 1):
+        _say(console, f"[{number}/{stages}] {base.name}: {variant.name} engines")
+        file = _variant_folder(base, variant) / "engines" / RESULT
+        with _timed(base, f"{variant.name} engines", unless=file):
+            engines.append(_engines(variant, file, data, console))
+    times = _read_times(base)
+    result = Fold(
+        fold=fold,
+        seed=seed,
+        threads=threads,
+        training_precision=precision,
+        networks=[n.model_copy(update={"seconds": times.get(n.name)}) for n in networks],
+        engines=[engine for some in engines for engine in some.engines],
+        refused=[words for some in engines for words in some.refused],
+        seconds=sum(times.values()) if len(times) >= stages else None,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+    with replace_file(base / f"{name}-{RESULT}") as new:
+        new.write_text(result.model_dump_json(indent=1), encoding="utf-8")
+    return result
+
+
+class Engines(BaseModel):
+    """All engines of one checkpoint."""
+
+    checkpoint_sha256: str
+    engines: list[Engine] = []
+    refused: list[str] = []
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _variant_folder(base: Path, variant: Variant) -> Path:
+    return base if variant.name == variant.role else base.with_name(f"{base.name}-{variant.name}")
+
+
+def _network(variant: Variant, card: Card, checkpoint: Path) -> Network:
+    metrics = card.metrics
+    return Network(
+        name=variant.name,
+        wrong=metrics.wrong,
+        images=metrics.images,
+        loss=metrics.loss,
+        validation_accuracy=metrics.validation_accuracy,
+        parameters=metrics.parameters,
+        macs=metrics.macs,
+        live_parameters=metrics.live_parameters,
+        bytes=(checkpoint / WEIGHTS_NAME).stat().st_size,
+        weights_sha256=card.weights_sha256,
+        command=card.command,
+        seconds=None,
+    )
+
+
+def _engines(variant: Variant, file: Path, data: DataSplit, console: Console) -> Engines:
+    """Compile the checkpoint in all precisions, and measure each engine on the test images."""
+    checkpoint = file.parent.parent / variant.role
+    subject = open_checkpoint(checkpoint, None)
+    sha256 = subject.student.checkpoint_sha256
+    if file.exists():
+        kept = Engines.model_validate_json(file.read_text(encoding="utf-8"))
+        if kept.checkpoint_sha256 == sha256:
+            return kept
+    made = Engines(checkpoint_sha256=str(sha256))
+    pixels = data.test.load_pixels(subject.student.preprocessing, progress=False)
+    test = VerificationSet(data.test.name, pixels, data.test.targets, subject.reference(pixels))
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace, console.status("") as status:
+        prepared = prepare(subject, Path(workspace), Settings(), status.update)
+        for precision in get_args(Precision):
+            try:
+                package = build_package(
+                    prepared,
+                    open_target("openvino"),
+                    precision,
+                    file.parent,
+                    batch=_BATCH,
+                    gate=Gate(),
+                    command=f"trimrt build {checkpoint} --precision {precision}",
+                    report=status.update,
+                )
+            except GateError as error:
+                made.refused.append(f"{variant.name}: {error}")
+                continue
+            made.engines.append(_engine(variant, package.folder, package.manifest, test))
+    with replace_file(file) as new:
+        new.write_text(made.model_dump_json(indent=1), encoding="utf-8")
+    return made
+
+
+def _engine(variant: Variant, folder: Path, manifest: Manifest, test: VerificationSet) -> Engine:
+    with closing(load_engine(folder)) as engine:
+        comparison = compare(engine, test)
+    calibration = manifest.provenance.calibration
+    return Engine(
+        network=variant.name,
+        precision=manifest.precision,
+        wrong=round((1 - comparison.engine_top1) * comparison.images),
+        images=comparison.images,
+        agreement=comparison.label_agreement,
+        max_logit_difference=comparison.max_logit_difference,
+        bytes=(folder / GRAPH_NAME).stat().st_size,
+        calibration=calibration.method if calibration else None,
+    )
+
+
+@contextmanager
+def _timed(base: Path, stage: str, unless: Path) -> Iterator[None]:
+    """Add what passes to the stage's time, interrupted or not, if it is not finished already."""
+    finished, started = unless.exists(), time.monotonic()
+    try:
+        yield
+    finally:
+        if not finished:
+            times = _read_times(base)
+            times[stage] = round(times.get(stage, 0.0) + time.monotonic() - started, 1)
+            with replace_file(base / _TIMES) as new:
+                new.write_text(json.dumps(times, indent=1), encoding="utf-8")
+
+
+def _read_times(base: Path) -> dict[str, float]:
+    try:
+        times: dict[str, float] = json.loads((base / _TIMES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return times
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("fold", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    arguments = vars(parser.parse_args())
+    run_fold(arguments.pop("study"), arguments.pop("fold"), console=Console(), **arguments)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,184 @@
+"""`python -m experiments.reproduce`: train, prune, compile and measure the folds of a study.
+
+Each fold is a process of its own (experiments.fold). Finished stages are kept in the runs' folder and
+an interrupted one goes on where it stopped, so the same command can be given again at any time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.measurements import this_machine
+from experiments.fold import RESULT, fold_folder
+from experiments.results import FOLDER, Fold, Results, write_results
+from experiments.study import STUDIES, Study
+
+_STAGE: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
+_LIBRARIES: Final = (
+    "torch",
+    "torchvision",
+    "torch-pruning",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "scikit-learn",
+)
+
+
+def _folds(_context: click.Context, _parameter: click.Parameter, value: str) -> list[int] | None:
+    if value == "all":
+        return None
+    try:
+        return sorted({int(number) for number in value.split(",")})
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither `all` nor numbers such as 0 or 0,2") from None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("study", type=click.Choice(list(STUDIES)), default="digits")
+@click.option("--folds", callback=_folds, default="0", help="Numbers, or `all`.")
+@click.option(
+    "--jobs",
+    default=1,
+    type=click.IntRange(1),
+    help="Folds side by side, which share the cores. Two folds of one thread each take less time than one "
+    "after the other on two threads; their weights differ in the last bits.",
+)
+@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", help="Checkpoints.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=FOLDER,
+    show_default="experiments/results",
+    help="Folder of the result file.",
+)
+def reproduce(study: str, folds: list[int] | None, jobs: int, runs: Path, results: Path) -> None:
+    """Run STUDY and write its result file, which `make tables` makes docs/results.md from."""
+    plan, console = STUDIES[study], Console()
+    numbers = list(range(plan.folds)) if folds is None else folds
+    if not set(numbers) <= set(range(plan.folds)):
+        raise click.UsageError(f"{study} has folds 0 to {plan.folds - 1}")
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    tasks = [(fold, seed) for seed in range(plan.seeds) for fold in numbers]
+    if jobs == 1:
+        failed = [
+            task
+            for task in tasks
+            if subprocess.run(_command(study, *task, threads, runs), check=False).returncode
+        ]
+    else:
+        failed = _side_by_side(study, plan, tasks, jobs, threads, runs, console)
+    if failed:
+        raise click.ClickException(f"not finished: {', '.join(f'fold {f} seed {s}' for f, s in failed)}")
+    words = [
+        "python -m experiments.reproduce",
+        study,
+        "--folds",
+        "all" if folds is None else ",".join(map(str, folds)),
+    ]
+    words += [f"--jobs {jobs}"] if jobs > 1 else []
+    path = write_results(
+        Results(
+            study=study,
+            command=" ".join(words),
+            machine=this_machine(),
+            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+            folds=[
+                Fold.model_validate_json(
+                    (fold_folder(runs, plan, *task) / f"{study}-{RESULT}").read_text(encoding="utf-8")
+                )
+                for task in tasks
+            ],
+        ),
+        results,
+    )
+    console.print(f"{path} is written; `make tables` brings docs/results.md and the README up to date")
+
+
+def _command(study: str, fold: int, seed: int, threads: int, runs: Path) -> list[str]:
+    arguments = f"{study} {fold} --seed {seed} --threads {threads} --runs {shlex.quote(str(runs))}"
+    return [sys.executable, "-u", "-m", "experiments.fold", *shlex.split(arguments)]
+
+
+def _side_by_side(
+    study: str,
+    plan: Study,
+    tasks: list[tuple[int, int]],
+    jobs: int,
+    threads: int,
+    runs: Path,
+    console: Console,
+) -> list[tuple[int, int]]:
+    """Run the folds, `jobs` at a time, with what they say in a log beside each; those that failed."""
+    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
+    running: set[subprocess.Popen[str]] = set()
+    stopped = threading.Event()
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
+        stages = len(plan.variants) + sum(variant.engines for variant in plan.variants)
+        whole = progress.add_task(f"{len(tasks)} folds", total=stages * len(tasks))
+
+        def run(task: tuple[int, int]) -> bool:
+            if stopped.is_set():
+                return False
+            base = fold_folder(runs, plan, *task)
+            base.mkdir(parents=True, exist_ok=True)
+            shown = progress.add_task(base.name, total=None)
+            done = 0
+            with (
+                (base / f"{study}.log").open("w", encoding="utf-8") as log,
+                _child(_command(study, *task, threads, runs), running) as child,
+            ):
+                assert child.stdout is not None
+                for line in child.stdout:
+                    log.write(line)
+                    log.flush()
+                    match = _STAGE.match(line)
+                    if match:
+                        progress.update(shown, description=match[3])
+                        progress.update(whole, advance=int(match[1]) - 1 - done)
+                        done = int(match[1]) - 1
+            progress.remove_task(shown)
+            if child.returncode == 0:
+                progress.update(whole, advance=stages - done)
+            else:
+                console.print(f"{base.name} failed; see {base / f'{study}.log'}", style="red")
+            return child.returncode == 0
+
+        try:
+            succeeded = list(pool.map(run, tasks))
+        except KeyboardInterrupt:
+            stopped.set()
+            for child in running:
+                child.terminate()
+            raise click.ClickException("interrupted; the same command goes on from here") from None
+    return [task for task, success in zip(tasks, succeeded, strict=True) if not success]
+
+
+@contextmanager
+def _child(command: list[str], running: set[subprocess.Popen[str]]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        running.add(child)
+        try:
+            yield child
+        finally:
+            running.discard(child)
+
+
+if __name__ == "__main__":
+    reproduce()

@@ -1,0 +1,92 @@
+"""What was measured on each fold: the JSON that the tables are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, Field
+
+from benchmarks.measurements import Machine
+from models.files import replace_file
+from server.manifest import Precision
+
+FOLDER: Final = Path(__file__).parent / "results"
+
+
+class Network(BaseModel):
+    """A checkpoint, in FP32, on the fold's test images."""
+
+    name: str = Field(description="the variant's")
+    wrong: int
+    images: int
+    loss: float = Field(description="mean cross-entropy, nats")
+    validation_accuracy: float
+    parameters: int
+    macs: int
+    live_parameters: float = Field(description="share that receives a gradient")
+    bytes: int = Field(description="of its weights file")
+    weights_sha256: str
+    command: str
+    seconds: float | None = Field(description="of its stage, on a machine that may have had other work")
+
+
+class Engine(BaseModel):
+    """A compiled network on the fold's test images, beside the same network in PyTorch."""
+
+    network: str
+    precision: Precision
+    wrong: int
+    images: int
+    agreement: float = Field(description="share of the images that both label alike")
+    max_logit_difference: float
+    bytes: int = Field(description="of its ONNX graph with the weights")
+    calibration: str | None = Field(description="method, for static INT8")
+
+
+class Fold(BaseModel):
+    """One held-out part, and all that was trained and built without it."""
+
+    fold: int
+    seed: int
+    threads: int
+    training_precision: str
+    networks: list[Network]
+    engines: list[Engine]
+    refused: list[str] = Field(default=[], description="engines beyond the gate, with its words")
+    seconds: float | None = Field(description="of all stages together")
+    peak_rss_mb: float
+
+    def network(self, name: str) -> Network:
+        """The network of that name."""
+        return next(network for network in self.networks if network.name == name)
+
+    def engine(self, network: str, precision: Precision) -> Engine | None:
+        """The engine of that network and precision, if it passed the gate."""
+        for engine in self.engines:
+            if (engine.network, engine.precision) == (network, precision):
+                return engine
+        return None
+
+
+class Results(BaseModel):
+    """A study's folds, in order."""
+
+    study: str
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+    folds: list[Fold]
+
+
+def read_results(study: str, folder: Path = FOLDER) -> Results:
+    """The results of `study`, as committed or as last made."""
+    return Results.model_validate_json((folder / f"{study}.json").read_text(encoding="utf-8"))
+
+
+def write_results(results: Results, folder: Path = FOLDER) -> Path:
+    """Write the study's file, in one step."""
+    path = folder / f"{results.study}.json"
+    with replace_file(path) as new:
+        new.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,137 @@
+"""What is trained: for each study its data, its recipe and the networks of a fold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from models.compress import Role
+from models.recipe import Recipe, Settings, make_recipe
+
+_HERE: Final = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of a fold, made from the fold's teacher and, if it is pruned, from its student.
+
+    Attributes:
+        name: of its folder and in the results.
+        role: the stage that makes it.
+        options: of `trimrt compress`, as typed.
+        settings: the same as a recipe has them.
+        engines: whether it is compiled, in all precisions.
+    """
+
+    name: str
+    role: Role = "pruned"
+    preset: str = "aligned"
+    settings: Settings = field(default_factory=dict)
+    engines: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """Networks trained alike on every fold.
+
+    Attributes:
+        source: the data set's name.
+        folds: how many there are to hold out; 1 where the data comes with a test part.
+        variants: first the three of the fold's own run, then those that take its teacher and student.
+        settings: of all variants.
+        config: file of settings, below them.
+        seeds: runs of each fold, with seeds from 0.
+    """
+
+    source: str
+    folds: int
+    variants: tuple[Variant, ...]
+    settings: Settings = field(default_factory=dict)
+    config: Path | None = None
+    seeds: int = 1
+
+    def recipe(self, variant: Variant, *, seed: int, threads: int) -> Recipe:
+        """The variant's recipe."""
+        settings = _merged(self.settings, variant.settings, {"seed": seed, "threads": threads})
+        return make_recipe(preset=variant.preset, file=self.config, overrides=settings)
+
+    def command(self, variant: Variant, fold: int, *, seed: int, threads: int) -> str:
+        """The `trimrt compress` command of the same recipe."""
+        words = ["trimrt compress", self.source]
+        if self.folds > 1:
+            words.append(f"--fold {fold}")
+        if variant.preset != "aligned":
+            words.append(f"--preset {variant.preset}")
+        if self.config:
+            words.append(f"--config {self.config.relative_to(_HERE.parent)}")
+        settings = _merged(
+            self.settings, variant.settings, {"threads": threads} | ({"seed": seed} if seed else {})
+        )
+        for key, value in settings.items():
+            values = (
+                {f"{key}-{name}": item for name, item in value.items()}
+                if isinstance(value, dict)
+                else {key: value}
+            )
+            words += [f"--{name.replace('_', '-')} {item}" for name, item in values.items()]
+        if variant.role != "pruned":
+            words.append(f"--until {variant.role}")
+        return " ".join(words)
+
+
+def _merged(*layers: Settings) -> Settings:
+    merged: Settings = {}
+    for layer in layers:
+        for key, value in layer.items():
+            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return merged
+
+
+_TEACHER: Final = Variant("teacher", "teacher")
+_STUDENT: Final = Variant("student", "student")
+_ALIGNED: Final = Variant("aligned", engines=True)
+_AGGRESSIVE: Final = Variant("aggressive", preset="aggressive", engines=True)
+_REPORT: Final = Variant("report", preset="report", engines=True)
+_LABELS: Final = Variant("student-labels", "student", settings={"distillation": {"loss": "labels"}})
+
+# As long as the student and its fine-tuning together.
+_NARROW: Final = (
+    Variant(
+        "narrow-report",
+        preset="report",
+        settings={"pruning": {"weights": "random", "epochs": 44, "learning_rate": 2e-3}},
+    ),
+    Variant(
+        "narrow-aggressive",
+        preset="aggressive",
+        settings={"pruning": {"weights": "random", "epochs": 92, "learning_rate": 3e-3}},
+    ),
+)
+_LOSSES: Final = tuple(
+    Variant(
+        f"student-{loss}-t{temperature}",
+        "student",
+        settings={"distillation": {"loss": loss, "temperature": temperature}},
+    )
+    for loss, temperature in (("kl", 1), ("dist", 1), ("dist", 4))
+)
+
+STUDIES: Final = {
+    "digits": Study("digits", 5, (_TEACHER, _STUDENT, _LABELS, _REPORT, _ALIGNED, _AGGRESSIVE)),
+    "digits-controls": Study("digits", 5, (_TEACHER, _STUDENT, *_NARROW)),
+    "digits-losses": Study("digits", 5, (_TEACHER, _STUDENT, *_LOSSES)),
+    "digits-seeds": Study("digits", 5, (_TEACHER, _STUDENT, _AGGRESSIVE), seeds=3),
+    "digits-unshuffled": Study(
+        "digits-unshuffled",
+        5,
+        (_TEACHER, _STUDENT, _AGGRESSIVE),
+        settings={"teacher": {"epochs": 16}},
+    ),
+    "fashion-mnist": Study(
+        "fashion-mnist",
+        1,
+        (_TEACHER, _STUDENT, _AGGRESSIVE),
+        config=_HERE / "fashion-mnist.toml",
+    ),
+}

@@ -1,0 +1,311 @@
+"""`python -m experiments.tables`: docs/results.md and the README's tables, from the result files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Final, get_args
+
+import click
+from rich.console import Console
+
+from experiments.results import FOLDER, Engine, Fold, Network, Results, read_results
+from models.files import replace_file
+from server.manifest import Precision
+
+ROOT: Final = Path(__file__).parent.parent
+
+# The report that TrimRT starts from, "Inference Efficient Vision Models": its three tables.
+_REPORT_TRAINING: Final = {"teacher": ("99.44 %", "0.0219"), "student": ("100 %", "0.0067")}
+_REPORT_QUANTISATION: Final = {
+    "fp32": ("36.16 MB", "1x", "99.72 %"),
+    "fp16": ("18.11 MB", "2x", "100 %"),
+    "int8": ("9.06 MB", "3.95x", "96.66 to 98.88 %"),
+    "int8-dynamic": ("36.16 MB", "1x", "100 %"),
+}
+
+NAMES: Final = {
+    "teacher": "teacher, ResNet50",
+    "student": "student, ResNet18, distilled",
+    "student-labels": "student without distillation",
+    "report": "pruned, preset `report`",
+    "aligned": "pruned, preset `aligned`",
+    "aggressive": "pruned, preset `aggressive`",
+    "narrow-report": "as narrow as `report`, from random weights",
+    "narrow-aggressive": "as narrow as `aggressive`, from random weights",
+    "student-kl-t1": "student, KL divergence, temperature 1",
+    "student-dist-t1": "student, DIST, temperature 1",
+    "student-dist-t4": "student, DIST, temperature 4",
+}
+PRECISIONS: Final = {"fp32": "FP32", "fp16": "FP16", "int8": "static INT8", "int8-dynamic": "dynamic INT8"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """Mean and sample standard deviation, or the value where there is one."""
+    if len(values) < 2:
+        return form(values[0])
+    return f"{form(fmean(values))} ± {form(stdev(values))}"
+
+
+def wilson(wrong: int, images: int) -> tuple[float, float]:
+    """95 % interval of the accuracy, as shares (Wilson 1927)."""
+    z, share = 1.959964, 1 - wrong / images
+    middle = share + z * z / (2 * images)
+    half = z * sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    return (middle - half) / (1 + z * z / images), (middle + half) / (1 + z * z / images)
+
+
+def percent(share: float) -> str:
+    """A share in percent, two digits."""
+    return f"{100 * share:.2f} %"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as MB of a million, two digits."""
+    return f"{size / 1e6:.2f} MB"
+
+
+def _points(values: Sequence[float]) -> str:
+    return spread([100 * value for value in values], "{:.2f}".format) + " %"
+
+
+def _pooled(items: Sequence[Network | Engine]) -> tuple[int, int]:
+    return sum(item.wrong for item in items), sum(item.images for item in items)
+
+
+def _accuracies(items: Sequence[Network | Engine]) -> str:
+    return _points([1 - item.wrong / item.images for item in items])
+
+
+def _wrong(items: Sequence[Network | Engine]) -> str:
+    wrong, images = _pooled(items)
+    return f"{wrong} of {images}"
+
+
+def _interval(items: Sequence[Network | Engine]) -> str:
+    low, high = wilson(*_pooled(items))
+    return f"{100 * low:.2f} to {100 * high:.2f} %"
+
+
+def _networks(results: Results, name: str) -> list[Network]:
+    return [network for fold in results.folds for network in fold.networks if network.name == name]
+
+
+def _engines(results: Results, network: str, precision: Precision) -> list[Engine]:
+    found = [fold.engine(network, precision) for fold in results.folds]
+    return [engine for engine in found if engine is not None]
+
+
+def _first(fold: Fold, name: str) -> str:
+    network = fold.network(name)
+    return percent(1 - network.wrong / network.images)
+
+
+def training(results: Results) -> str:
+    """Teacher and students: the report's first table beside ours."""
+    first = results.folds[0]
+    rows = []
+    for name in ("teacher", "student", "student-labels"):
+        theirs = _REPORT_TRAINING.get(name, ("", ""))
+        ours = _networks(results, name)
+        rows.append(
+            [
+                NAMES[name],
+                *theirs,
+                _first(first, name),
+                _accuracies(ours),
+                spread([network.loss for network in ours], "{:.4f}".format),
+                _wrong(ours),
+                _interval(ours),
+            ]
+        )
+    head = ["", "report, fold 0", "its loss", f"ours, fold {first.fold}", _folds(results), "loss", "wrong"]
+    return table([*head, "95 % interval"], rows)
+
+
+def _folds(results: Results) -> str:
+    return f"{len(results.folds)} folds" if len(results.folds) > 1 else "the fold"
+
+
+def pruning(results: Results) -> str:
+    """The pruned students: the report's second table beside ours."""
+    first, rows = results.folds[0], []
+    baseline = _networks(results, "student")
+    for name in ("student", "report", "aligned", "aggressive"):
+        ours = _networks(results, name)
+        theirs = {"student": ("11.7 M", ""), "report": ("9.02 M", "99.72 %")}.get(name, ("", ""))
+        rows.append(
+            [
+                NAMES[name],
+                *theirs,
+                f"{ours[0].parameters / 1e6:.3f} M",
+                f"{ours[0].parameters / baseline[0].parameters - 1:+.1%}" if ours[0] != baseline[0] else "",
+                f"{ours[0].macs / 1e6:.1f} M",
+                _first(first, name),
+                _accuracies(ours),
+                _wrong(ours),
+                percent(min(network.live_parameters for network in ours)),
+            ]
+        )
+    head = ["", "report: parameters", "accuracy", "ours: parameters", "", "MACs", f"fold {first.fold}"]
+    return table([*head, _folds(results), "wrong", "alive"], rows)
+
+
+def quantisation(results: Results, network: str) -> str:
+    """The engines of one network: the report's third table beside ours, where it has that network."""
+    rows = []
+    reference = _engines(results, network, "fp32")
+    for precision in get_args(Precision):
+        ours = _engines(results, network, precision)
+        theirs = list(_REPORT_QUANTISATION[precision]) if network == "report" else []
+        if not ours:
+            rows.append([PRECISIONS[precision], *theirs, "refused by the gate", *[""] * 5])
+            continue
+        size = fmean(engine.bytes for engine in ours)
+        rows.append(
+            [
+                PRECISIONS[precision],
+                *theirs,
+                megabytes(size),
+                f"{fmean(engine.bytes for engine in reference) / size:.2f}x",
+                _accuracies(ours),
+                _wrong(ours),
+                percent(min(engine.agreement for engine in ours)),
+                f"{max(engine.max_logit_difference for engine in ours):.4f}",
+            ]
+        )
+    theirs = ["report: size", "", "accuracy"] if network == "report" else []
+    head = [*theirs, "size", "", _folds(results), "wrong", "worst agreement", "worst logit difference"]
+    return table(["", *head], rows)
+
+
+def networks(results: Results, *names: str) -> str:
+    """Some networks of a study, in FP32."""
+    rows = []
+    for name in names:
+        ours = _networks(results, name)
+        rows.append(
+            [
+                NAMES[name],
+                f"{ours[0].parameters / 1e6:.3f} M",
+                _accuracies(ours),
+                spread([network.loss for network in ours], "{:.4f}".format),
+                _wrong(ours),
+                _interval(ours),
+            ]
+        )
+    return table(["", "parameters", _folds(results), "loss", "wrong", "95 % interval"], rows)
+
+
+def summary(results: Results) -> str:
+    """All networks of a study and their engines, the best known first line for a reader in a hurry."""
+    rows = []
+    names = [network.name for network in results.folds[0].networks]
+    baseline = max(network.bytes for network in results.folds[0].networks)
+    for name in names:
+        ours = _networks(results, name)
+        size = fmean(network.bytes for network in ours)
+        rows.append([NAMES[name], "FP32", *_summary_cells(ours, size, baseline, ours)])
+        for precision in get_args(Precision)[1:]:
+            engines = _engines(results, name, precision)
+            if engines:
+                size = fmean(engine.bytes for engine in engines)
+                rows.append(["", PRECISIONS[precision], *_summary_cells(engines, size, baseline, ours)])
+    head = ["", "parameters", "size", "", f"accuracy, {_folds(results)}", "wrong"]
+    return table(["network", *head], rows).replace("|--:", "|---", 1)
+
+
+def _summary_cells(
+    items: Sequence[Network | Engine], size: float, baseline: int, networks: Sequence[Network]
+) -> list[str]:
+    parameters = f"{networks[0].parameters / 1e6:.2f} M" if items is networks else ""
+    return [parameters, megabytes(size), f"{baseline / size:.1f}x", _accuracies(items), _wrong(items)]
+
+
+def cost(results: Results) -> str:
+    """What a fold costs."""
+    rows = []
+    for fold in results.folds:
+        if fold.seconds is not None:
+            minutes = f"{fold.seconds / 60:.1f}"
+            rows.append([str(fold.fold), str(fold.threads), minutes, f"{fold.peak_rss_mb / 1000:.2f} GB"])
+    return table(["fold", "threads", "minutes", "largest memory"], rows)
+
+
+def machine(results: Results) -> str:
+    """Where and by what command a study was made."""
+    where, first = results.machine, results.folds[0]
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''} a fold"
+    return (
+        f"Made by `{results.command}` on {where.cores} cores of an {where.processor} without GPU "
+        f"({where.memory_gb:g} GB, Python {where.python}), {threads}, trained in {first.training_precision}, "
+        "measured in FP32; "
+        f"{versions}.\n"
+    )
+
+
+_BLOCK: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_RENDERERS: Final[dict[str, Callable[..., str]]] = {
+    "training": training,
+    "pruning": pruning,
+    "quantisation": quantisation,
+    "networks": networks,
+    "summary": summary,
+    "cost": cost,
+    "machine": machine,
+}
+
+
+def render(text: str, folder: Path = FOLDER) -> str:
+    """`text` with what stands between its markers made anew.
+
+    A marker is `<!-- results: STUDY TABLE [NAMES] -->`, closed by `<!-- /results -->`.
+
+    Raises:
+        FileNotFoundError: a study that was not run.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        kind, *names = match[3].split()
+        return f"{match[1]}\n{_RENDERERS[kind](read_results(match[2], folder), *names)}\n{match[4]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def documents() -> Iterator[Path]:
+    """The files that have tables."""
+    yield ROOT / "README.md"
+    yield ROOT / "docs" / "results.md"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Bring the tables in README.md and docs/results.md up to date with experiments/results."""
+    console = Console()
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = render(text)
+        except FileNotFoundError as error:
+            study = Path(str(error.filename)).stem
+            raise click.ClickException(
+                f"{path.name} has a table of {study}; run `python -m experiments.reproduce {study}` first"
+            ) from None
+        if new != text:
+            with replace_file(path) as file:
+                file.write_text(new, encoding="utf-8")
+        console.print(f"{path.name}: {'changed' if new != text else 'is up to date'}")
+
+
+if __name__ == "__main__":
+    main()
