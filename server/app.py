@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,12 +25,9 @@ from server.problems import Problem
 from server.registry import LoadEngine, Registry, resolve_engines
 from server.routes import engines, health, observability, page, predict
 from server.settings import Settings
-from server.telemetry import Telemetry
+from server.telemetry import RequestObserver, Telemetry
 from server.v2 import rest
 from server.version import VERSION
-
-if TYPE_CHECKING:
-    from server.tracing import Tracer
 
 log = logging.getLogger("trimrt")
 
@@ -43,6 +40,7 @@ def create_app(
     *,
     load: LoadEngine | None = None,
     on_failure: Callable[[Exception], None] | None = None,
+    observers: Sequence[RequestObserver] = (),
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -52,14 +50,15 @@ def create_app(
         settings: all of its configuration.
         load: how an engine package becomes an engine; None: as the settings say.
         on_failure: told when an engine named in `settings` cannot be loaded at start.
+        observers: told of every inference request.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.telemetry = telemetry = Telemetry(_make_tracer(settings))
+        app.state.telemetry = telemetry = Telemetry([*observers, *_tracers(settings)])
         app.state.registry = registry = Registry(settings, telemetry, load)
         app.state.metrics = Metrics(telemetry, registry, find_devices())
-        loading = asyncio.create_task(_load_configured(app, settings, on_failure))
+        app.state.loading = loading = asyncio.create_task(_load_configured(app, settings, on_failure))
         grpc_server = await _start_grpc(app, settings)
         watching = asyncio.create_task(registry.watch()) if settings.watch else None
         yield
@@ -69,8 +68,8 @@ def create_app(
             await grpc_server.stop(settings.grace_s)
         await loading
         await registry.close()
-        if telemetry.tracer is not None:
-            await asyncio.to_thread(telemetry.tracer.close)
+        for observer in telemetry.observers:
+            await asyncio.to_thread(observer.close)
 
     app = FastAPI(
         title="TrimRT",
@@ -93,12 +92,12 @@ def create_app(
     return app
 
 
-def _make_tracer(settings: Settings) -> Tracer | None:
+def _tracers(settings: Settings) -> list[RequestObserver]:
     if not settings.otlp_endpoint:
-        return None
+        return []
     from server.tracing import Tracer
 
-    return Tracer(settings.otlp_endpoint)
+    return [Tracer(settings.otlp_endpoint)]
 
 
 async def _start_grpc(app: FastAPI, settings: Settings) -> Any:

@@ -36,6 +36,7 @@ def load_engine(folder: Path, options: Options | None = None) -> Engine:
 def _engine_options(settings: Settings) -> Options:
     return Options(
         slots=settings.slots,
+        threads=settings.inference_threads,
         cuda=settings.cuda,
         cuda_graphs=settings.cuda_graphs,
         host_code=settings.host_code,

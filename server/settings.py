@@ -54,6 +54,11 @@ class Settings(BaseSettings):
     slots: int | None = Field(
         default=None, ge=1, description="Batches an engine runs at once; left out, the backend decides."
     )
+    inference_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads that an engine on the CPU computes with; left out, one for every core.",
+    )
     cuda: Literal["cuda-bindings", "pycuda"] | None = Field(
         default=None, description="CUDA interface of TensorRT engines; left out, what is installed."
     )

@@ -7,7 +7,7 @@ from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from starlette.requests import ClientDisconnect
 
@@ -17,7 +17,6 @@ from server.stats import EngineStats
 
 if TYPE_CHECKING:
     from server.scheduler import Result
-    from server.tracing import Tracer
 
 
 class EngineKey(NamedTuple):
@@ -59,6 +58,36 @@ class Observed:
         self.results: Sequence[Result] = ()
 
 
+class RequestObserver(Protocol):
+    """Told of every inference request when it ends, on the event loop's thread."""
+
+    def record(
+        self,
+        protocol: str,
+        headers: Mapping[str, str],
+        started: float,
+        *,
+        outcome: str,
+        problem: str,
+        manifest: Manifest | None,
+        results: Sequence[Result],
+    ) -> None:
+        """Take note of a request that just ended.
+
+        Args:
+            protocol: see `RequestKey`.
+            headers: the request's; names in lower case.
+            started: when it began, by `time.monotonic`.
+            outcome: see `RequestKey`.
+            problem: the reason it failed; empty if it did not.
+            manifest: of the engine that answered.
+            results: its images' results.
+        """
+
+    def close(self) -> None:
+        """The last request has ended; may block."""
+
+
 def _outcome(problem: Problem) -> str:
     if problem.status in (408, 504):
         return "expired"
@@ -70,9 +99,9 @@ def _outcome(problem: Problem) -> str:
 class Telemetry:
     """Counters that outlive the engines they count."""
 
-    def __init__(self, tracer: Tracer | None = None) -> None:
+    def __init__(self, observers: Sequence[RequestObserver] = ()) -> None:
         self.started = time.time()
-        self.tracer = tracer
+        self.observers = observers
         self.engines: dict[EngineKey, EngineStats] = {}
         self.requests: Counter[RequestKey] = Counter()
         self.in_flight = 0
@@ -83,7 +112,7 @@ class Telemetry:
 
     @contextmanager
     def request(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Observed]:
-        """Count one inference request, and trace it if there is a tracer, by how the block ends."""
+        """Count one inference request, and tell the observers of it, by how the block ends."""
         observed, began = Observed(), time.monotonic()
         self.in_flight += 1
         outcome, reason = "ok", ""
@@ -101,11 +130,12 @@ class Telemetry:
         finally:
             self.in_flight -= 1
             self.requests[RequestKey(protocol, outcome, reason)] += 1
-            if self.tracer is not None:
-                self.tracer.record(
+            for observer in self.observers:
+                observer.record(
                     protocol,
                     headers,
                     began,
+                    outcome=outcome,
                     problem=reason,
                     manifest=observed.manifest,
                     results=observed.results,

@@ -33,23 +33,17 @@ class Tracer:
 
     def record(
         self,
-        name: str,
+        protocol: str,
         headers: Mapping[str, str],
         started: float,
         *,
-        problem: str | None,
+        outcome: str,
+        problem: str,
         manifest: Manifest | None,
         results: Sequence[Result],
     ) -> None:
-        """Export a request that just ended.
-
-        Args:
-            name: of the request's span.
-            headers: the request's, with `traceparent` where the caller traces; names in lower case.
-            started: when it began, by `time.monotonic`.
-            problem: the reason it failed, if it did.
-            manifest: of the engine that answered.
-            results: its images' results; each gets a span for each stage.
+        """Export a request that just ended: a span of it, in the trace of its `traceparent` header if any, and
+        one of every stage of every image; see `RequestObserver`.
         """
         epoch = time.time_ns() - int(time.monotonic() * 1e9)
 
@@ -57,7 +51,7 @@ class Tracer:
             return epoch + int(seconds * 1e9)
 
         context = self._propagator.extract(headers)
-        span = self._tracer.start_span(name, context, trace.SpanKind.SERVER, start_time=at(started))
+        span = self._tracer.start_span(protocol, context, trace.SpanKind.SERVER, start_time=at(started))
         span.set_attribute("trimrt.images", len(results))
         if manifest is not None:
             span.set_attributes({"trimrt.engine": manifest.name, "trimrt.precision": manifest.precision})

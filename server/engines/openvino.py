@@ -61,7 +61,9 @@ def load(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
     slots = options.slots or 1
     configuration = CONFIGURATION | {"NUM_STREAMS": slots}
     if options.threads:
-        configuration["INFERENCE_NUM_THREADS"] = options.threads
+        # Fewer threads than cores are for sharing the machine, where each process would pin its first
+        # thread to the same core.
+        configuration |= {"INFERENCE_NUM_THREADS": options.threads, "ENABLE_CPU_PINNING": False}
     sizes = manifest.batch.max - manifest.batch.min + 1
     lanes = max(1, min(sizes, _MAX_LANES, _LANES_BYTES // len(blob)))
     core = openvino.Core()
