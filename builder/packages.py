@@ -208,6 +208,7 @@ def _describe(
             for output in (LOGITS, PROBABILITIES)
         ],
         batch=artefact.batch,
+        profiles=list(artefact.profiles),
         labels=student.labels,
         preprocessing=spec,
         compatibility=artefact.compatibility,

@@ -30,6 +30,7 @@ class Artefact:
         backend_version: of the library that compiled it.
         compatibility: the machine it is for.
         batch: sizes it was compiled for.
+        profiles: TensorRT's optimisation profiles, which `batch` spans; empty elsewhere.
         arithmetic: what the backend computes in where not in INT8; None: what the graph says.
     """
 
@@ -37,6 +38,7 @@ class Artefact:
     backend_version: str
     compatibility: Compatibility
     batch: BatchSizes
+    profiles: tuple[BatchSizes, ...] = ()
     arithmetic: Literal["fp32"] | None = None
 
 

@@ -143,6 +143,9 @@ class Manifest(_Strict):
     input: Tensor
     outputs: list[Tensor] = Field(min_length=1)
     batch: BatchSizes
+    profiles: list[BatchSizes] = Field(
+        default=[], description="TensorRT's optimisation profiles, in their order; `batch` spans them"
+    )
     labels: list[str] = Field(min_length=2)
     preprocessing: Preprocessing
     compatibility: Compatibility

@@ -16,6 +16,8 @@ COMMANDS: Final = {
     "serve": ("server.serve:serve", "Serve an engine package over HTTP."),
     "loadtest": ("server.loadtest.commands:loadtest", "Load a running server and measure what it does."),
     "bench": ("server.bench:bench", "Time engine packages by themselves, side by side."),
+    "export-triton": ("server.triton.export:export_triton", "Write an engine package as a Triton model."),
+    "cluster": ("server.cluster.commands:cluster", "Serve engine packages on a Ray cluster."),
     "demo": ("trimrt.demo:demo", "Build, serve, ask and compare, once, on handwritten digits."),
 }
 

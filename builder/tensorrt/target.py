@@ -60,7 +60,13 @@ class TensorRTTarget:
         except CompileError as error:
             raise CompileError(f"{error}{_kept(folder / LOG_NAME)}") from error
         (folder / PLAN_NAME).write_bytes(plan)
-        return Artefact(PLAN_NAME, self._library.version, compatibility, _envelope(options.profiles))
+        return Artefact(
+            PLAN_NAME,
+            self._library.version,
+            compatibility,
+            batch=_envelope(options.profiles),
+            profiles=tuple(options.profiles),
+        )
 
     def missing_device(self) -> str | None:
         """Why plans cannot be run here; None on a machine with a GPU."""

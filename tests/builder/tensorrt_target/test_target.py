@@ -70,6 +70,7 @@ def test_the_manifest_says_what_was_built(rtx, package):
     manifest = read_manifest(package)
     assert (manifest.backend, manifest.backend_version) == ("tensorrt-rtx", rtx.version)
     assert manifest.batch == BatchSizes(min=1, opt=1, max=16)
+    assert manifest.profiles == [BatchSizes(min=1, opt=1, max=1), BatchSizes(min=2, opt=4, max=16)]
     assert manifest.compatibility.compute_capabilities == ["8.6"]
     assert manifest.provenance.artefact == "engine.plan"
     assert (package / "tensorrt.log").read_text(encoding="utf-8").startswith("INFO")

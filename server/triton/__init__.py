@@ -1,0 +1,1 @@
+"""Engine packages as models of a Triton model repository: `trimrt export-triton`."""
