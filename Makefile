@@ -3,11 +3,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ENGINE ?= digits-resnet18-int8-openvino
+STUDY  ?= digits
+FOLDS  ?= 0
+JOBS   ?= 1
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load test-gpu bench check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-load test-gpu bench reproduce tables check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -46,6 +49,13 @@ bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and th
 	@$(BIN)/python -m benchmarks.peers
 	@$(BIN)/python -m benchmarks.stages
 	@$(BIN)/python -m benchmarks.growth
+
+reproduce: $(VENV)/.install-dev  ## Repeat the report's experiments (STUDY=digits FOLDS=0 or all, JOBS=1 folds at a time).
+	@$(BIN)/python -m experiments.reproduce $(STUDY) --folds $(FOLDS) --jobs $(JOBS)
+	@$(BIN)/python -m experiments.tables
+
+tables: $(VENV)/.install-dev  ## Write the tables of docs/results.md and the README from experiments/results.
+	@$(BIN)/python -m experiments.tables
 
 check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/ruff check .

@@ -40,17 +40,20 @@ _BATCH: Final = BatchSizes(min=1, opt=8, max=32)
 
 def fold_folder(runs: Path, study: Study, fold: int, seed: int) -> Path:
     """Where the fold's own run is; those of other variants are beside it."""
-    parts = [study.source, *([f"fold{fold}"] if study.folds > 1 else []), *([f"seed{seed}"] if seed else [])]
+    parts = [
+        Path(study.source).name,
+        *([f"fold{fold}"] if study.folds > 1 else []),
+        *([f"seed{seed}"] if seed else []),
+    ]
     return runs / "-".join(parts)
 
 
-def run_fold(name: str, fold: int, *, seed: int, threads: int, runs: Path, console: Console) -> Fold:
+def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, console: Console) -> Fold:
     """Make all networks and engines of the fold, or take them where they are finished.
 
     Returns:
         What they do on the test images; also written to the fold's folder.
     """
-    study = STUDIES[name]
     base = fold_folder(runs, study, fold, seed)
     data = open_dataset(study.source, fold=fold)
     compiled = [variant for variant in study.variants if variant.engines]
@@ -90,7 +93,7 @@ def run_fold(name: str, fold: int, *, seed: int, threads: int, runs: Path, conso
         seconds=sum(times.values()) if len(times) >= stages else None,
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-    with replace_file(base / f"{name}-{RESULT}") as new:
+    with replace_file(base / f"{study.name}-{RESULT}") as new:
         new.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     return result
 
@@ -210,7 +213,7 @@ def _main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--runs", type=Path, required=True)
     arguments = vars(parser.parse_args())
-    run_fold(arguments.pop("study"), arguments.pop("fold"), console=Console(), **arguments)
+    run_fold(STUDIES[arguments.pop("study")], arguments.pop("fold"), console=Console(), **arguments)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Study:
     """Networks trained alike on every fold.
 
     Attributes:
+        name: of its result file.
         source: the data set's name.
         folds: how many there are to hold out; 1 where the data comes with a test part.
         variants: first the three of the fold's own run, then those that take its teacher and student.
@@ -44,6 +45,7 @@ class Study:
         seeds: runs of each fold, with seeds from 0.
     """
 
+    name: str
     source: str
     folds: int
     variants: tuple[Variant, ...]
@@ -118,20 +120,25 @@ _LOSSES: Final = tuple(
 )
 
 STUDIES: Final = {
-    "digits": Study("digits", 5, (_TEACHER, _STUDENT, _LABELS, _REPORT, _ALIGNED, _AGGRESSIVE)),
-    "digits-controls": Study("digits", 5, (_TEACHER, _STUDENT, *_NARROW)),
-    "digits-losses": Study("digits", 5, (_TEACHER, _STUDENT, *_LOSSES)),
-    "digits-seeds": Study("digits", 5, (_TEACHER, _STUDENT, _AGGRESSIVE), seeds=3),
-    "digits-unshuffled": Study(
-        "digits-unshuffled",
-        5,
-        (_TEACHER, _STUDENT, _AGGRESSIVE),
-        settings={"teacher": {"epochs": 16}},
-    ),
-    "fashion-mnist": Study(
-        "fashion-mnist",
-        1,
-        (_TEACHER, _STUDENT, _AGGRESSIVE),
-        config=_HERE / "fashion-mnist.toml",
-    ),
+    study.name: study
+    for study in (
+        Study("digits", "digits", 5, (_TEACHER, _STUDENT, _LABELS, _REPORT, _ALIGNED, _AGGRESSIVE)),
+        Study("digits-controls", "digits", 5, (_TEACHER, _STUDENT, *_NARROW)),
+        Study("digits-losses", "digits", 5, (_TEACHER, _STUDENT, *_LOSSES)),
+        Study("digits-seeds", "digits", 5, (_TEACHER, _STUDENT, _AGGRESSIVE), seeds=3),
+        Study(
+            "digits-unshuffled",
+            "digits-unshuffled",
+            5,
+            (_TEACHER, _STUDENT, _AGGRESSIVE),
+            settings={"teacher": {"epochs": 16}},
+        ),
+        Study(
+            "fashion-mnist",
+            "fashion-mnist",
+            1,
+            (_TEACHER, _STUDENT, _AGGRESSIVE),
+            config=_HERE / "fashion-mnist.toml",
+        ),
+    )
 }

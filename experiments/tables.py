@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +17,8 @@ from models.files import replace_file
 from server.manifest import Precision
 
 ROOT: Final = Path(__file__).parent.parent
+
+DOCUMENTS: Final = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 # The report that TrimRT starts from, "Inference Efficient Vision Models": its three tables.
 _REPORT_TRAINING: Final = {"teacher": ("99.44 %", "0.0219"), "student": ("100 %", "0.0067")}
@@ -61,7 +63,8 @@ def wilson(wrong: int, images: int) -> tuple[float, float]:
     z, share = 1.959964, 1 - wrong / images
     middle = share + z * z / (2 * images)
     half = z * sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    return (middle - half) / (1 + z * z / images), (middle + half) / (1 + z * z / images)
+    scale = 1 + z * z / images
+    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
 
 
 def percent(share: float) -> str:
@@ -206,6 +209,23 @@ def networks(results: Results, *names: str) -> str:
     return table(["", "parameters", _folds(results), "loss", "wrong", "95 % interval"], rows)
 
 
+def losses(results: Results) -> str:
+    """The student learning by several losses: validation, which settings are chosen by, and test."""
+    rows = []
+    for name in ("student", *(name for name in NAMES if name.startswith(("student-kl", "student-dist")))):
+        ours = _networks(results, name)
+        rows.append(
+            [
+                "student, KL divergence, temperature 4" if name == "student" else NAMES[name],
+                _points([network.validation_accuracy for network in ours]),
+                _accuracies(ours),
+                spread([network.loss for network in ours], "{:.4f}".format),
+                _wrong(ours),
+            ]
+        )
+    return table(["", "validation", f"test, {_folds(results)}", "loss", "wrong"], rows)
+
+
 def summary(results: Results) -> str:
     """All networks of a study and their engines, the best known first line for a reader in a hurry."""
     rows = []
@@ -254,12 +274,13 @@ def machine(results: Results) -> str:
     )
 
 
-_BLOCK: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKER: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _RENDERERS: Final[dict[str, Callable[..., str]]] = {
     "training": training,
     "pruning": pruning,
     "quantisation": quantisation,
     "networks": networks,
+    "losses": losses,
     "summary": summary,
     "cost": cost,
     "machine": machine,
@@ -279,20 +300,14 @@ def render(text: str, folder: Path = FOLDER) -> str:
         kind, *names = match[3].split()
         return f"{match[1]}\n{_RENDERERS[kind](read_results(match[2], folder), *names)}\n{match[4]}"
 
-    return _BLOCK.sub(block, text)
-
-
-def documents() -> Iterator[Path]:
-    """The files that have tables."""
-    yield ROOT / "README.md"
-    yield ROOT / "docs" / "results.md"
+    return MARKER.sub(block, text)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Bring the tables in README.md and docs/results.md up to date with experiments/results."""
     console = Console()
-    for path in documents():
+    for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         try:
             new = render(text)
