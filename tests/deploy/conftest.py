@@ -1,0 +1,1 @@
+from serving import encode, engine_dir, server  # noqa: F401
