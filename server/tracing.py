@@ -42,8 +42,9 @@ class Tracer:
         manifest: Manifest | None,
         results: Sequence[Result],
     ) -> None:
-        """Export a request that just ended: a span of it, in the trace of its `traceparent` header if any, and
-        one of every stage of every image; see `RequestObserver`.
+        """Export a span of the request, in its `traceparent`'s trace if any, and one for each image's stages.
+
+        See `RequestObserver`.
         """
         epoch = time.time_ns() - int(time.monotonic() * 1e9)
 
