@@ -15,7 +15,10 @@ from models.preprocessing import DEFAULT_MAX_PIXELS
 class Settings(BaseSettings):
     """One field is one environment variable and one option of `trimrt serve`; defaults are safe."""
 
-    model_config = SettingsConfigDict(env_prefix="TRIMRT_", frozen=True, extra="forbid")
+    # A variable that is empty is not set: an empty key would be everybody's.
+    model_config = SettingsConfigDict(
+        env_prefix="TRIMRT_", env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
     engine: str = Field(
         default="",
@@ -39,7 +42,9 @@ class Settings(BaseSettings):
     )
     watch_interval_s: float = Field(default=2.0, gt=0, description="How often --watch looks, seconds.")
     api_key: SecretStr | None = Field(
-        default=None, description="Key for the management routes; without one only loopback may use them."
+        default=None,
+        min_length=1,
+        description="Key for the management routes; without one only loopback may use them.",
     )
     protect_predict: bool = Field(
         default=False, description="Ask for the key (or loopback) for inference too."

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 from running import Running, running
 from starlette.requests import Request
 
@@ -105,6 +105,13 @@ def test_management_is_protected_and_listing_is_not(protected: Running) -> None:
         protected.client.put("/engines/default", json={"name": "tiny"}, headers=elsewhere).status_code == 401
     )
     assert protected.client.get("/engines", headers=elsewhere).status_code == 200
+
+
+def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMRT_API_KEY", "")
+    assert Settings().api_key is None
+    with pytest.raises(ValidationError, match="api_key"):
+        Settings(api_key=SecretStr(""))
 
 
 def test_the_key_is_never_shown() -> None:
