@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
@@ -22,15 +23,19 @@ _idle: list[SimpleQueue[_Task]] = []  # of every thread that waits; a list's app
 
 async def run_in_engine_thread(function: Callable[[], _Result]) -> _Result:
     """Run `function` on a thread of its own until it returns; its result, or what it raised."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_Result] = loop.create_future()
+    return await asyncio.wrap_future(start_in_engine_thread(function))
+
+
+def start_in_engine_thread(function: Callable[[], _Result]) -> Future[_Result]:
+    """The same for a caller without event loop: what is returned has the result once it is there."""
+    future: Future[_Result] = Future()
     try:
         inbox = _idle.pop()
     except IndexError:
         inbox = SimpleQueue()
         threading.Thread(target=_work, args=(inbox,), name="trimrt-engine", daemon=True).start()
-    inbox.put(partial(_run, function, loop, future))
-    return await future
+    inbox.put(partial(_run, function, future))
+    return future
 
 
 def _work(inbox: SimpleQueue[_Task]) -> None:
@@ -39,21 +44,10 @@ def _work(inbox: SimpleQueue[_Task]) -> None:
         _idle.append(inbox)
 
 
-def _run(
-    function: Callable[[], _Result], loop: asyncio.AbstractEventLoop, future: asyncio.Future[_Result]
-) -> None:
+def _run(function: Callable[[], _Result], future: Future[_Result]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
-        result = function()
+        future.set_result(function())
     except Exception as error:
-        loop.call_soon_threadsafe(_settle, future, None, error)
-    else:
-        loop.call_soon_threadsafe(_settle, future, result, None)
-
-
-def _settle(future: asyncio.Future[_Result], result: _Result | None, error: Exception | None) -> None:
-    if future.done():
-        return  # whoever waited was cancelled
-    if error is not None:
         future.set_exception(error)
-    else:
-        future.set_result(result)  # type: ignore[arg-type]
