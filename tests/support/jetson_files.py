@@ -1,0 +1,37 @@
+"""A Jetson's sysfs as files, since no Jetson is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# The files of an Orin Nano that matter here, as JetPack 6 lays them out.
+ORIN_NANO = {
+    "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0",
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
+    "proc/meminfo": "MemTotal:        7802676 kB\nMemFree:          316260 kB\nMemAvailable:    4121316 kB\n",
+    "sys/class/devfreq/17000000.gpu/device/load": "437\n",
+    "sys/class/devfreq/17000000.gpu/cur_freq": "624750000\n",
+    "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+    "sys/class/thermal/thermal_zone0/temp": "48312\n",
+    "sys/class/thermal/thermal_zone1/type": "gpu-thermal\n",
+    "sys/class/thermal/thermal_zone1/temp": "47125\n",
+    "sys/class/thermal/thermal_zone2/type": "cv0-thermal\n",
+    "sys/class/thermal/thermal_zone2/temp": "-256000\n",
+    "sys/class/thermal/thermal_zone3/type": "cv1-thermal\n",
+    "sys/class/hwmon/hwmon0/name": "pwmfan\n",
+    "sys/class/hwmon/hwmon1/name": "ina3221\n",
+    "sys/class/hwmon/hwmon1/in1_label": "VDD_IN\n",
+    "sys/class/hwmon/hwmon1/in1_input": "5080\n",
+    "sys/class/hwmon/hwmon1/curr1_input": "976\n",
+    "sys/class/hwmon/hwmon1/in2_label": "VDD_CPU_GPU_CV\n",
+    "sys/class/hwmon/hwmon1/in2_input": "5064\n",
+    "sys/class/hwmon/hwmon1/curr2_input": "128\n",
+    "sys/class/hwmon/hwmon1/in3_label": "VDD_SOC\n",
+}
+
+
+def write_orin_nano(root: Path) -> None:
+    for name, content in ORIN_NANO.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
