@@ -16,11 +16,17 @@ _MEMINFO = re.compile(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", re.MULTILINE)
 
 
 def find_jetson(root: Path) -> Device | None:
-    """This machine, if it is a Jetson."""
+    """This machine, if it is a Jetson.
+
+    Containers do not see the device tree, which lies in the masked /sys/firmware; there the kernel's
+    description of the chip tells, as it tells NVIDIA's container toolkit.
+    """
     compatible = _text(root / "proc/device-tree/compatible") or ""
-    if "nvidia,tegra" not in compatible:
+    family = _text(root / "sys/devices/soc0/family") or ""
+    if "nvidia,tegra" not in compatible and not family.lower().startswith("tegra"):
         return None
-    return Jetson(root, (_text(root / "proc/device-tree/model") or "NVIDIA Jetson").strip("\0"))
+    model = _text(root / "proc/device-tree/model") or _text(root / "sys/devices/soc0/machine")
+    return Jetson(root, (model or "NVIDIA Jetson").strip("\0"))
 
 
 class Jetson:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,19 @@ def test_a_jetson_is_read_from_sysfs(orin: Path) -> None:
         Reading("memory_total_bytes", "", 7802676 * 1024),
         Reading("memory_used_bytes", "", (7802676 - 4121316) * 1024),
     ]
+
+
+@pytest.mark.parametrize("machine", ["NVIDIA Orin Nano Developer Kit\n", None])
+def test_a_container_on_a_jetson_knows_it_without_the_device_tree(orin: Path, machine: str | None) -> None:
+    shutil.rmtree(orin / "proc/device-tree")
+    assert find_devices(orin) == []
+    (orin / "sys/devices/soc0").mkdir(parents=True)
+    (orin / "sys/devices/soc0/family").write_text("Tegra\n")
+    if machine is not None:
+        (orin / "sys/devices/soc0/machine").write_text(machine)
+    (device,) = find_devices(orin)
+    assert device.name == (machine or "NVIDIA Jetson").strip()
+    assert len(device.read()) == 8
 
 
 def test_sensors_that_fail_or_vanish_are_left_out(orin: Path) -> None:
