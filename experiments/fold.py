@@ -58,24 +58,33 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
     data = open_dataset(study.source, fold=fold)
     compiled = [variant for variant in study.variants if variant.engines]
     stages = len(study.variants) + len(compiled)
+
+    def start(variant: Variant) -> Path | None:
+        """The checkpoint that the variant's teacher begins with."""
+        if study.start is None or study.start == variant.name:
+            return None
+        first = next(other for other in study.variants if other.name == study.start)
+        return _variant_folder(base, first) / first.role
+
     networks: list[Network] = []
     engines: list[Engines] = []
     precision = ""
     for number, variant in enumerate(study.variants, 1):
         _say(console, f"[{number}/{stages}] {base.name}: {variant.name}")
         folder = _variant_folder(base, variant)
+        command = study.command(variant, fold, seed=seed, threads=threads, start=start(variant))
         with _timed(base, variant.name, unless=folder / variant.role):
             card = Compression(
                 data,
-                study.recipe(variant, seed=seed, threads=threads),
+                study.recipe(variant, seed=seed, threads=threads, start=start(variant)),
                 folder,
                 console,
-                study.command(variant, fold, seed=seed, threads=threads),
+                command,
                 None if folder == base else base,
                 variant.role,
             ).run()[-1]
         precision = card.recipe["precision"]
-        networks.append(_network(variant, card, folder / variant.role))
+        networks.append(_network(variant, card, folder / variant.role, command))
     for number, variant in enumerate(compiled, len(study.variants) + 1):
         _say(console, f"[{number}/{stages}] {base.name}: {variant.name} engines")
         file = _variant_folder(base, variant) / "engines" / RESULT
@@ -114,7 +123,7 @@ def _variant_folder(base: Path, variant: Variant) -> Path:
     return base if variant.name == variant.role else base.with_name(f"{base.name}-{variant.name}")
 
 
-def _network(variant: Variant, card: Card, checkpoint: Path) -> Network:
+def _network(variant: Variant, card: Card, checkpoint: Path, command: str) -> Network:
     metrics = card.metrics
     return Network(
         name=variant.name,
@@ -127,7 +136,7 @@ def _network(variant: Variant, card: Card, checkpoint: Path) -> Network:
         live_parameters=metrics.live_parameters,
         bytes=(checkpoint / WEIGHTS_NAME).stat().st_size,
         weights_sha256=card.weights_sha256,
-        command=card.command,
+        command=command,
         seconds=None,
     )
 

@@ -30,6 +30,7 @@ _REPORT_QUANTISATION: Final = {
 }
 
 NAMES: Final = {
+    "teacher-augmented": "teacher, ResNet50, its first six epochs",
     "teacher": "teacher, ResNet50",
     "student": "student, ResNet18, distilled",
     "student-labels": "student without distillation",

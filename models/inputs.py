@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import PIL.Image
 
+from models.card import CARD_NAME, read_card
 from models.datasets import ImageSet
 from models.networks import Stem
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -28,10 +29,11 @@ def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem
     Args:
         images: the training images; an even sample of them is looked at.
         recipe: its `image` section overrides the choice. With pretrained weights the mean and standard
-            deviation are ImageNet's, which torchvision's weights expect.
+            deviation are those of the checkpoint they are in, else ImageNet's, which torchvision's expect.
 
     Raises:
         DatasetError: an image cannot be read.
+        CheckpointError: the weights are in a checkpoint whose card is not valid.
     """
     sample = images.subset(
         np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64), images.name
@@ -47,7 +49,11 @@ def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem
         stem = "small" if size < PHOTO_SIDE else "standard"
     else:
         stem = recipe.image.stem
-    if recipe.teacher.weights is not None:
+    weights = recipe.teacher.weights
+    if weights is not None and (weights.parent / CARD_NAME).exists():
+        trained = read_card(weights.parent).preprocessing
+        mean, std = trained.mean, trained.std
+    elif weights is not None:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     else:
         pixels = (

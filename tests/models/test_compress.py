@@ -194,6 +194,16 @@ class TestChoices:
         assert torch.equal(network.get_parameter("layer4.0.conv1.weight"), state["layer4.0.conv1.weight"])
         assert card.preprocessing.mean == IMAGENET_MEAN
 
+    def test_a_teacher_that_begins_with_our_own_checkpoint_keeps_its_normalisation(
+        self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
+    ) -> None:
+        file = finished[0] / "teacher" / "student.safetensors"
+        run(few_digits, "--out", tmp_path, *SHORT, "--teacher-weights", file, "--until", "teacher")
+        before, after = (load_checkpoint(folder / "teacher")[1] for folder in (finished[0], tmp_path))
+        assert after.preprocessing == before.preprocessing
+        assert after.preprocessing.mean != IMAGENET_MEAN
+        assert after.weights_sha256 != before.weights_sha256
+
     def test_dead_weights_are_warned_of(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
         small = ["--image-size", "32", "--image-stem", "standard"]
         result = run(few_digits, "--out", tmp_path, *SHORT, *small)
