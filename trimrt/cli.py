@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "loadtest": ("server.loadtest.commands:loadtest", "Load a running server and measure what it does."),
     "bench": ("server.bench:bench", "Time engine packages by themselves, side by side."),
     "export-triton": ("server.triton.export:export_triton", "Write an engine package as a Triton model."),
+    "predict": ("server.predict.commands:predict", "Label a folder, files or a Parquet column at once."),
     "cluster": ("server.cluster.commands:cluster", "Serve engine packages on a Ray cluster."),
     "demo": ("trimrt.demo:demo", "Build, serve, ask and compare, once, on handwritten digits."),
 }
