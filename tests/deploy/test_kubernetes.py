@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from tiny_engine import write_package
 
 from server.settings import Settings
 
-MANIFESTS = Path(__file__).parents[2] / "deploy/kubernetes"
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "deploy/kubernetes"
+DOCS = (ROOT / "docs/deployment.md").read_text("utf-8")
 OLDEST, NEWEST = "1.31", kubernetes_validate.latest_version()
 # KServe's own fields of a predictor; the others are a pod's.
 KSERVE_FIELDS = {"minReplicas", "maxReplicas", "timeout"}
@@ -66,6 +69,13 @@ PODS = dict(_pods())
 SERVERS = {path: pod for path, pod in PODS.items() if "kuberay" not in path}
 any_pod = pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
 any_server = pytest.mark.parametrize("pod", SERVERS.values(), ids=SERVERS)
+
+
+def documented(kind: str) -> str:
+    """The example of that kind in the documentation."""
+    blocks = re.findall("```yaml\n(.*?)```", DOCS, re.DOTALL)
+    (example,) = (block for block in blocks if f"kind: {kind}\n" in block)
+    return example
 
 
 def container(pod: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +170,29 @@ class TestKustomize:
         kinds = self.build(tmp_path)
         assert "replicas" not in kinds["Deployment"]["spec"]
         assert kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "trimrt"
+
+    def test_the_overlay_that_the_docs_show_builds(self, tmp_path: Path) -> None:
+        overlay = documented("Kustomization")
+        here = overlay.replace("- trimrt/", f"- {os.path.relpath(ROOT, tmp_path)}/")
+        (tmp_path / "kustomization.yaml").write_text(here)
+        kinds = self.build(tmp_path)
+        pod = kinds["Deployment"]["spec"]["template"]["spec"]
+        assert container(pod)["image"] == "registry.example.com/trimrt:0.1.0-gpu"
+        assert {document["metadata"]["namespace"] for document in kinds.values()} == {"vision"}
+        assert "HorizontalPodAutoscaler" in kinds
+
+    def test_engines_can_come_from_an_image_as_the_docs_show(self, tmp_path: Path) -> None:
+        overlay = {
+            "resources": [os.path.relpath(MANIFESTS / "base", tmp_path)],
+            "patches": [{"patch": documented("Deployment")}],
+        }
+        (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+        pod = self.build(tmp_path)["Deployment"]["spec"]["template"]["spec"]
+        (engines,) = (volume for volume in pod["volumes"] if volume["name"] == "engines")
+        assert engines == {
+            "name": "engines",
+            "image": {"reference": "registry.example.com/trimrt-engines:1"},
+        }
 
 
 # What the manifests say of the server -------------------------------------------------------------------
