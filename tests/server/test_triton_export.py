@@ -16,7 +16,7 @@ import openvino
 import pytest
 from click.testing import CliRunner, Result
 from google.protobuf import text_format
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import Running
 from tiny_engine import write_package
@@ -212,14 +212,14 @@ def test_a_plan_is_batched_in_a_bounded_queue_that_waits_for_nothing(tmp_path: P
     assert list(config.input[0].dims) == [32, 32, 3]
     (group,) = config.instance_group
     assert (group.kind, group.count, list(group.profile)) == (group.KIND_GPU, 2, [])
-    batching, settings = config.dynamic_batching, Settings()
+    batching, server = config.dynamic_batching, Settings()
     assert batching.max_queue_delay_microseconds == 0
     assert list(batching.preferred_batch_size) == []
     policy = batching.default_queue_policy
     assert policy.timeout_action == policy.REJECT
     assert policy.allow_timeout_override
-    assert policy.max_queue_size == settings.queue_limit
-    assert policy.default_timeout_microseconds == 1000 * settings.timeout_ms
+    assert policy.max_queue_size == server.queue_limit
+    assert policy.default_timeout_microseconds == 1000 * server.timeout_ms
     readme = (folder / "README.md").read_text("utf-8")
     assert "TensorRT 10.3.0.30" in readme
     assert "Orin" in readme
@@ -397,6 +397,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
 @given(labels=st.lists(any_text, min_size=2, max_size=6), name=any_text)
+@settings(deadline=None, derandomize=True)  # a busy machine is no failure
 def test_whatever_labels_and_tensors_are_called_triton_reads_it(
     package: Path, labels: list[str], name: str
 ) -> None:
@@ -414,6 +415,7 @@ def test_whatever_labels_and_tensors_are_called_triton_reads_it(
 
 
 @given(labels=st.lists(any_text, min_size=2, max_size=6))
+@settings(deadline=None, derandomize=True, max_examples=50)
 def test_the_labels_file_has_a_line_for_every_label(
     package: Path, labels: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
