@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "export-triton": ("server.triton.export:export_triton", "Write an engine package as a Triton model."),
     "predict": ("server.predict.commands:predict", "Label a folder, files or a Parquet column at once."),
     "cluster": ("server.cluster.commands:cluster", "Serve engine packages on a Ray cluster."),
+    "report": ("builder.report.commands:report", "Compare checkpoints and engines on one page."),
     "demo": ("trimrt.demo:demo", "Build, serve, ask and compare, once, on handwritten digits."),
 }
 
