@@ -90,7 +90,13 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
         file = _variant_folder(base, variant) / "engines" / RESULT
         with _timed(base, f"{variant.name} engines", unless=file):
             engines.append(_engines(variant, file, data, console))
+    labels = [variant.name for variant in study.variants] + [
+        f"{variant.name} engines" for variant in compiled
+    ]
     times = _read_times(base)
+    file = base / f"{study.name}-{RESULT}"
+    earlier = [Fold.model_validate_json(file.read_text(encoding="utf-8"))] if file.exists() else []
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = Fold(
         fold=fold,
         seed=seed,
@@ -99,10 +105,10 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
         networks=[n.model_copy(update={"seconds": times.get(n.name)}) for n in networks],
         engines=[engine for some in engines for engine in some.engines],
         refused=[words for some in engines for words in some.refused],
-        seconds=sum(times.values()) if len(times) >= stages else None,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        seconds=sum(times[label] for label in labels) if times.keys() >= set(labels) else None,
+        peak_rss_mb=max([memory, *(fold.peak_rss_mb for fold in earlier)]),
     )
-    with replace_file(base / f"{study.name}-{RESULT}") as new:
+    with replace_file(file) as new:
         new.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     return result
 

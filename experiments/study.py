@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -106,6 +106,8 @@ _AGGRESSIVE: Final = Variant("aggressive", preset="aggressive", engines=True)
 _REPORT: Final = Variant("report", preset="report", engines=True)
 _LABELS: Final = Variant("student-labels", "student", settings={"distillation": {"loss": "labels"}})
 
+_PRUNED: Final = (replace(_REPORT, engines=False), replace(_AGGRESSIVE, engines=False))
+
 # As long as the student and its fine-tuning together.
 _NARROW: Final = (
     Variant(
@@ -142,7 +144,7 @@ STUDIES: Final = {
     study.name: study
     for study in (
         Study("digits", "digits", 5, (_TEACHER, _STUDENT, _LABELS, _REPORT, _ALIGNED, _AGGRESSIVE)),
-        Study("digits-controls", "digits", 5, (_TEACHER, _STUDENT, *_NARROW)),
+        Study("digits-controls", "digits", 5, (_TEACHER, _STUDENT, *_PRUNED, *_NARROW)),
         Study("digits-losses", "digits", 5, (_TEACHER, _STUDENT, *_LOSSES)),
         Study("digits-seeds", "digits", 5, (_TEACHER, _STUDENT, _AGGRESSIVE), seeds=3),
         Study(

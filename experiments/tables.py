@@ -137,7 +137,7 @@ def training(results: Results) -> str:
 
 
 def _folds(results: Results) -> str:
-    return f"{len(results.folds)} folds" if len(results.folds) > 1 else "the fold"
+    return f"{len(results.folds)} folds" if len(results.folds) > 1 else "test images"
 
 
 def pruning(results: Results) -> str:

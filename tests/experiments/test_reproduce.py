@@ -124,9 +124,10 @@ class TestStudies:
     def test_the_recorded_command_has_the_same_recipe(self, name: str) -> None:
         study = STUDIES[name]
         for variant in study.variants:
-            command = study.command(variant, 3, seed=2, threads=1).split()
+            start = Path("runs/first/teacher") if study.start else None
+            command = study.command(variant, 3, seed=2, threads=1, start=start).split()
             assert command[:2] == ["trimrt", "compress"]
-            assert _typed(command[2:]) == study.recipe(variant, seed=2, threads=1)
+            assert _typed(command[2:]) == study.recipe(variant, seed=2, threads=1, start=start)
             assert ("--fold" in command) == (study.folds > 1)
 
     @pytest.mark.parametrize("name", STUDIES)
