@@ -1,0 +1,142 @@
+"""The published figures: what the documents say is what the result files say, and it holds the bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.results import Engine, Results, read_results
+from experiments.tables import DOCUMENTS, MARKER, ROOT, percent, render, wilson
+from models.card import read_card
+from models.pretrained import DIGITS_STUDENT
+from server.manifest import Precision
+
+
+@pytest.fixture(scope="module")
+def digits() -> Results:
+    """All folds of the digits."""
+    results = read_results("digits")
+    assert [fold.fold for fold in results.folds] == [0, 1, 2, 3, 4]
+    assert sum(fold.network("teacher").images for fold in results.folds) == 1797
+    return results
+
+
+def engines(results: Results, network: str, precision: Precision) -> list[Engine]:
+    """The engine of every fold."""
+    found = [fold.engine(network, precision) for fold in results.folds]
+    return [engine for engine in found if engine is not None]
+
+
+def with_fp32(results: Results, network: str, precision: Precision) -> list[tuple[Engine, Engine]]:
+    """The engine of every fold, and the FP32 one beside it."""
+    pairs = zip(engines(results, network, precision), engines(results, network, "fp32"), strict=True)
+    return list(pairs)
+
+
+def wrong(results: Results, network: str, precision: Precision | None = None) -> int:
+    """Errors among the test images of all folds, of the network or of its engine."""
+    if precision is None:
+        return sum(fold.network(network).wrong for fold in results.folds)
+    return sum(engine.wrong for engine in engines(results, network, precision))
+
+
+class TestDocuments:
+    @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+    def test_tables_are_those_of_the_result_files(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        assert "<!-- results: " in text
+        assert render(text) == text, "run `make tables`"
+
+    def test_every_marker_is_closed(self) -> None:
+        for path in DOCUMENTS:
+            text = path.read_text(encoding="utf-8")
+            assert text.count("<!-- results: ") == text.count("<!-- /results -->")
+            assert len(MARKER.findall(text)) == text.count("<!-- results: ")
+
+    def test_the_demonstrations_output_is_of_the_shipped_student(self) -> None:
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        card = read_card(DIGITS_STUDENT)
+        for role, metrics in [
+            *((ancestor.role, ancestor.metrics) for ancestor in card.lineage),
+            ("pruned", card.metrics),
+        ]:
+            row = next(line.split() for line in text.splitlines() if line.startswith(f"  {role} resnet"))
+            assert row[2] == f"{metrics.parameters / 1e6:.2f}"
+            assert row[4] == f"{metrics.macs / 1e6:.1f}"
+            assert row[8] == f"{metrics.accuracy:.2%}"
+        assert f"   $ {card.command}" in text
+
+    def test_a_missing_study_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            render("<!-- results: nothing machine -->\n<!-- /results -->", tmp_path)
+
+
+class TestBars:
+    """Of 1797 test images; a change that loses what was reached fails here."""
+
+    @pytest.mark.parametrize(
+        ("network", "most"), [("teacher", 10), ("student", 9), ("report", 10), ("aligned", 10)]
+    )
+    def test_networks(self, digits: Results, network: str, most: int) -> None:
+        assert wrong(digits, network) <= most
+
+    def test_the_report_preset_has_the_reports_size(self, digits: Results) -> None:
+        assert all(round(fold.network("report").parameters / 1e6, 2) == 9.02 for fold in digits.folds)
+
+    @pytest.mark.parametrize("network", ["report", "aligned"])
+    def test_static_int8(self, digits: Results, network: str) -> None:
+        for int8, fp32 in zip(
+            engines(digits, network, "int8"), engines(digits, network, "fp32"), strict=True
+        ):
+            assert fp32.bytes / int8.bytes >= 3.95
+            assert int8.agreement >= 0.996
+        assert wrong(digits, network, "int8") <= wrong(digits, network, "fp32") + 1
+
+    @pytest.mark.parametrize("network", ["report", "aligned", "aggressive"])
+    def test_fp16(self, digits: Results, network: str) -> None:
+        for fp16, fp32 in zip(
+            engines(digits, network, "fp16"), engines(digits, network, "fp32"), strict=True
+        ):
+            assert fp16.agreement == 1
+            assert fp16.max_logit_difference < 0.02
+            assert fp32.bytes / fp16.bytes > 1.95
+
+    @pytest.mark.parametrize("network", ["report", "aligned", "aggressive"])
+    def test_dynamic_int8(self, digits: Results, network: str) -> None:
+        for int8, fp32 in with_fp32(digits, network, "int8-dynamic"):
+            assert fp32.bytes / int8.bytes >= 3.7
+        assert wrong(digits, network, "int8-dynamic") <= wrong(digits, network, "fp32") + 1
+
+    def test_aggressive(self, digits: Results) -> None:
+        int8 = engines(digits, "aggressive", "int8")
+        assert len(int8) == 5
+        assert max(engine.bytes for engine in int8) <= 750_000
+        assert wrong(digits, "aggressive", "int8") <= 11
+
+    def test_hardly_a_parameter_is_dead(self, digits: Results) -> None:
+        assert min(n.live_parameters for fold in digits.folds for n in fold.networks) > 0.95
+
+    def test_fashion_mnist(self) -> None:
+        (fold,) = read_results("fashion-mnist").folds
+        teacher, int8 = fold.network("teacher"), fold.engine("aggressive", "int8")
+        assert teacher.images == 10_000
+        assert teacher.wrong <= 750
+        assert int8 is not None
+        assert int8.wrong <= teacher.wrong + 150
+
+
+class TestWilson:
+    def test_as_published(self) -> None:
+        assert [percent(share) for share in wilson(1, 360)] == ["98.44 %", "99.95 %"]
+
+    @given(st.integers(1, 5000), st.data())
+    def test_holds_the_share_and_narrows_with_more_images(self, images: int, data: st.DataObject) -> None:
+        errors = data.draw(st.integers(0, images))
+        low, high = wilson(errors, images)
+        assert 0 <= low <= 1 - errors / images + 1e-12
+        assert 1 - errors / images - 1e-12 <= high <= 1
+        more_low, more_high = wilson(10 * errors, 10 * images)
+        assert more_high - more_low < high - low
