@@ -116,6 +116,11 @@ class TestBars:
         assert max(engine.bytes for engine in int8) <= 750_000
         assert wrong(digits, "aggressive", "int8") <= 11
 
+    def test_every_engine_labels_as_its_network_does(self, digits: Results) -> None:
+        for fold in digits.folds:
+            assert len(fold.engines) == 12
+            assert {engine.agreement for engine in fold.engines} == {1.0}  # the README says so
+
     def test_hardly_a_parameter_is_dead(self, digits: Results) -> None:
         assert min(n.live_parameters for fold in digits.folds for n in fold.networks) > 0.95
 
