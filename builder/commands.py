@@ -34,10 +34,13 @@ from builder.tensorrt.progress import BuildListener, RichListener
 from builder.verification import Gate, GateError
 from models.card import CheckpointError, read_card
 from models.datasets import DatasetError
+from models.recipe import Training
 from server.manifest import Backend, BatchSizes, EngineError, Precision
 
 if TYPE_CHECKING:
     from builder.preparation import Preparation
+
+QAT: Final = Training(epochs=16, learning_rate=1e-3, weight_decay=0)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -82,6 +85,20 @@ def _preparation_options(command: _Command) -> _Command:
                 "costliest in higher precision.",
             ),
             click.option(
+                "--qat",
+                is_flag=True,
+                help="If INT8 fails the gate in every other way, fine-tune the network for it "
+                "(quantisation-aware training), which takes about as long as training did.",
+            ),
+            click.option("--qat-epochs", type=click.IntRange(1), default=QAT.epochs, show_default=True),
+            click.option(
+                "--qat-learning-rate",
+                type=click.FloatRange(0, min_open=True),
+                default=QAT.learning_rate,
+                show_default=True,
+                help="Less for large networks that took long to train.",
+            ),
+            click.option(
                 "--preprocess",
                 metavar="NAME|FILE",
                 help="How a MODEL's images are normalised: "
@@ -101,6 +118,15 @@ def _preparation_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+def _rescues(source: str, preparation: dict[str, Any]) -> Iterator[str]:
+    """What may yet make INT8 pass the gate."""
+    of = " (of `trimrt prepare`)" if is_kit(Path(source)) else ""
+    if not preparation["sensitivity"]:
+        yield f"--sensitivity{of} finds the layers that INT8 hurts most, and keeps them out of it"
+    if not preparation["qat"] and not Path(source).is_file():
+        yield f"--qat{of} fine-tunes the network for INT8"
 
 
 _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -210,10 +236,8 @@ def build(
         if any(package.manifest.evidence for package in packages):
             display.note(_table(packages))
     if refused:
-        if "int8" in precisions and not preparation["sensitivity"]:
-            refused.append(
-                "--sensitivity (of `trimrt prepare`, for a kit) finds the layers that INT8 hurts most"
-            )
+        if {"int8", "best"} & set(precisions):
+            refused += _rescues(source, preparation)
         raise click.ClickException("\n".join(refused))
 
 
@@ -287,7 +311,7 @@ class _Display:
     """Where the work stands, on standard error: one line that changes, below lines that stay."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
+        self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             _StepsColumn(),
@@ -295,26 +319,26 @@ class _Display:
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None)
+        self._task = self.progress.add_task("", total=None)
 
     def __enter__(self) -> _Display:
-        self._progress.start()
+        self.progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self.progress.stop()
 
     def report(self, text: str) -> None:
         """What is being done now."""
-        self._progress.update(self._task, description=text)
+        self.progress.update(self._task, description=text)
 
     def listener(self) -> BuildListener:
         """Shows TensorRT's build phases as bars below the line that changes."""
-        return RichListener(self._progress)
+        return RichListener(self.progress)
 
     def note(self, text: RenderableType) -> None:
         """What was found, to stay."""
-        self._progress.console.print(text, highlight=False, soft_wrap=isinstance(text, str))
+        self.progress.console.print(text, highlight=False, soft_wrap=isinstance(text, str))
 
     def note_package(self, package: Package) -> None:
         """Where a package is, and what it took."""
@@ -416,6 +440,7 @@ def _prepare(source: str, preparation: dict[str, Any], display: _Display) -> Ite
         methods=METHODS if method == "auto" else (method,),
         seed=preparation["seed"],
         sensitivity=preparation["sensitivity"],
+        qat=_qat(preparation) if preparation["qat"] else None,
     )
     display.report(f"reading {source}")
     if named or path.is_file():
@@ -424,11 +449,16 @@ def _prepare(source: str, preparation: dict[str, Any], display: _Display) -> Ite
     else:
         subject = open_checkpoint(path, preparation["data"])
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
-        prepared = prepare(subject, Path(workspace), settings, display.report)
+        prepared = prepare(subject, Path(workspace), settings, display.report, display.progress)
         display.note(f"the exported graph's logits differ by {prepared.export_difference:.1e} at most")
         if settings.sensitivity:
             display.note(_ranking(prepared.layer_costs))
         yield prepared
+
+
+def _qat(preparation: dict[str, Any]) -> Training:
+    chosen = {name: preparation[f"qat_{name}"] for name in ("epochs", "learning_rate")}
+    return QAT.model_copy(update=chosen)
 
 
 def _ranking(costs: Sequence[LayerCost]) -> Table:

@@ -57,25 +57,11 @@ def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Pa
         ExportError: that difference is more than rounding.
     """
     import onnx
-    import torch
 
     from models.evaluation import predict_logits
 
     network = network.eval()
-    example = torch.zeros(2, 3, preprocessing.height, preprocessing.width)
-    with quiet():
-        program = torch.onnx.export(
-            network,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
-    assert program is not None  # None is what the exporter before dynamo returned
-    model = add_pixels_input(program.model_proto, preprocessing)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, str(path))
+    onnx.save(trace_onnx(network, preprocessing), str(path))
 
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (3, preprocessing.height, preprocessing.width, 3), dtype=np.uint8)
@@ -88,6 +74,27 @@ def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Pa
             f"explains ({bound:.2g}): the network does something that the ONNX exporter does not carry over"
         )
     return difference
+
+
+def trace_onnx(network: torch.nn.Module, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """The graph of `network`, in evaluation mode, with pixels as input, not yet compared with it."""
+    import onnx
+    import torch
+
+    example = torch.zeros(2, 3, preprocessing.height, preprocessing.width)
+    with quiet():
+        program = torch.onnx.export(
+            network.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None  # None is what the exporter before dynamo returned
+    model = add_pixels_input(program.model_proto, preprocessing)
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def add_pixels_input(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.progress import Progress
 
-from builder.export import export_onnx
+from builder import qat
+from builder.export import ExportError, export_onnx
 from builder.fp16 import convert_to_fp16
 from builder.int8 import METHODS, Method, convert_to_int8
 from builder.int8_dynamic import convert_to_dynamic_int8
@@ -29,7 +31,12 @@ from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
 from models.evaluation import predict_logits
 from models.files import replace_folder
 from models.preprocessing import Pixels
-from server.manifest import Calibration, Precision, sha256_of
+from models.recipe import Augmentation, Training
+from models.training import Images
+from server.manifest import Calibration, FineTuning, Precision, sha256_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SENSITIVITY_IMAGES: Final = 128
 
@@ -50,6 +57,7 @@ class Settings:
         methods: ways to find activation ranges, the preferred one first.
         seed: of the choice of images.
         sensitivity: rank the layers, and offer graphs with the costliest ones in higher precision.
+        qat: epochs and so on of quantisation-aware training, offered after all else; None: none.
     """
 
     calibration_images: int = 512
@@ -57,6 +65,7 @@ class Settings:
     methods: Sequence[Method] = METHODS
     seed: int = 0
     sensitivity: bool = False
+    qat: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Subject:
         data: training images to calibrate with, validation images to judge by.
         export: writes the master graph to a file, and returns its largest logit difference.
         reference: the FP32 logits of uint8 NHWC pixels, shape (N, classes).
+        network: to fine-tune; None where there is only a graph.
+        augmentation: how its training images are varied.
     """
 
     path: Path
@@ -76,6 +87,8 @@ class Subject:
     data: DataSplit
     export: Callable[[Path], float]
     reference: Callable[[Pixels], NDArray[np.float32]]
+    network: nn.Module | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 @dataclass(frozen=True)
@@ -83,17 +96,16 @@ class Preparation:
     """A network whose graphs are made when they are asked for.
 
     Attributes:
-        path: the checkpoint, or what else the user named.
-        student: the network.
+        subject: the network and its data.
         verification: held-out images with PyTorch's logits.
         workspace: folder that the graphs are written to.
         master: the FP32 graph in it.
         export_difference: largest logit difference of `master` and PyTorch.
         calibration: the training images to calibrate with.
+        progress: running; shows trainings.
     """
 
-    path: Path
-    student: Student
+    subject: Subject
     verification: VerificationSet
     workspace: Path
     master: Path
@@ -101,9 +113,20 @@ class Preparation:
     calibration: ImageSet
     settings: Settings
     report: Report
+    progress: Progress
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint, or what else the user named."""
+        return self.subject.path
+
+    @property
+    def student(self) -> Student:
+        """What a kit says of the network."""
+        return self.subject.student
 
     def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
-        """Convert the master graph; for static INT8, once for each calibration method."""
+        """Convert the master graph; for static INT8, in every way that the settings allow."""
         path = self.workspace / f"{precision}.onnx"
         if precision == "fp32":
             yield self._graph(self.master, precision, "fp32"), self.master
@@ -121,6 +144,8 @@ class Preparation:
             if self.settings.sensitivity:
                 for layers in fallback_groups(self.layer_costs):
                     yield self._int8(self.settings.methods[0], rest, layers)
+            if self.settings.qat is not None:
+                yield self._fine_tuned(self.settings.qat, rest)
 
     @cached_property
     def layer_costs(self) -> list[LayerCost]:
@@ -137,14 +162,48 @@ class Preparation:
             convert_to_int8(
                 self.master, path, self._calibration_pixels, method=method, rest=rest, exclude=keep
             )
-        calibration = Calibration(
+        calibration = self._calibration(method).model_copy(update={"higher_precision_layers": list(keep)})
+        return self._graph(path, "int8", rest, calibration), path
+
+    def _fine_tuned(self, training: Training, rest: Rest) -> tuple[Graph, Path]:
+        """The graph of the network fine-tuned for INT8."""
+        train = self.subject.data.train
+        master = self.workspace / "int8-qat-fp32.onnx"
+        if not master.exists():
+            self._fine_tune(training, train, master)
+        path = self.workspace / f"int8-qat-{rest}.onnx"
+        if not path.exists():
+            qat.convert_rest_to_fp16(master, path)
+        tuning = FineTuning(
+            epochs=training.epochs,
+            images=len(train),
+            images_sha256=train.sha256,
+            learning_rate=training.learning_rate,
+        )
+        calibration = self._calibration("qat").model_copy(update={"fine_tuning": tuning})
+        return self._graph(path, "int8", rest, calibration), path
+
+    def _fine_tune(self, training: Training, train: ImageSet, path: Path) -> None:
+        subject, spec = self.subject, self.student.preprocessing
+        assert subject.network is not None, "prepare() has seen to that"
+        self.report(f"fine-tuning for INT8 with {len(train)} training images")
+        quantised = qat.fine_tune(
+            subject.network,
+            self._calibration_pixels,
+            Images(train.load_pixels(spec), train.targets),
+            spec,
+            qat.Settings(training, subject.augmentation, self.settings.seed),
+            self.progress,
+        )
+        qat.export_quantised(quantised, spec, path)
+
+    def _calibration(self, method: Literal["entropy", "max", "qat"]) -> Calibration:
+        return Calibration(
             method=method,
             images=len(self.calibration),
             images_sha256=self.calibration.sha256,
             seed=self.settings.seed,
-            higher_precision_layers=list(keep),
         )
-        return self._graph(path, "int8", rest, calibration), path
 
     @cached_property
     def _calibration_pixels(self) -> Pixels:
@@ -191,10 +250,18 @@ def open_checkpoint(path: Path, data: str | None) -> Subject:
         data=_open_data(card, data),
         export=lambda master: export_onnx(network, spec, master),
         reference=lambda pixels: predict_logits(network, pixels, spec).numpy(),
+        network=network,
+        augmentation=Augmentation.model_validate(card.recipe.get("augmentation", {})),
     )
 
 
-def prepare(subject: Subject, workspace: Path, settings: Settings, report: Report) -> Preparation:
+def prepare(
+    subject: Subject,
+    workspace: Path,
+    settings: Settings,
+    report: Report,
+    progress: Progress | None = None,
+) -> Preparation:
     """Export the master graph, and compute the reference logits.
 
     Args:
@@ -202,12 +269,20 @@ def prepare(subject: Subject, workspace: Path, settings: Settings, report: Repor
         workspace: an empty folder for the graphs.
         settings: where images come from, and how many.
         report: takes lines of progress.
+        progress: running, for trainings; None: they are not shown.
 
     Raises:
         DatasetError: an image cannot be read.
-        ExportError: the network cannot be exported faithfully.
+        ExportError: the network cannot be exported faithfully, or not be fine-tuned where that is asked for.
     """
     student, data = subject.student, subject.data
+    if settings.qat is not None:
+        if subject.network is None:
+            raise ExportError(
+                f"{subject.path} is a graph, and --qat needs a network that can be trained: "
+                "a checkpoint, torchvision:NAME or timm:NAME"
+            )
+        qat.require_modelopt()
     report("loading calibration and validation images")
     calibration = _sample(data.train, settings.calibration_images, settings.seed)
     validation = _sample(data.validation, settings.verification_images, settings.seed)
@@ -218,8 +293,7 @@ def prepare(subject: Subject, workspace: Path, settings: Settings, report: Repor
     difference = subject.export(master)
     report("computing the FP32 reference")
     return Preparation(
-        path=subject.path,
-        student=student,
+        subject=subject,
         verification=VerificationSet(
             name=validation.name if positions == 1 else f"{validation.name} in {positions} positions",
             pixels=pixels,
@@ -232,6 +306,7 @@ def prepare(subject: Subject, workspace: Path, settings: Settings, report: Repor
         calibration=calibration,
         settings=settings,
         report=report,
+        progress=progress or Progress(disable=True),
     )
 
 

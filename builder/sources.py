@@ -108,6 +108,7 @@ def open_named(source: str, details: Details) -> Subject:
         data=data,
         export=lambda master: export_onnx(network, spec, master),
         reference=lambda pixels: predict_logits(network, pixels, spec).numpy(),
+        network=network,
     )
 
 

@@ -97,7 +97,11 @@ def compare(engine: Engine, images: VerificationSet) -> Comparison:
     Raises:
         EngineError: the engine failed.
     """
-    logits = engine_logits(engine, images.pixels)
+    return compare_logits(engine_logits(engine, images.pixels), images)
+
+
+def compare_logits(logits: NDArray[np.float32], images: VerificationSet) -> Comparison:
+    """The same for logits of all `images`, shape (N, classes)."""
     labels, reference = logits.argmax(axis=1), images.logits.argmax(axis=1)
     return Comparison(
         images=len(logits),

@@ -85,6 +85,10 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
 
 def _calibration(calibration: Calibration) -> str:
     text = f"{calibration.method}, {calibration.images} training images, seed {calibration.seed}"
+    if calibration.fine_tuning:
+        text += (
+            f"; fine-tuned for {calibration.fine_tuning.epochs} epochs on {calibration.fine_tuning.images}"
+        )
     if calibration.tried:
         text += f"; failed the gate before: {', '.join(calibration.tried)}"
     if calibration.higher_precision_layers:

@@ -75,13 +75,25 @@ class Compatibility(_Strict):
     version_compatible: bool = False
 
 
+class FineTuning(_Strict):
+    """How quantisation-aware training changed the weights."""
+
+    epochs: int
+    images: int = Field(description="all training images")
+    images_sha256: str
+    learning_rate: float
+
+
 class Calibration(_Strict):
     """How the INT8 activation ranges were found. Only training images are ever used."""
 
-    method: Literal["entropy", "max"]
+    method: Literal["entropy", "max", "qat"] = Field(
+        description="qat: the largest magnitude, to which the weights were then fine-tuned"
+    )
     images: int
     images_sha256: str
     seed: int
+    fine_tuning: FineTuning | None = Field(default=None, description="of `qat` alone")
     tried: list[str] = Field(default=[], description="methods that failed the accuracy gate before this one")
     higher_precision_layers: list[str] = Field(default=[], description="kept out of INT8 to pass the gate")
 

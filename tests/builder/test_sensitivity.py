@@ -1,10 +1,4 @@
-"""Which layers suffer from INT8, and a network that only INT8 with exceptions can carry.
-
-The fragile network computes exactly what the small student computes: inside two residual blocks one
-channel is made a thousand times larger, and the next convolution's weights for it as much smaller.
-In floating point nothing changes; in INT8 that channel takes the whole range of its tensor, and the
-other channels vanish.
-"""
+"""Which layers suffer from INT8, and a network that only INT8 with exceptions can carry."""
 
 from __future__ import annotations
 
@@ -14,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,27 +19,13 @@ from builder.preparation import Preparation, Settings, open_checkpoint, prepare
 from builder.sensitivity import LayerCost, fallback_groups
 from builder.targets import Target, open_target
 from builder.verification import Gate, GateError
-from models.checkpoint import load_checkpoint, save_checkpoint
+from experiments.qat import BLOCKS, write_outliers
 from server.manifest import BatchSizes
-
-FRAGILE_BLOCKS = ("layer2.0", "layer3.0")
-FACTOR = 1000.0
 
 
 @pytest.fixture(scope="module")
 def fragile(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network, card = load_checkpoint(checkpoint)
-    blocks = dict(network.named_modules())
-    with torch.no_grad():
-        for name in FRAGILE_BLOCKS:
-            block = blocks[name]
-            active = int((block.bn1.weight.abs() + block.bn1.bias).argmax())
-            block.bn1.weight[active] *= FACTOR
-            block.bn1.bias[active] *= FACTOR
-            block.conv2.weight[:, active] /= FACTOR
-    folder = tmp_path_factory.mktemp("fragile") / "fragile"
-    save_checkpoint(folder, network, card.model_copy(update={"name": "fragile"}))
-    return folder
+    return write_outliers(checkpoint, tmp_path_factory.mktemp("fragile") / "fragile")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +40,8 @@ def test_the_costliest_layers_are_those_that_read_the_outliers(preparation: Prep
     weights = {
         node.name: node.input[1] for node in _nodes(preparation.master) if node.op_type in ("Conv", "Gemm")
     }
-    worst = {weights[cost.layer].removeprefix("network/") for cost in costs[: len(FRAGILE_BLOCKS)]}
-    assert worst == {f"{block}.conv2.weight" for block in FRAGILE_BLOCKS}
+    worst = {weights[cost.layer].removeprefix("network/") for cost in costs[: len(BLOCKS)]}
+    assert worst == {f"{block}.conv2.weight" for block in BLOCKS}
     assert costs[1].error > 5 * costs[2].error, "and by far"
     assert [cost.error for cost in costs] == sorted((cost.error for cost in costs), reverse=True)
 
@@ -116,7 +95,7 @@ def test_the_costliest_layers_in_fp16_rescue_it(
     assert calibration is not None
     kept = calibration.higher_precision_layers
     assert kept == [cost.layer for cost in preparation.layer_costs[: len(kept)]]
-    assert 1 <= len(kept) <= len(FRAGILE_BLOCKS)
+    assert 1 <= len(kept) <= len(BLOCKS)
     assert calibration.tried[0] == "max"
     assert len(package.rejected) == len(calibration.tried)
 
