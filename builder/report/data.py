@@ -81,7 +81,8 @@ def data_of_package(manifest: Manifest, checkpoints: Sequence[Checkpoint], data:
     """The data of the checkpoint that the package was built from, or `--data`.
 
     The checkpoint is one of those given, or the one that the package's build command names, if it
-    still has the same weights.
+    still has the same weights. Without it, the data of another checkpoint that was judged by images of
+    the same name will do.
     """
     card = _card_of(manifest, checkpoints)
     if card is not None:
@@ -90,11 +91,7 @@ def data_of_package(manifest: Manifest, checkpoints: Sequence[Checkpoint], data:
             return Choice(None, f"{choice.split.source} has other classes than the engine", card)
         return choice
     if data.source is None:
-        return Choice(
-            None,
-            "its data set is not known: the package was built from a checkpoint that is not here; "
-            "give that too, or name the data with --data",
-        )
+        return _data_by_name(manifest, checkpoints, data)
     judged_by = manifest.evidence.image_set if manifest.evidence else ""
     fold = _FOLD.search(judged_by)
     try:
@@ -110,6 +107,24 @@ def data_of_package(manifest: Manifest, checkpoints: Sequence[Checkpoint], data:
             "so it may have learned these test images"
         )
     return Choice(split, caution=caution)
+
+
+def _data_by_name(manifest: Manifest, checkpoints: Sequence[Checkpoint], data: DataSets) -> Choice:
+    """The data of a checkpoint beside the package that was judged by images of the same name."""
+    judged_by = manifest.evidence.image_set if manifest.evidence else ""
+    for checkpoint in checkpoints:
+        split = data_of_checkpoint(checkpoint.card, data).split
+        if split and judged_by.startswith(split.validation.name) and list(split.labels) == manifest.labels:
+            caution = (
+                f"the checkpoint that it was built from is not here; that its data is {split.source} is "
+                f"known from the name of its validation images only ({judged_by})"
+            )
+            return Choice(split, caution=caution)
+    return Choice(
+        None,
+        "its data set is not known: the package was built from a checkpoint that is not here; "
+        "give that too, or name the data with --data",
+    )
 
 
 def _card_of(manifest: Manifest, checkpoints: Sequence[Checkpoint]) -> Card | None:

@@ -397,7 +397,7 @@ def _sensitivity(model: Model) -> Figure | None:
     shown = model.sensitivity[:_SENSITIVE_LAYERS]
     caption = (
         f"The {len(shown)} costliest of {len(errors)} layers, each quantised alone. Half of all change the "
-        f"logits by less than {100 * float(np.median(errors)):.2g}{_SPACE}%."
+        f"logits by less than {plots.two_digits(100 * float(np.median(errors)))}{_SPACE}%."
     )
     svg = plots.sensitivity(
         shown, f"sensitivity-m{model.number}", f"The layers of model {model.number} that INT8 hurts most."

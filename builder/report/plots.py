@@ -239,7 +239,7 @@ def _accuracy_axis(axes: Axes, low: float, high: float, images: int) -> None:
 
 def _round_errors(smallest: float) -> list[float]:
     """Shares of errors of which none or at least the smallest are made, the roundest accuracies first."""
-    small = [factor * 10.0**power for factor in (1, 5, 2, 3, 7) for power in range(-6, -1)]
+    small = [factor * 10.0**power for factor in (1, 5, 2, 3, 7, 4, 6, 8, 1.5, 2.5) for power in range(-6, -1)]
     errors = [*(tenths / 10 for tenths in range(1, 11)), *small, 0.15, 0.25, 0.35, 0.45]
     whole = (percent / 100 for percent in range(1, 100))
     return [0.0, *(error for error in [*errors, *whole] if error >= smallest)]
@@ -471,7 +471,13 @@ def sensitivity(errors: Sequence[LayerError], key: str, alternative: str) -> str
         room = max(values) or 1.0
         axes.set_xlim(0, 1.16 * room)
         for row, value in zip(rows, values, strict=True):
-            axes.text(value + 0.01 * room, float(row), f"{value:.2g}\u00a0%", va="center", fontsize=8.5)
+            axes.text(
+                value + 0.01 * room,
+                float(row),
+                f"{two_digits(value)}\u00a0%",
+                va="center",
+                fontsize=8.5,
+            )
         axes.set_yticks(
             named, [shorten(errors[index].layer, 26, keep_end=True) for index in named], fontsize=8.5
         )
@@ -527,6 +533,11 @@ def latency_shares(
 def _readable_on(colour: str) -> str:
     red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 145 else INK
+
+
+def two_digits(value: float) -> str:
+    """A percentage to two significant digits, or to the unit."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:#.2g}"
 
 
 def shorten(text: str, most: int, *, keep_end: bool = False) -> str:
