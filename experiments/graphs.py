@@ -60,7 +60,7 @@ def measure_graph(graph: Path, validation: VerificationSet, test: VerificationSe
     )
 
 
-def test_images(prepared: Preparation) -> VerificationSet:
+def held_out_images(prepared: Preparation) -> VerificationSet:
     """The network's test images, with its FP32 logits; nothing is decided by them."""
     images, subject = prepared.subject.data.test, prepared.subject
     pixels = images.load_pixels(subject.student.preprocessing, progress=False)

@@ -32,7 +32,7 @@ from builder.preparation import Preparation, Settings, open_checkpoint, prepare
 from builder.targets import open_target
 from builder.verification import Gate, GateError
 from experiments import tables
-from experiments.graphs import Measured, measure_graph, test_images
+from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.results import FOLDER
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.files import replace_file
@@ -149,7 +149,7 @@ def run(console: Console) -> Results:
 
 
 def _rows(prepared: Preparation) -> list[Row]:
-    test, seed = test_images(prepared), prepared.settings.seed
+    test, seed = held_out_images(prepared), prepared.settings.seed
     precisions: tuple[Precision, ...] = ("int8",) if seed else ("fp32", "int8")
     return [
         Row(

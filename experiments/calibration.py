@@ -1,0 +1,299 @@
+"""How INT8 should be calibrated: methods, numbers of images, and two mistakes that are often made.
+
+    python -m experiments.calibration runs/digits-fold*-aligned --out experiments/results/calibration.json
+
+Each folder is a run of `trimrt compress`, whose pruned checkpoint is taken, or a checkpoint. The mistakes
+are made here and cannot be made in the product, whose graphs take pixels: calibration images that are not
+normalised, whether scaled to 0..1 or not even that, for a network that then meets normalised ones.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Final
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.measurements import Machine, this_machine
+from builder.export import INPUT
+from builder.int8 import METHODS, Method, convert_to_int8
+from builder.preparation import Preparation, Settings, open_checkpoint, prepare
+from experiments import tables
+from experiments.graphs import Measured, Measurement, held_out_images, measure_graph
+from experiments.results import FOLDER
+from models.card import CARD_NAME, CheckpointError
+from models.datasets import DatasetError
+from models.files import replace_file
+from models.preprocessing import Pixels
+
+if TYPE_CHECKING:
+    import onnx
+
+IMAGES: Final = (32, 128, 512)
+PERCENTILE: Final = 99.99
+
+# What the network is given instead of (pixel - mean) / std.
+MISTAKES: Final = {"pixels of 0..1, not normalised": 1 / 255, "pixels of 0..255": 1.0}
+
+_BINS: Final = 4096
+_LEVELS: Final = 127
+_BATCH: Final = 32
+_LIBRARIES: Final = ("trimrt", "nvidia-modelopt", "onnxruntime", "openvino", "torch")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to calibrate.
+
+    Attributes:
+        method: of `builder.int8`, `percentile`, or `none` for the FP32 graph.
+        images: training images to calibrate with.
+        mistake: one of `MISTAKES`.
+    """
+
+    method: str
+    images: int
+    mistake: str | None = None
+
+
+VARIANTS: Final = (
+    Variant("none", 0),
+    *(Variant(method, images) for method in (*METHODS, "percentile") for images in IMAGES),
+    *(Variant(method, max(IMAGES), mistake) for mistake in MISTAKES for method in METHODS),
+)
+
+
+class Row(BaseModel):
+    """One checkpoint, calibrated in one way."""
+
+    checkpoint: str
+    fold: int | None
+    parameters: int
+    method: str
+    images: int
+    mistake: str | None
+    measured: Measured
+
+
+class Results(BaseModel):
+    """All of one run."""
+
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+    seconds: float = Field(description="on a machine that may have had other work")
+    rows: list[Row]
+
+
+def measure(folder: Path, variants: Sequence[Variant] = VARIANTS) -> Iterator[Row]:
+    """Calibrate the checkpoint in `folder` in each way, and run what comes out.
+
+    Raises:
+        CheckpointError: no checkpoint there.
+        DatasetError: its data cannot be found.
+    """
+    checkpoint = folder if (folder / CARD_NAME).exists() else folder / "pruned"
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
+        prepared = prepare(open_checkpoint(checkpoint, None), Path(name), Settings(), lambda _: None)
+        test = held_out_images(prepared)
+        for variant in variants:
+            graph = prepared.master
+            if variant.method != "none":
+                graph = Path(name) / "variant.onnx"
+                calibrate(prepared, variant, graph)
+            yield Row(
+                checkpoint=str(checkpoint),
+                fold=prepared.subject.data.fold,
+                parameters=prepared.student.parameters or 0,
+                method=variant.method,
+                images=variant.images,
+                mistake=variant.mistake,
+                measured=measure_graph(graph, prepared.verification, test),
+            )
+
+
+def calibrate(prepared: Preparation, variant: Variant, path: Path) -> None:
+    """Write the static INT8 graph to `path`."""
+    import onnx
+
+    train = prepared.subject.data.train
+    # Of one order, so that a larger set has all images of a smaller one.
+    chosen = np.random.default_rng(prepared.settings.seed).permutation(len(train))[: variant.images]
+    images = train.subset(np.sort(chosen), "calibration")
+    pixels = images.load_pixels(prepared.student.preprocessing, progress=False)
+    method: Method = "entropy" if variant.method == "entropy" else "max"
+    master, normalisation = path.with_name("master.onnx"), {}
+    model = onnx.load(str(prepared.master))
+    if variant.mistake is not None:
+        scale = np.float32(MISTAKES[variant.mistake])
+        normalisation = _replace_constants(model, {"pre/mean": np.float32(0), "pre/inverse_std": scale})
+    onnx.save(model, str(master))
+    convert_to_int8(master, path, pixels, method=method, rest="fp32")
+    quantised = onnx.load(str(path))
+    _replace_constants(quantised, normalisation)
+    if variant.method == "percentile":
+        _replace_constants(quantised, _percentile_scales(model, quantised, pixels))
+    onnx.save(quantised, str(path))
+
+
+def _replace_constants(
+    model: onnx.ModelProto, values: Mapping[str, NDArray[np.float32] | np.float32]
+) -> dict[str, NDArray[np.float32]]:
+    """Give constants of a graph other values, spread over their shapes.
+
+    Returns:
+        The values that they had.
+    """
+    from onnx import numpy_helper
+
+    before = {}
+    for tensor in model.graph.initializer:
+        if tensor.name in values:
+            before[tensor.name] = numpy_helper.to_array(tensor)
+            new = np.broadcast_to(values[tensor.name], before[tensor.name].shape).copy()
+            tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+    assert len(before) == len(values), f"not in the graph: {set(values) - set(before)}"
+    return before
+
+
+def _percentile_scales(
+    master: onnx.ModelProto, quantised: onnx.ModelProto, pixels: Pixels
+) -> dict[str, np.float32]:
+    """The scales of activations that clip all but `PERCENTILE` percent of their magnitudes.
+
+    Args:
+        master: the FP32 graph.
+        quantised: calibrated by the largest magnitude, on the same images.
+        pixels: these images.
+
+    Returns:
+        By the names of the constants in `quantised`.
+    """
+    import onnxruntime
+    from onnx import ModelProto, ValueInfoProto, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in quantised.graph.initializer}
+    scales = {
+        node.input[0]: node.input[1] for node in quantised.graph.node if node.op_type == "QuantizeLinear"
+    }
+    largest = {
+        tensor: _LEVELS * float(numpy_helper.to_array(constants[scale])) for tensor, scale in scales.items()
+    }
+    watched = ModelProto()
+    watched.CopyFrom(master)
+    watched.graph.output.extend(ValueInfoProto(name=tensor) for tensor in scales)
+    session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    counts = {tensor: np.zeros(_BINS) for tensor in scales}
+    for part in np.array_split(pixels, -(-len(pixels) // _BATCH)):
+        for tensor, values in zip(scales, session.run(list(scales), {INPUT: part}), strict=True):
+            counts[tensor] += np.histogram(np.abs(values), _BINS, (0, largest[tensor]))[0]
+    found = {}
+    for tensor, scale in scales.items():
+        share = np.cumsum(counts[tensor]) / counts[tensor].sum()
+        kept = int(np.searchsorted(share, PERCENTILE / 100)) + 1
+        found[scale] = np.float32(kept / _BINS * largest[tensor] / _LEVELS)
+    return found
+
+
+def table(results: Results) -> str:
+    """Markdown: for each size of network a table, whose rows are over all folds."""
+    parts = []
+    for parameters in dict.fromkeys(row.parameters for row in results.rows):
+        rows = [row for row in results.rows if row.parameters == parameters]
+        folds = len({row.checkpoint for row in rows})
+        ways = dict.fromkeys((row.method, row.images, row.mistake) for row in rows)
+        lines = []
+        for method, images, mistake in ways:
+            found = [
+                row.measured
+                for row in rows
+                if (row.method, row.images, row.mistake) == (method, images, mistake)
+            ]
+            refused = sum(measured.refused is not None for measured in found)
+            lines.append(
+                [
+                    "FP32"
+                    if method == "none"
+                    else f"{method}, {images}" + (f", {mistake}" if mistake else ""),
+                    *_columns([measured.validation for measured in found]),
+                    "" if method == "none" else f"{refused} of {folds}",
+                    *_columns([measured.test for measured in found]),
+                    tables.megabytes(fmean(measured.bytes for measured in found)),
+                ]
+            )
+        head = ["agreement", "largest logit difference", "wrong"]
+        parts.append(
+            f"{parameters / 1e6:.3f} M parameters, {folds} {'folds' if folds > 1 else 'fold'}\n\n"
+            + tables.table(
+                [
+                    "calibration",
+                    *(f"validation: {text}" for text in head),
+                    "refused",
+                    *(f"test: {text}" for text in head),
+                    "size",
+                ],
+                lines,
+            )
+        )
+    return "\n".join(parts)
+
+
+def _columns(measurements: Sequence[Measurement]) -> list[str]:
+    wrong, images = (sum(getattr(m, name) for m in measurements) for name in ("wrong", "images"))
+    return [
+        tables.spread([100 * m.agreement for m in measurements], "{:.2f}".format) + " %",
+        tables.spread([m.max_logit_difference for m in measurements], "{:.2f}".format),
+        f"{wrong} of {images}",
+    ]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument(
+    "folders",
+    metavar="RUN_FOLDER...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=FOLDER / "calibration.json",
+    show_default="experiments/results/calibration.json",
+)
+def main(folders: tuple[Path, ...], out: Path) -> None:
+    """Calibrate the pruned checkpoints of RUN_FOLDER... in many ways, and measure what comes out."""
+    started, console, rows = time.monotonic(), Console(), []
+    try:
+        todo = chain.from_iterable(map(measure, folders))
+        rows = list(track(todo, "calibrating", len(folders) * len(VARIANTS), console=console))
+    except (CheckpointError, DatasetError) as error:
+        raise click.ClickException(str(error)) from error
+    results = Results(
+        command=shlex.join(["python", "-m", "experiments.calibration", *map(str, folders)]),
+        machine=this_machine(),
+        versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
+        seconds=round(time.monotonic() - started, 1),
+        rows=rows,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(out) as new:
+        new.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    console.print(table(results), markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
