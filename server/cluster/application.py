@@ -12,11 +12,11 @@ from server.settings import Settings
 
 def build(arguments: Arguments) -> serve.Application:
     """The application of those pools; replicas, resources and limits are the configuration's to set."""
-    pools = [serve.deployment(name=name)(Replica).bind(pool) for name, pool in arguments.pools.items()]
+    pools = [serve.deployment(name=pool.name)(Replica).bind(pool.settings) for pool in arguments.pools]
     if len(pools) == 1:
         return pools[0]
     # The router holds bodies in its own memory, so it has a limit of its own: the most generous pool's.
-    settings = [Settings(**pool) for pool in arguments.pools.values()]
+    settings = [Settings(**pool.settings) for pool in arguments.pools]
     return serve.deployment(name=ROUTER)(Router).bind(
         *pools,
         max_body_bytes=max(pool.max_body_bytes for pool in settings),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from server.settings import Settings
 
@@ -14,32 +14,61 @@ ROUTER: Final = "router"
 _RAYS: Final = ("host", "port", "grpc_port", "keep_alive_s", "drain_delay_s", "watch", "watch_interval_s")
 
 
+class Pool(BaseModel):
+    """One deployment: what all of its replicas are.
+
+    Besides its fields it takes the settings of `trimrt serve`.
+
+    Attributes:
+        name: of the deployment.
+        engine: what `trimrt serve --engine` takes, on the replica's node.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(min_length=1)
+    engine: str = Field(min_length=1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the name."""
+        return self.model_dump(exclude={"name"})
+
+    @model_validator(mode="after")
+    def _check(self) -> Pool:
+        if self.name == ROUTER:
+            raise ValueError(f"{ROUTER!r} is the name of the deployment in front of the pools")
+        if rays := [setting for setting in _RAYS if setting in self.settings]:
+            raise ValueError(f"pool {self.name!r} sets {', '.join(rays)}, which is Ray's to decide")
+        try:
+            Settings(**self.settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"pool {self.name!r}: {where}: {first['msg']}") from None
+        return self
+
+
 class Arguments(BaseModel):
     """`args` of the application.
 
     Attributes:
-        pools: for each deployment its settings, those of `trimrt serve`. The first is asked first.
+        pools: the first is asked first.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    pools: dict[str, dict[str, Any]] = Field(min_length=1)
+    pools: list[Pool] = Field(min_length=1)
 
     @field_validator("pools")
     @classmethod
-    def _check(cls, pools: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, settings in pools.items():
-            if name == ROUTER:
-                raise ValueError(f"{ROUTER!r} is the name of the deployment in front of the pools")
-            if rays := [setting for setting in _RAYS if setting in settings]:
-                raise ValueError(f"pool {name!r} sets {', '.join(rays)}, which is Ray's to decide")
-            if not settings.get("engine"):
-                raise ValueError(f"pool {name!r} names no engine")
-            try:
-                Settings(**settings)
-            except ValidationError as error:
-                first = error.errors()[0]
-                raise ValueError(
-                    f"pool {name!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-                ) from None
+    def _check(cls, pools: list[Pool]) -> list[Pool]:
+        if len({pool.name for pool in pools}) < len(pools):
+            raise ValueError("every pool needs a name of its own")
         return pools
+
+
+def on_share(settings: dict[str, Any], cpus: float) -> Settings:
+    """The settings of a server that has so many cores of its machine; what they set themselves stays."""
+    threads = max(1, int(cpus))
+    return Settings(**({"decode_threads": threads, "inference_threads": threads} | settings))

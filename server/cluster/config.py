@@ -52,10 +52,10 @@ def configure(pools: Sequence[Pool], *, name: str, host: str, port: int, route_p
     """
     manifests = [read_manifest(pool.engine) for pool in pools]
     _check_alike(pools, manifests)
-    engines = {
-        manifest.name: {"engine": str(pool.engine.resolve())}
+    engines = [
+        {"name": manifest.name, "engine": str(pool.engine.resolve())}
         for pool, manifest in zip(pools, manifests, strict=True)
-    }
+    ]
     deployments = [_deployment(pool, manifest) for pool, manifest in zip(pools, manifests, strict=True)]
     if len(pools) > 1:
         room = sum(
@@ -86,7 +86,7 @@ def configure(pools: Sequence[Pool], *, name: str, host: str, port: int, route_p
                 "name": name,
                 "route_prefix": route_prefix,
                 "import_path": "server.cluster:app",
-                "args": Arguments(pools=engines).model_dump(),
+                "args": Arguments.model_validate({"pools": engines}).model_dump(),
                 "deployments": deployments,
             }
         ],

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope
 
 from server import logs
 from server.app import create_app
+from server.cluster.arguments import on_share
 from server.cluster.metrics import ReplicaMetrics
 from server.problems import Problem
-from server.settings import Settings
 
 
 class Replica:
@@ -28,8 +28,8 @@ class Replica:
     """
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
-        cores = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-        configured = Settings(**({"decode_threads": cores, "inference_threads": cores} | settings))
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+        configured = on_share(settings, cpus)
         logs.configure(configured.log_level, configured.log_format, access_log=configured.access_log)
         self._id = serve.get_replica_context().replica_tag
         self._answered, self._failed = 0, 0

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import ray.data
 from numpy.typing import NDArray
+from ray.exceptions import RayError
 
 from server.cluster.options import Replicas
-from server.manifest import Manifest
+from server.manifest import EngineError, Manifest
 from server.predict.parts import SCHEMA, Plan
 from server.predict.runs import score_parts
-from server.predict.scoring import Workload, open_scorer
+from server.predict.scoring import Scorer, Workload, open_scorer
 from server.predict.sources import Source
 
-_PART = "part"
+_PART: Final = "part"
+_CONNECT_SECONDS: Final = 10
 
 
 class PartScorer:
-    """One actor: an engine on its share of a machine."""
+    """One actor: an engine on its share of a machine.
+
+    It loads the engine for its first part: an actor that fails to start, Ray would report as one that died.
+    """
 
     def __init__(self, workload: Workload, manifest: Manifest, source: Source, plan: Plan) -> None:
         self._manifest = manifest
         self._source = source
         self._plan = plan
-        self._opened = open_scorer(workload)  # held on to: it closes with its last reference
-        self._scorer = self._opened.__enter__()
+        self._opening = open_scorer(workload)  # held on to: it closes with its last reference
+        self._scorer: Scorer | None = None
 
     def __call__(self, parts: dict[str, NDArray[np.int64]]) -> pa.Table:
         """The rows of one part, and its number beside each of them."""
+        if self._scorer is None:
+            self._scorer = self._opening.__enter__()
         number = int(parts[_PART][0])
         ((_, table),) = score_parts(self._scorer, self._manifest, self._source, self._plan, [number])
         return table.append_column(_PART, pa.array([number] * len(table), pa.int64()))
@@ -42,10 +53,30 @@ def connect(address: str) -> None:
     """Join the cluster at `address`; `auto` is the one that runs here, `local` a new one on this machine.
 
     Raises:
-        ConnectionError: there is none.
+        ConnectionError: there is none; the message says what to do.
     """
-    if not ray.is_initialized():
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # progress and errors are shown by the caller
+    if ray.is_initialized():
+        return
+    if address not in ("auto", "local"):
+        _check_listening(address)
+    try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError as error:
+        if address != "auto":
+            raise
+        raise ConnectionError(
+            "no Ray cluster runs on this machine; start one with `ray start --head`, or use --ray local"
+        ) from error
+
+
+def _check_listening(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster listens at {address!r}: {error}") from None
 
 
 def score_on_cluster(
@@ -78,7 +109,7 @@ def score_on_cluster(
         Each part with its rows, in any order.
 
     Raises:
-        ray.exceptions.RayError: an actor failed, or the cluster.
+        EngineError: an actor cannot use the engine, or the cluster failed.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -98,11 +129,20 @@ def score_on_cluster(
         num_gpus=gpus,
     )
     arrived: dict[int, list[pa.Table]] = {}
-    for block in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for part, rows in _by_part(block):
-            arrived.setdefault(part, []).append(rows)
-            if sum(map(len, arrived[part])) == len(plan.span(part)):
-                yield part, pa.concat_tables(arrived.pop(part))
+    try:
+        for block in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for part, rows in _by_part(block):
+                arrived.setdefault(part, []).append(rows)
+                if sum(map(len, arrived[part])) == len(plan.span(part)):
+                    yield part, pa.concat_tables(arrived.pop(part))
+    except RayError as error:
+        raise EngineError(_reason(error)) from error
+
+
+def _reason(error: RayError) -> str:
+    """What the engine said, for Ray keeps no more of an exception than its text; else what Ray says."""
+    found = re.search(rf"{EngineError.__name__}: (.+)", str(error))
+    return found[1] if found else f"the cluster gave up: {error}"
 
 
 def _by_part(block: pa.Table) -> Iterator[tuple[int, pa.Table]]:

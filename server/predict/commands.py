@@ -248,7 +248,7 @@ def _score(
     try:
         connect(cluster.address)
     except ConnectionError as error:
-        raise click.ClickException(f"no Ray cluster at {cluster.address}: {error}") from None
+        raise click.ClickException(str(error)) from None
     for part, table in score_on_cluster(
         *(workload, manifest, source, plan, missing),
         actors=cluster.actors,

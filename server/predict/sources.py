@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -50,16 +50,22 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files, each read by whoever decodes it."""
+    """Image files, each read by whoever decodes it.
+
+    Attributes:
+        paths: of the files, as they are called in the output.
+        folder: what they are relative to, for readers in other folders.
+    """
 
     paths: tuple[Path, ...]
+    folder: Path = field(default_factory=Path.cwd)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
         """See `Source`."""
-        return (Item(_text(path), path) for path in self.paths[start:stop])
+        return (Item(_text(path), self.folder / path) for path in self.paths[start:stop])
 
     def digest(self) -> str:
         """See `Source`."""
@@ -77,19 +83,21 @@ class ParquetColumn:
         column: of the images.
         id_column: of what their rows are called in the output; None: the path, or `file#number`.
         rows: how many there are.
+        folder: what `file` is relative to, for readers in other folders.
     """
 
     file: Path
     column: str
     id_column: str | None
     rows: int
+    folder: Path = field(default_factory=Path.cwd)
 
     def __len__(self) -> int:
         return self.rows
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
         """See `Source`; reads from the beginning of the row group that holds `start`."""
-        with pq.ParquetFile(self.file) as file:
+        with pq.ParquetFile(self.folder / self.file) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             first = 0  # row of the group
             group = 0
@@ -113,7 +121,7 @@ class ParquetColumn:
         if isinstance(value, dict):
             value = value["bytes"]
         if isinstance(value, str):
-            return Item(value if name is None else name, self.file.parent / value)
+            return Item(value if name is None else name, self.folder / self.file.parent / value)
         return Item(f"{_text(self.file)}#{row}" if name is None else name, value)
 
     def digest(self) -> str:

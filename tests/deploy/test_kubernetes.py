@@ -397,7 +397,7 @@ def test_kuberay_serves_what_trimrt_cluster_config_writes(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     written = yaml.safe_load(done.stdout)
-    written["applications"][0]["args"]["pools"][name]["engine"] = f"/engines/{name}"
+    written["applications"][0]["args"]["pools"][0]["engine"] = f"/engines/{name}"
     assert said == written
     module, _, attribute = said["applications"][0]["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), attribute))

@@ -1,0 +1,245 @@
+"""What Ray Serve costs, and what a second replica gains: `python -m benchmarks.ray_serve`.
+
+Every server and every replica decodes on one thread and computes on one thread, so that two replicas have
+twice what one has. Ray's own processes and `wrk` share the machine with them.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import click
+from pydantic import BaseModel, Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.contenders import BUILD, TRIMRT, Contender, Form
+from benchmarks.engine import FP32, INT8, prepare
+from benchmarks.load import Load
+from benchmarks.measurements import Machine, this_machine
+from benchmarks.photos import photographs, store
+from benchmarks.processes import exit_on_sigterm
+from benchmarks.report import markdown_table
+from benchmarks.serving import Serving, serving
+
+CONNECTIONS: Final = (1, 16)  # latency, and throughput
+
+_PROGRAMS: Final = Path(sys.executable).parent
+_START_SECONDS: Final = 120
+
+
+@dataclass(frozen=True)
+class Setup(Contender):
+    """TrimRT from this environment, bare or on Ray Serve.
+
+    Attributes:
+        package: the engine package.
+        replicas: how many on Ray Serve; None: `trimrt serve`.
+    """
+
+    package: str = INT8
+    replicas: int | None = None
+
+    def command(self, engines: Path, port: int) -> list[str]:
+        """`trimrt serve`, or what `trimrt cluster config` says, run by Ray."""
+        package = str(engines / self.package)
+        if self.replicas is None:
+            one_thread = ["--inference-threads", "1", "--decode-threads", "1"]
+            return [str(_PROGRAMS / "trimrt"), "serve", "--engine", package, "--port", str(port), *one_thread]
+        configuration = BUILD / f"{self.name}.yaml"
+        options = ["--replicas", str(self.replicas), "--port", str(port), "--output", str(configuration)]
+        subprocess.run(
+            [str(_PROGRAMS / "trimrt"), "cluster", "config", package, *options],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return [str(_PROGRAMS / "serve"), "run", str(configuration)]
+
+    def variables(self, form: Form, engines: Path, port: int) -> dict[str, str]:
+        """A new cluster on this machine, whatever else runs here."""
+        return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
+
+    def wait(self, server: Serving) -> None:
+        """Return once every replica answers.
+
+        Raises:
+            click.ClickException: one did not in two minutes.
+        """
+        seen: set[str] = set()
+        deadline = time.monotonic() + _START_SECONDS
+        while len(seen) < (self.replicas or 0):
+            if time.monotonic() > deadline:
+                raise click.ClickException(f"{len(seen)} of {self.replicas} replicas answer")
+            with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
+                connection.request("GET", "/health/live")
+                response = connection.getresponse()
+                response.read()
+                if replica := response.getheader("X-Replica-Id"):
+                    seen.add(replica)
+
+
+def setups(package: str) -> list[Setup]:
+    """The servers that are compared, over one engine."""
+    bare = Setup("ray-bare", "trimrt serve", TRIMRT.path, package=package)
+    return [
+        bare,
+        *(
+            Setup(
+                f"ray-{replicas}",
+                f"Ray Serve, {replicas} replicas",
+                TRIMRT.path,
+                package=package,
+                replicas=replicas,
+            )
+            for replicas in (1, 2)
+        ),
+    ]
+
+
+class Point(BaseModel):
+    """One load on one server."""
+
+    package: str
+    server: str
+    round: int
+    connections: int
+    load: Load
+    cpu_ms: float = Field(description="processor time of all its processes for one image")
+
+
+class Comparison(BaseModel):
+    """What Ray Serve costs and gains for one engine; medians over the rounds."""
+
+    package: str
+    throughput: dict[str, float] = Field(description="images a second, by server")
+    p50_ms: dict[str, float] = Field(description="of one connection, by server")
+    cpu_ms: dict[str, float] = Field(description="processor time for an image, by server")
+    second_replica: float = Field(description="throughput of two replicas over one")
+    overhead_ms: float = Field(description="p50 of one connection: one replica less the bare server")
+    overhead_cpu_ms: float = Field(
+        description="processor time for an image: one replica less the bare server"
+    )
+
+
+class Results(BaseModel):
+    """One run of this benchmark."""
+
+    machine: Machine
+    seconds: float = Field(description="of each load")
+    environment: dict[str, str] = Field(description="what Ray Serve was told by its variables")
+    points: list[Point] = []
+    comparisons: list[Comparison] = []
+
+
+def compare(package: str, points: list[Point]) -> Comparison:
+    """The comparison of the servers over `package`."""
+    bare, one, two = (setup.title for setup in setups(package))
+    few, many = CONNECTIONS
+
+    def medians(connections: int, figure: Callable[[Point], float]) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for point in points:
+            if (point.package, point.connections) == (package, connections):
+                found.setdefault(point.server, []).append(figure(point))
+        return {server: median(figures) for server, figures in found.items()}
+
+    throughput = medians(many, lambda point: point.load.throughput)
+    p50 = medians(few, lambda point: point.load.p50)
+    cpu_ms = medians(many, lambda point: point.cpu_ms)
+    return Comparison(
+        package=package,
+        throughput=throughput,
+        p50_ms=p50,
+        cpu_ms=cpu_ms,
+        second_replica=throughput[two] / throughput[one],
+        overhead_ms=p50[one] - p50[bare],
+        overhead_cpu_ms=cpu_ms[one] - cpu_ms[bare],
+    )
+
+
+def markdown(results: Results) -> str:
+    """The comparisons as tables."""
+    few, many = CONNECTIONS
+    lines = []
+    for comparison in results.comparisons:
+        head = [comparison.package, f"images/s, {many} connections", f"p50 ms, {few}", "CPU ms an image"]
+        rows = [
+            [server, f"{rate:.1f}", f"{comparison.p50_ms[server]:.2f}", f"{comparison.cpu_ms[server]:.2f}"]
+            for server, rate in comparison.throughput.items()
+        ]
+        lines += [
+            *markdown_table(head, rows),
+            "",
+            f"The second replica: {comparison.second_replica:.2f}x. Ray Serve adds "
+            f"{comparison.overhead_ms:.2f} ms to a request, and {comparison.overhead_cpu_ms:.2f} ms of "
+            "processor time.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--seconds", default=10.0, show_default=True, help="Length of each load.")
+@click.option(
+    "--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds over all servers."
+)
+@click.option(
+    "--output",
+    default=BUILD / "results",
+    type=click.Path(path_type=Path, file_okay=False),
+    show_default="build/benchmarks/results",
+    help="Folder for ray_serve.json and ray_serve.md.",
+)
+def main(seconds: float, rounds: int, output: Path) -> None:
+    """Measure what Ray Serve costs, and what a second replica gains."""
+    exit_on_sigterm()
+    engines = prepare(BUILD / "engine", click.echo)
+    files = store("640x427", photographs(), BUILD / "photographs")
+    results = Results(
+        machine=this_machine(),
+        seconds=seconds,
+        environment={name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")},
+    )
+    packages = (INT8, FP32)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=rounds * len(packages) * len(setups(INT8)) * len(CONNECTIONS))
+        for number in range(rounds):
+            for setup in (setup for package in packages for setup in setups(package)):
+                progress.update(task, description=f"{setup.title}, {setup.package}")
+                with serving(setup, "trimrt", engines, files[0].read_bytes()) as server:
+                    setup.wait(server)
+                    server.load(files, max(CONNECTIONS), min(2, seconds))
+                    for connections in CONNECTIONS:
+                        load, cpu_ms = server.load(files, connections, seconds)
+                        results.points.append(
+                            Point(
+                                package=setup.package,
+                                server=setup.title,
+                                round=number,
+                                connections=connections,
+                                load=load,
+                                cpu_ms=cpu_ms,
+                            )
+                        )
+                        progress.advance(task)
+    results.comparisons = [compare(package, results.points) for package in packages]
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "ray_serve.json").write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    text = markdown(results)
+    (output / "ray_serve.md").write_text(text, encoding="utf-8")
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
