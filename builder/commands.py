@@ -23,7 +23,7 @@ from rich.text import Text
 from builder.export import ExportError
 from builder.import_onnx import NORMALISATIONS
 from builder.int8 import METHODS
-from builder.kit import GraphSource, KitError, is_kit, open_kit
+from builder.kit import GraphSource, Kit, KitError, is_kit, open_kit
 from builder.packages import Package, build_package
 from builder.publication import PublicationError
 from builder.selection import build_best
@@ -120,12 +120,19 @@ def _preparation_options(command: _Command) -> _Command:
     return command
 
 
-def _rescues(source: str, preparation: dict[str, Any]) -> Iterator[str]:
-    """What may yet make INT8 pass the gate."""
-    of = " (of `trimrt prepare`)" if is_kit(Path(source)) else ""
-    if not preparation["sensitivity"]:
+def _rescues(source: GraphSource, preparation: dict[str, Any]) -> Iterator[str]:
+    """What has not been tried to make INT8 pass the gate."""
+    tried, of = preparation, ""
+    if isinstance(source, Kit):
+        made = [graph.calibration for graph in source.manifest.graphs if graph.calibration is not None]
+        tried = {
+            "sensitivity": any(calibration.higher_precision_layers for calibration in made),
+            "qat": any(calibration.method == "qat" for calibration in made),
+        }
+        of = " (of `trimrt prepare`)"
+    if not tried["sensitivity"]:
         yield f"--sensitivity{of} finds the layers that INT8 hurts most, and keeps them out of it"
-    if not preparation["qat"] and not Path(source).is_file():
+    if not tried["qat"] and not source.path.is_file():  # a file is a graph, which cannot be trained
         yield f"--qat{of} fine-tunes the network for INT8"
 
 
@@ -233,11 +240,11 @@ def build(
                     continue
                 display.note_package(package)
                 packages.append(package)
+            if refused and {"int8", "best"} & set(precisions):
+                refused += _rescues(graphs, preparation)
         if any(package.manifest.evidence for package in packages):
             display.note(_table(packages))
     if refused:
-        if {"int8", "best"} & set(precisions):
-            refused += _rescues(source, preparation)
         raise click.ClickException("\n".join(refused))
 
 

@@ -33,15 +33,19 @@ from models.training import Images, derive_seed, reproducible, train
 DISTILLATION: Final = Distillation(alpha=0.1)  # to be the network that it was matters more than the labels
 
 # Activations per tensor, their ranges calibrated and then fixed; weights per output channel, of the range
-# that they have at each step.
+# that they have at each step. A maximum of rounded values is the rounded maximum: it may be taken in INT8.
+_ACTIVATION: Final = {"num_bits": 8, "axis": None}
+_WEIGHT: Final = {"num_bits": 8, "axis": 0, "type": "dynamic"}
 _LAYERS: Final[list[dict[str, Any]]] = [
     {"quantizer_name": "*", "enable": False},
     *(
         {"parent_class": layer, "quantizer_name": f"*{tensor}_quantizer", "cfg": settings}
-        for layer in ("nn.Conv2d", "nn.Linear")
-        for tensor, settings in (
-            ("input", {"num_bits": 8, "axis": None}),
-            ("weight", {"num_bits": 8, "axis": 0, "type": "dynamic"}),
+        for layer, tensor, settings in (
+            ("nn.Conv2d", "input", _ACTIVATION),
+            ("nn.Conv2d", "weight", _WEIGHT),
+            ("nn.Linear", "input", _ACTIVATION),
+            ("nn.Linear", "weight", _WEIGHT),
+            ("nn.MaxPool2d", "input", _ACTIVATION),
         )
     ),
 ]

@@ -132,6 +132,7 @@ def test_engine_that_fails_the_gate_is_not_published(
     assert result.exit_code == 1
     assert "tiny-digits-int8-openvino was not published" in result.output
     assert "top-1 falls by" in result.output
+    assert "--qat (of `trimrt prepare`) fine-tunes the network for INT8" in result.output
     assert _visible(output) == ["tiny-digits-fp32-openvino"]  # which is none the worse for it
     assert not list(output.glob("*/*.partial")) + list(output.glob("*.partial"))
 
