@@ -35,6 +35,7 @@ from server.manifest import BatchSizes, Manifest, Precision
 RESULT: Final = "result.json"
 
 _TIMES: Final = "seconds.json"
+_MEMORY: Final = "peak-rss-mb.json"
 _BATCH: Final = BatchSizes(min=1, opt=8, max=32)
 
 
@@ -73,7 +74,7 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
         _say(console, f"[{number}/{stages}] {base.name}: {variant.name}")
         folder = _variant_folder(base, variant)
         command = study.command(variant, fold, seed=seed, threads=threads, start=start(variant))
-        with _timed(base, variant.name, unless=folder / variant.role):
+        with _cost_kept(base, variant.name, unless=folder / variant.role):
             card = Compression(
                 data,
                 study.recipe(variant, seed=seed, threads=threads, start=start(variant)),
@@ -88,15 +89,12 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
     for number, variant in enumerate(compiled, len(study.variants) + 1):
         _say(console, f"[{number}/{stages}] {base.name}: {variant.name} engines")
         file = _variant_folder(base, variant) / "engines" / RESULT
-        with _timed(base, f"{variant.name} engines", unless=file):
+        with _cost_kept(base, f"{variant.name} engines", unless=file):
             engines.append(_engines(variant, file, data, console))
     labels = [variant.name for variant in study.variants] + [
         f"{variant.name} engines" for variant in compiled
     ]
-    times = _read_times(base)
-    file = base / f"{study.name}-{RESULT}"
-    earlier = [Fold.model_validate_json(file.read_text(encoding="utf-8"))] if file.exists() else []
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    times, memory = _read(base / _TIMES), _read(base / _MEMORY)
     result = Fold(
         fold=fold,
         seed=seed,
@@ -106,9 +104,9 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
         engines=[engine for some in engines for engine in some.engines],
         refused=[words for some in engines for words in some.refused],
         seconds=sum(times[label] for label in labels) if times.keys() >= set(labels) else None,
-        peak_rss_mb=max([memory, *(fold.peak_rss_mb for fold in earlier)]),
+        peak_rss_mb=max(memory[label] for label in labels) if memory.keys() >= set(labels) else None,
     )
-    with replace_file(file) as new:
+    with replace_file(base / f"{study.name}-{RESULT}") as new:
         new.write_text(result.model_dump_json(indent=1), encoding="utf-8")
     return result
 
@@ -199,25 +197,32 @@ def _engine(variant: Variant, folder: Path, manifest: Manifest, test: Verificati
 
 
 @contextmanager
-def _timed(base: Path, stage: str, unless: Path) -> Iterator[None]:
-    """Add what passes to the stage's time, interrupted or not, if it is not finished already."""
+def _cost_kept(base: Path, stage: str, unless: Path) -> Iterator[None]:
+    """Keep what the stage takes, interrupted or not, unless it is finished already: reading is no cost.
+
+    The time of all attempts is added up. The memory is the most that a process has held by the stage's end.
+    """
     finished, started = unless.exists(), time.monotonic()
     try:
         yield
     finally:
         if not finished:
-            times = _read_times(base)
+            times, memory = _read(base / _TIMES), _read(base / _MEMORY)
+            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             times[stage] = round(times.get(stage, 0.0) + time.monotonic() - started, 1)
-            with replace_file(base / _TIMES) as new:
-                new.write_text(json.dumps(times, indent=1), encoding="utf-8")
+            memory[stage] = round(max(memory.get(stage, 0.0), held), 1)
+            for name, kept in ((_TIMES, times), (_MEMORY, memory)):
+                with replace_file(base / name) as new:
+                    new.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
-def _read_times(base: Path) -> dict[str, float]:
+def _read(file: Path) -> dict[str, float]:
+    """A number for each stage."""
     try:
-        times: dict[str, float] = json.loads((base / _TIMES).read_text(encoding="utf-8"))
+        numbers: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return times
+    return numbers
 
 
 def _main() -> None:

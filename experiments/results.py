@@ -55,7 +55,7 @@ class Fold(BaseModel):
     engines: list[Engine]
     refused: list[str] = Field(default=[], description="engines beyond the gate, with its words")
     seconds: float | None = Field(description="of all stages together")
-    peak_rss_mb: float
+    peak_rss_mb: float | None = Field(description="the most that any stage held; None: not known of all")
 
     def network(self, name: str) -> Network:
         """The network of that name."""

@@ -253,12 +253,12 @@ def _summary_cells(
 
 
 def cost(results: Results) -> str:
-    """What a fold costs."""
+    """What a fold costs, where it was recorded."""
     rows = []
     for fold in results.folds:
-        if fold.seconds is not None:
-            minutes = f"{fold.seconds / 60:.1f}"
-            rows.append([str(fold.fold), str(fold.threads), minutes, f"{fold.peak_rss_mb / 1000:.2f} GB"])
+        minutes = f"{fold.seconds / 60:.1f}" if fold.seconds is not None else "not recorded"
+        memory = f"{fold.peak_rss_mb / 1000:.2f} GB" if fold.peak_rss_mb is not None else "not recorded"
+        rows.append([str(fold.fold), str(fold.threads), minutes, memory])
     return table(["fold", "threads", "minutes", "largest memory"], rows)
 
 

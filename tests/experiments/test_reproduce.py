@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -98,8 +99,22 @@ class TestFold:
     def test_a_rerun_reuses_everything(self, study: Study, finished: tuple[Path, Fold]) -> None:
         runs, fold = finished
         again = run_fold(study, 0, seed=0, threads=1, runs=runs, console=Console(quiet=True))
-        assert again.model_copy(update={"peak_rss_mb": 0}) == fold.model_copy(update={"peak_rss_mb": 0})
-        assert fold.seconds is not None
+        assert again == fold
+
+    def test_what_a_fold_took_is_kept_when_it_is_only_measured_again(
+        self, study: Study, finished: tuple[Path, Fold], tmp_path: Path
+    ) -> None:
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+        file = tmp_path / "three-digits" / "peak-rss-mb.json"
+        stages = json.loads(file.read_text(encoding="utf-8"))
+        assert finished[1].peak_rss_mb == max(stages.values())
+        file.write_text(json.dumps({**stages, "teacher": 1.0, "student": 1e6}), encoding="utf-8")
+        again = run_fold(study, 0, seed=0, threads=1, runs=tmp_path, console=Console(quiet=True))
+        assert again.peak_rss_mb == 1e6
+        assert again.seconds == finished[1].seconds
+        file.unlink()
+        again = run_fold(study, 0, seed=0, threads=1, runs=tmp_path, console=Console(quiet=True))
+        assert again.peak_rss_mb is None
 
     def test_engines_are_built_anew_for_other_weights(
         self, study: Study, finished: tuple[Path, Fold], tmp_path: Path
