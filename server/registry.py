@@ -92,7 +92,8 @@ def resolve_engines(settings: Settings) -> list[Path]:
     """The package folders that `settings.engine` names; the first is the default.
 
     Raises:
-        EngineError: one of them does not exist, or none is named and the directory does not hold exactly one.
+        EngineError: one of them does not exist, or none is named and the directory does not hold exactly one
+            (or with `settings.watch`, holds several).
     """
     names = [name.strip() for name in settings.engine.split(",") if name.strip()]
     if not names:
@@ -100,6 +101,8 @@ def resolve_engines(settings: Settings) -> list[Path]:
         if len(packages) == 1:
             return list(packages)
         if not packages:
+            if settings.watch:
+                return []  # the first that appears is the default
             raise EngineError(f"no engine package in {settings.engine_dir}; `trimrt build` makes one")
         raise EngineError(
             f"{settings.engine_dir} holds {len(packages)} engine packages; choose with --engine NAME: "
@@ -133,6 +136,7 @@ class Registry:
     def __init__(self, settings: Settings, telemetry: Telemetry, load: LoadEngine | None = None) -> None:
         self.loaded: dict[str, Scheduler] = {}
         self.default: str | None = None
+        self._refusal = ""
         self._folders: dict[str, Path] = {}
         self._settings = settings
         self._telemetry = telemetry
@@ -150,7 +154,8 @@ class Registry:
         if wanted is not None and wanted in self.loaded:
             return self.loaded[wanted]
         if name is None:
-            raise Problem("not-ready", "no engine is loaded yet", headers={"Retry-After": "1"})
+            detail = f"no engine is loaded yet{self._refusal and f'; {self._refusal}'}"
+            raise Problem("not-ready", detail, headers={"Retry-After": "1"})
         raise Problem(
             "engine-not-found",
             f"no engine {name!r} is loaded; loaded: {', '.join(sorted(self.loaded)) or 'none'}",
@@ -259,6 +264,7 @@ class Registry:
             if await asyncio.to_thread(find_package, self._settings.engine_dir, name) == folder:
                 await self.load(folder)
         except EngineError as error:
+            self._refusal = str(error)
             log.warning("engine package refused", extra={"folder": str(folder), "reason": str(error)})
 
     async def close(self) -> None:

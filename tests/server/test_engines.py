@@ -170,6 +170,29 @@ def test_watching_picks_up_new_and_newer_packages_and_survives_bad_ones(
         wait_until(lambda: server.predict(encode(0)).json()["engine"]["version"] == "2")
 
 
+def test_a_watcher_of_an_empty_folder_waits_and_serves_the_first_engine_that_it_can(
+    encode: Encode, tmp_path: Path
+) -> None:
+    directory, made = tmp_path / "engines", tmp_path / "made"
+    directory.mkdir()
+    bad, good = write_package(made, "bad"), write_package(made, "good")
+    _damage(bad)
+    settings = Settings(engine_dir=directory, port=0, watch=True, watch_interval_s=0.02)
+
+    def why() -> str:
+        return server.client.get("/health/ready").json()["detail"]
+
+    with running(settings, until=503) as server:
+        wait_until(lambda: why() == "no engine is loaded yet")
+        assert server.client.get("/health/live").status_code == 200
+        assert server.predict(encode(0)).status_code == 503
+        bad.rename(directory / "bad")
+        wait_until(lambda: "damaged or changed" in why())
+        good.rename(directory / "good")
+        wait_until(lambda: server.client.get("/health/ready").status_code == 200)
+        assert server.predict(encode(0)).json()["engine"]["name"] == "good"
+
+
 def test_an_engine_replaced_while_the_body_comes_in_loses_no_request(
     served: Running, encode: Encode, reference: Callable[..., np.ndarray]
 ) -> None:

@@ -51,8 +51,11 @@ class Running:
 
 
 @contextmanager
-def running(settings: Settings, load: LoadEngine | None = None) -> Iterator[Running]:
-    """Serves `settings` until the block ends; the engines are loaded and warm when it begins."""
+def running(settings: Settings, load: LoadEngine | None = None, *, until: int = 200) -> Iterator[Running]:
+    """Serves `settings` until the block ends; when it begins, the engines are loaded and warm.
+
+    `until` is the status of `/health/ready` that is waited for, where no engine is to be loaded.
+    """
     failures: list[Exception] = []
     app = create_app(settings, load=load, on_failure=failures.append)
     server = DrainingServer(app, settings)
@@ -65,7 +68,7 @@ def running(settings: Settings, load: LoadEngine | None = None) -> Iterator[Runn
         wait_until(lambda: server.started)
         with ExitStack() as clients:
             served = Running(url, app, server, clients)
-            wait_until(lambda: bool(failures) or served.client.get("/health/ready").status_code == 200)
+            wait_until(lambda: bool(failures) or served.client.get("/health/ready").status_code == until)
             if failures:
                 raise failures[0]
             yield served
