@@ -81,8 +81,12 @@ def open_target(
         EngineError: its library is not installed here.
     """
     if backend == "openvino":
-        from builder.openvino import OpenVINOTarget
-
+        try:
+            from builder.openvino import OpenVINOTarget
+        except ModuleNotFoundError as error:  # the images for Jetsons do without
+            raise EngineError(
+                f"openvino cannot be imported: {error}; `pip install openvino` installs it"
+            ) from error
         return OpenVINOTarget()
     from builder.tensorrt.options import BuildOptions
     from builder.tensorrt.target import TensorRTTarget

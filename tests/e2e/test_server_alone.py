@@ -60,3 +60,15 @@ def test_help_imports_nothing_heavy() -> None:
     done = run_without(code)
     assert done.returncode == 0, done.stderr
     assert "compress" in done.stdout
+
+
+@pytest.mark.parametrize("target", ["auto", "tensorrt", "openvino"])
+def test_building_without_any_runtime_says_what_is_missing_and_where_it_comes_from(target: str) -> None:
+    code = f"from trimrt.cli import main; main(['build', 'kit', '--target', {target!r}])"
+    done = run_without(code, "openvino", "tensorrt", "tensorrt_rtx")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    remedies = {"tensorrt": "it comes with JetPack", "openvino": "`pip install openvino`"}
+    said = " ".join(done.stderr.split())
+    for backend, remedy in remedies.items():
+        assert (remedy in said) is (target in ("auto", backend)), said
