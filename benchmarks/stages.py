@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import limit
 from benchmarks.contenders import BUILD, TRIMRT, TrimRT
 from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
 from benchmarks.photos import photographs, store
@@ -33,6 +32,8 @@ from benchmarks.serving import Serving, serving
 from models.preprocessing import load_pixels
 from server.engines import load_engine
 from server.engines.base import Options, Slot
+from server.engines.tuned import Setting
+from server.tuning import throughput
 
 _BATCH: Final = 8
 _CONNECTIONS: Final = 8
@@ -86,9 +87,9 @@ def serve_nothing(engines: Path, files: list[Path], seconds: float) -> dict[str,
     with serving(contender, "trimrt", engines, files[0].read_bytes()) as server:
         server.load(files, _CONNECTIONS, min(2, seconds))
         _, whole = server.load(files, _CONNECTIONS, seconds)
-    setting = limit.Setting(slots=1, threads=1, batch=1)
+    setting = Setting(slots=1, threads=1, batch=1)
     encoded = [file.read_bytes() for file in files]
-    _, alone = limit.throughput(engines / NEXT_TO_NOTHING, encoded, setting, seconds)
+    _, alone = throughput(engines / NEXT_TO_NOTHING, setting, encoded, seconds)
     return {
         "a request, network that costs nothing": whole,
         "the same without a server": alone,

@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 import openvino
+from numpy.typing import NDArray
 from openvino import opset13
 
 from builder.targets import Artefact, CompileError, Report
@@ -30,6 +31,7 @@ class OpenVINOTarget:
         report("reading the graph")
         try:
             model = _keep_fp16_weights(core, core.read_model(graph))
+            fold_normalisation(core, model)
             pixels = model.input(0)
             shape = pixels.partial_shape
             shape[0] = openvino.Dimension(batch.min, batch.max)
@@ -45,6 +47,60 @@ class OpenVINOTarget:
     def missing_device(self) -> str | None:
         """None: every machine that OpenVINO installs on has its CPU plugin."""
         return None
+
+
+def fold_normalisation(core: openvino.Core, model: openvino.Model) -> None:
+    """Let a quantised first convolution read the pixels themselves; any other graph stays as it is.
+
+    `(pixels - mean) / std`, rounded to INT8, is a pass over the image of its own, and loses some of it.
+    But pixels are 8-bit integers already: the mean, rounded, is their zero point, and what was rounded
+    off goes into a bias; the standard deviation goes into the weights.
+    """
+    nodes = {op.get_friendly_name(): op for op in model.get_ordered_ops()}
+    layout = nodes.get("pre/layout")
+    convolution = layout and _only_user(layout)
+    if convolution is None or convolution.get_type_name() != "FakeQuantize":
+        return
+    while convolution is not None and convolution.get_type_name() != "Convolution":
+        convolution = _only_user(convolution)
+    if convolution is None:
+        return
+
+    mean = _constant(core, nodes["pre/centre"].input_value(1)).reshape(1, -1, 1, 1)
+    inverse_std = _constant(core, nodes["pre/scale"].input_value(1)).reshape(1, -1, 1, 1)
+    weights = _constant(core, convolution.input_value(1)) * inverse_std
+    zero_point = np.round(mean)
+    rest = (weights * (zero_point - mean)).sum(axis=(1, 2, 3)).reshape(1, -1, 1, 1)
+    scale = np.abs(weights).max(axis=(1, 2, 3), keepdims=True) / 127
+    quantised = np.round(weights / np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.int8)
+
+    pixels = opset13.convert(opset13.transpose(model.input(0), np.array([0, 3, 1, 2])), "f32")
+    low, high = (np.full((1, 1, 1, 1), value, np.float32) for value in (0, 255))
+    pixels = opset13.fake_quantize(pixels, low, high, low, high, levels=256)  # as they are: tells the range
+    pixels = opset13.subtract(pixels, opset13.convert(opset13.constant(zero_point.astype(np.uint8)), "f32"))
+    # A power of two is exact, and one would be optimised away, and with it that this is a quantised input.
+    pixels = opset13.multiply(pixels, np.full((1, 1, 1, 1), 2**-8, np.float32))
+    folded = opset13.multiply(
+        opset13.convert(opset13.constant(quantised), "f32"), (2**8 * scale).astype(np.float32)
+    )
+    users = convolution.output(0).get_target_inputs()
+    convolution.input(0).replace_source_output(pixels.output(0))
+    convolution.input(1).replace_source_output(folded.output(0))
+    biased = opset13.add(convolution, rest.astype(np.float32))
+    for user in users:
+        user.replace_source_output(biased.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _only_user(op: openvino.Node) -> openvino.Node | None:
+    users = op.output(0).get_target_inputs()
+    return users.pop().get_node() if len(users) == 1 else None
+
+
+def _constant(core: openvino.Core, output: openvino.Output) -> NDArray[np.float64]:
+    """The value of a part of a graph that depends on no input."""
+    value: NDArray[np.float32] = core.compile_model(openvino.Model([output], []), "CPU", CONFIGURATION)([])[0]
+    return value.astype(np.float64)
 
 
 def _keep_fp16_weights(core: openvino.Core, model: openvino.Model) -> openvino.Model:

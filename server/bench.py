@@ -13,11 +13,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from models.preprocessing import ImageError
 from server.engines import load_engine
 from server.engines.base import Engine, Options
+from server.engines.tuned import TUNING_NAME
 from server.manifest import EngineError, Precision, read_manifest
 from server.profiling import Layer, profile_layers
 from server.timing import PERCENTILES, Timing, rounds, time_engines
+from server.tuning import sample_photographs, tune
 
 _SHOWN_LAYERS = 20
 
@@ -66,22 +69,35 @@ def _batches(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option(
     "--warm-up", default=0.5, show_default=True, type=click.FloatRange(min=0), help="Seconds before that."
 )
-@click.option(
-    "--slots", type=click.IntRange(min=1), help="Batches at once; the engine's choice if not given."
-)
+@click.option("--slots", default=1, show_default=True, type=click.IntRange(min=1), help="Batches at once.")
 @click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads for all slots together; all if not given."
 )
 @click.option("--profile", is_flag=True, help="Also time every layer, at the largest of the sizes.")
+@click.option(
+    "--tune",
+    "tuning",
+    is_flag=True,
+    help="Instead, try slots, threads, pinning and batch sizes, and keep what serves most in each package.",
+)
+@click.option(
+    "--photo",
+    "photos",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="An image like those that will be served, to tune with; may be repeated.",
+)
 @click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write JSON here.")
 def bench(
     engines: tuple[Path, ...],
     batches: list[int],
     seconds: float,
     warm_up: float,
-    slots: int | None,
+    slots: int,
     threads: int | None,
     profile: bool,
+    tuning: bool,
+    photos: tuple[Path, ...],
     output: Path | None,
 ) -> None:
     """Time engine packages by themselves: no decoding, no HTTP.
@@ -89,7 +105,14 @@ def bench(
     Several packages are timed in turns, so that they compare well even on an unsteady machine. Example:
 
         trimrt bench engines/digits-resnet18-fp32-openvino engines/digits-resnet18-int8-openvino
+
+    and, once on the machine that will serve:
+
+        trimrt bench --tune engines/digits-resnet18-int8-openvino
     """
+    if tuning:
+        _tune(engines, [photo.read_bytes() for photo in photos], Console())
+        return
     options = Options(slots=slots, threads=threads)
     try:
         _check_sizes(engines, batches)
@@ -104,6 +127,33 @@ def bench(
         partial = output.with_name(f".{output.name}.partial")
         partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         partial.replace(output)
+
+
+def _tune(folders: tuple[Path, ...], photographs: list[bytes], console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    for folder in folders:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(f"tuning {escape(folder.name)}", total=1.0)
+            try:
+                tuning = tune(
+                    folder,
+                    photographs or sample_photographs(),
+                    progress=lambda share, task=task: progress.update(task, completed=share),  # type: ignore[misc]
+                )
+            except (EngineError, ImageError) as error:
+                raise click.ClickException(str(error)) from error
+        table = Table("slots", "threads", "pinned", "largest batch", "images/s", box=SIMPLE_HEAD)
+        for trial in sorted(tuning.trials, key=lambda trial: -trial.throughput):
+            setting = trial.setting
+            table.add_row(
+                str(setting.slots),
+                str(setting.threads),
+                "yes" if setting.pinning else "no",
+                str(setting.batch),
+                f"{trial.throughput:.1f}" + ("  chosen" if setting == tuning.setting else ""),
+            )
+        console.print(table)
+        console.print(f"{folder / TUNING_NAME} is used from now on, on machines like this", highlight=False)
 
 
 def _check_sizes(folders: tuple[Path, ...], batches: list[int]) -> None:

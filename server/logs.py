@@ -15,9 +15,7 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
     """What was passed as `extra`, less what libraries note for themselves (Ray marks every record)."""
     return {
-        key: value
-        for key, value in vars(record).items()
-        if key not in _STANDARD and not key.startswith("_")
+        key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")
     }
 
 

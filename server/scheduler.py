@@ -1,8 +1,9 @@
 """From admitted images to results: decode, queue, batch, infer, reassemble.
 
-One `Scheduler` serves one engine. Requests enter and leave on the event loop's thread; in between,
-an image visits one decoding thread and one slot thread. Every slot is opened, filled, run and closed
-by its own thread, and the event loop is woken once per batch, not once per image.
+One `Scheduler` serves one engine. Requests enter and leave on the event loop's thread. Every slot is
+opened, filled, run and closed by a thread of its own, and the event loop is woken once per batch, not
+once per image. For an engine on a device, other threads decode meanwhile; where decoding and inference
+need the same cores, a slot's thread decodes its images itself, straight into the batch.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Result:
         logits: same shape and dtype.
         batch_size: images in the batch it rode in.
         admitted: when the request was.
-        decoding: when a decoding thread took it.
-        decoded: when its pixels joined the engine's queue.
+        decoding: when a thread began to decode it.
+        decoded: when its pixels were there.
         running: when its batch began.
         computed: when its batch ended.
         delivered: when the result was handed back.
@@ -64,12 +65,12 @@ class Result:
 
     @property
     def decode(self) -> float:
-        """Time on the decoding thread."""
+        """Time of decoding."""
         return self.decoded - self.decoding
 
     @property
     def queue(self) -> float:
-        """Time spent waiting: for a decoding thread, and for a slot."""
+        """Time spent waiting: to be decoded, and for the batch to begin."""
         return self.decoding - self.admitted + self.running - self.decoded
 
     @property
@@ -111,14 +112,15 @@ class _Job:
 class _Image:
     """One image on its way."""
 
-    __slots__ = ("decoding", "index", "job", "pixels", "ready_at")
+    __slots__ = ("data", "decoded", "decoding", "index", "job", "ready_at")
 
-    def __init__(self, job: _Job, index: int) -> None:
+    def __init__(self, job: _Job, index: int, data: bytes | Pixels) -> None:
         self.job = job
         self.index = index
-        self.pixels: Pixels  # once it is decoded
+        self.data = data  # pixels, once it is decoded
         self.decoding = job.admitted
-        self.ready_at = job.admitted
+        self.decoded = job.admitted
+        self.ready_at = job.admitted  # joined the queue for a slot
 
     def is_dead(self, now: float) -> bool:
         return self.job.over or now >= self.job.deadline
@@ -154,10 +156,11 @@ class Scheduler:
         self._decoder = decoder
         self._spec = engine.manifest.preprocessing
         self._max_pixels = max_pixels
-        self._max_batch = engine.manifest.batch.max
+        self._max_batch = engine.best_batch
         self._delay = max_batch_delay
         self._waiting: deque[_Image] = deque()
         self._wake = threading.Condition()
+        self._idle_slots = 0
         self._retired = False  # admits no more
         self._closing = False  # the slots are to end
         self._slots: list[asyncio.Task[None]] = []
@@ -229,13 +232,14 @@ class Scheduler:
         self._idle.clear()
         timer = self._loop.call_later(timeout, self._expire, job)
         try:
+            ready = []
             for index, data in enumerate(images):
-                image = _Image(job, index)
-                if isinstance(data, bytes):
-                    self._decoder.submit(partial(self._decode, image, data))
+                image = _Image(job, index, data)
+                if self.engine.on_cpu or not isinstance(data, bytes):
+                    ready.append(image)
                 else:
-                    image.pixels = data
-                    self._enqueue(image)
+                    self._decoder.submit(partial(self._decode_and_enqueue, image))
+            self._enqueue(ready)
             return await job.future
         except asyncio.CancelledError:
             self.stats.drop("cancelled", job.remaining)
@@ -296,7 +300,7 @@ class Scheduler:
                 len(batch),
                 job.admitted,
                 image.decoding,
-                image.ready_at,
+                image.decoded,
                 started,
                 finished,
                 now,
@@ -320,30 +324,41 @@ class Scheduler:
         for image in batch:
             self._fail(image.job, problem)
 
-    # --- on a decoding thread, or the event loop ---------------------------------------------------
+    # --- on any thread -----------------------------------------------------------------------------
 
-    def _enqueue(self, image: _Image) -> None:
+    def _enqueue(self, images: list[_Image]) -> None:
         with self._wake:
-            self._waiting.append(image)
-            self._wake.notify()
+            self._waiting.extend(images)
+            self._wake.notify(len(images))
 
-    def _decode(self, image: _Image, data: bytes) -> None:
-        """Turn `data` into `image`'s pixels and queue it; failures go to its request."""
+    def _decode(self, image: _Image) -> Pixels | None:
+        """`image`'s pixels; None after a failure, which its request is told."""
+        if not isinstance(image.data, bytes):
+            return image.data
         image.decoding = time.monotonic()
-        if image.is_dead(image.decoding):
-            return
         try:
-            image.pixels = load_pixels(data, self._spec, max_pixels=self._max_pixels)
+            pixels = load_pixels(image.data, self._spec, max_pixels=self._max_pixels)
         except ImageError as error:
-            self._loop.call_soon_threadsafe(self._fail, image.job, image_problem(error, image.index))
+            problem = image_problem(error, image.index)
         except Exception:
             log.exception("decoding failed")
-            self._loop.call_soon_threadsafe(
-                self._fail, image.job, Problem("internal-error", "decoding failed")
-            )
+            problem = Problem("internal-error", "decoding failed")
         else:
-            image.ready_at = time.monotonic()
-            self._enqueue(image)
+            image.decoded = time.monotonic()
+            return pixels
+        self._loop.call_soon_threadsafe(self._fail, image.job, problem)
+        return None
+
+    # --- on a decoding thread ----------------------------------------------------------------------
+
+    def _decode_and_enqueue(self, image: _Image) -> None:
+        if image.is_dead(time.monotonic()):
+            return
+        pixels = self._decode(image)
+        if pixels is not None:
+            image.data = pixels
+            image.ready_at = image.decoded
+            self._enqueue([image])
 
     # --- on a slot's thread ------------------------------------------------------------------------
 
@@ -356,8 +371,9 @@ class Scheduler:
         try:
             manifest = self.engine.manifest
             # TensorRT sets up an execution context and a CUDA graph for each size.
-            for size in warmup_sizes(manifest.batch, every=manifest.backend != "openvino"):
+            for size in warmup_sizes(manifest.batch, every=not self.engine.on_cpu):
                 slot.infer(size)
+            slot.infer(manifest.batch.min, alone=True)
         except Exception as error:
             self._loop.call_soon_threadsafe(opened.set_exception, error)
         else:
@@ -370,19 +386,35 @@ class Scheduler:
     def _next_batch(self) -> list[_Image]:
         """Wait for work; empty once the scheduler is closing."""
         with self._wake:
+            self._idle_slots += 1
             while True:
                 now = time.monotonic()
-                batch, _, wake_at = collate(self._waiting, now, self._max_batch, self._delay)
+                batch, _, wake_at = collate(self._waiting, now, self._batch_size(), self._delay)
                 if batch or self._closing:
+                    self._idle_slots -= 1
                     return batch
                 self._wake.wait(None if wake_at == math.inf else wake_at - now)
 
+    def _batch_size(self) -> int:
+        """The most images that a slot may take now."""
+        if self.engine.on_cpu and not self._delay:  # what waits is shared between the idle cores
+            return max(1, min(self._max_batch, -(-len(self._waiting) // self._idle_slots)))
+        return self._max_batch
+
     def _run_batch(self, slot: Slot, batch: list[_Image]) -> None:
-        started = time.monotonic()
+        ready: list[_Image] = []
         try:
-            for row, image in enumerate(batch):
-                slot.pixels[row] = image.pixels
-            outputs = slot.infer(len(batch))
+            for image in batch:
+                pixels = self._decode(image)
+                if pixels is not None:
+                    slot.pixels[len(ready)] = pixels
+                    ready.append(image)
+            if not ready:
+                return
+            started = time.monotonic()
+            alone = self._idle_slots == self.engine.slots - 1 and not self._waiting
+            outputs = slot.infer(len(ready), alone=alone)
+            finished = time.monotonic()
             # The slot's arrays are overwritten by its next batch.
             probabilities, logits = outputs.probabilities.copy(), outputs.logits.copy()
             device = {stage: milliseconds / 1000 for stage, milliseconds in outputs.timings_ms.items()}
@@ -392,5 +424,5 @@ class Scheduler:
             self._loop.call_soon_threadsafe(self._deliver_failure, batch, problem)
             return
         self._loop.call_soon_threadsafe(
-            self._deliver, batch, probabilities, logits, started, time.monotonic(), device
+            self._deliver, ready, probabilities, logits, started, finished, device
         )

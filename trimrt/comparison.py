@@ -88,7 +88,7 @@ def _engine_row(package: Path, card: Card, test: ImageSet, stack: ExitStack) -> 
         macs=card.metrics.macs,
         size=(package / "model.onnx").stat().st_size,
         accuracy=accuracy(engine, test),
-        run=lambda: slot.infer(1),
+        run=lambda: slot.infer(1, alone=True),
     )
 
 

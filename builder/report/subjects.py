@@ -90,7 +90,7 @@ class EngineSubject:
         """What runs one batch of random pixels."""
         slot = stack.enter_context(closing(self.engine.open_slot()))
         slot.pixels[:] = np.random.default_rng(0).integers(0, 256, slot.pixels.shape, dtype=np.uint8)
-        return lambda: slot.infer(self.batch)
+        return lambda: slot.infer(self.batch, alone=True)
 
 
 def open_subject(folder: Path, described_by: Card | Manifest) -> Subject:

@@ -15,6 +15,7 @@ from server.settings import Settings
 
 _ROUTERS: Final = 2  # so that one is left when the other dies
 _ROUTER_CPUS: Final = 0.5
+_STOP_SECONDS: Final = 60.0  # with HAProxy, Ray serves on for 30 s before it waits for what runs
 
 
 class Pool(NamedTuple):
@@ -67,7 +68,7 @@ def configure(pools: Sequence[Pool], *, name: str, host: str, port: int, route_p
                 "name": ROUTER,
                 "num_replicas": _ROUTERS,
                 "max_ongoing_requests": 2 * room,
-                "graceful_shutdown_timeout_s": _defaults().grace_s,
+                "graceful_shutdown_timeout_s": _STOP_SECONDS,
                 "ray_actor_options": {"num_cpus": _ROUTER_CPUS},
                 "logging_config": {"log_level": "ERROR"},  # a pool without room is no event
             }
@@ -131,6 +132,6 @@ def _deployment(pool: Pool, manifest: Manifest) -> dict[str, Any]:
         "max_ongoing_requests": ongoing,
         "max_queued_requests": ongoing,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
-        "graceful_shutdown_timeout_s": _defaults().grace_s,
+        "graceful_shutdown_timeout_s": _STOP_SECONDS,
         "ray_actor_options": resources,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from server.engines.base import Engine, Options
+from server.engines.tuned import with_tuning
 from server.manifest import Backend, EngineError, read_manifest
 
 # Each module has `load(folder, manifest, options) -> Engine`.
@@ -20,7 +21,8 @@ _RUNTIMES: Final[dict[Backend, str]] = {
 def load_engine(folder: Path, options: Options | None = None) -> Engine:
     """The engine package in `folder`, checked against this machine and ready to open slots.
 
-    Nothing in the package but its manifest is interpreted before versions, device and hashes fit.
+    Nothing in the package but its manifest is interpreted before versions, device and hashes fit. What
+    `options` leave open is taken from the package's tuning for this machine, if it has one.
 
     Raises:
         EngineError: no package, or one that is damaged or was built for something else; the message
@@ -34,5 +36,5 @@ def load_engine(folder: Path, options: Options | None = None) -> Engine:
             f"{folder} needs {manifest.backend} {manifest.backend_version}, "
             f"which cannot be imported here: {error}"
         ) from error
-    engine: Engine = runtime.load(folder, manifest, options or Options())
+    engine: Engine = runtime.load(folder, manifest, with_tuning(folder, options or Options()))
     return engine

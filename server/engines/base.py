@@ -7,6 +7,8 @@ one engine may run at once.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,13 +19,20 @@ from numpy.typing import NDArray
 from server.manifest import Manifest
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Options:
     """How an engine uses this machine; None leaves the choice to the runtime.
 
     Attributes:
         slots: batches that may run at once.
-        threads: CPU threads that all slots share; only CPU runtimes use it.
+        threads: CPU threads for all slots together; only CPU runtimes use it.
+        batch: the most images that a slot is given at once.
+        pinning: bind each CPU thread to a core; only CPU runtimes use it.
         cuda: the CUDA interface of GPU runtimes.
         cuda_graphs: capture a CUDA graph for each batch size, where the CUDA interface can.
         host_code: let a plan run code of its own on the CPU (version-compatible TensorRT plans do);
@@ -32,6 +41,8 @@ class Options:
 
     slots: int | None = None
     threads: int | None = None
+    batch: int | None = None
+    pinning: bool = False
     cuda: Literal["cuda-bindings", "pycuda"] | None = None
     cuda_graphs: bool = True
     host_code: bool = False
@@ -59,8 +70,12 @@ class Slot(Protocol):
     def pixels(self) -> NDArray[np.uint8]:
         """`uint8` NHWC of shape `(batch.max, height, width, 3)`, to be filled before `infer`."""
 
-    def infer(self, count: int) -> Outputs:
+    def infer(self, count: int, *, alone: bool = False) -> Outputs:
         """Run the first `count` images of `pixels`.
+
+        Args:
+            count: images in the batch.
+            alone: no other slot has work, so this one may use the whole machine.
 
         Raises:
             ValueError: `count` is outside the engine's batch sizes.
@@ -81,6 +96,14 @@ class Engine(Protocol):
     @property
     def slots(self) -> int:
         """How many slots keep this machine busy."""
+
+    @property
+    def best_batch(self) -> int:
+        """Images beyond which a larger batch gains nothing."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether inference takes the cores that decoding needs too."""
 
     def open_slot(self) -> Slot:
         """A slot for the calling thread."""

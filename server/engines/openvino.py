@@ -11,43 +11,28 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from server.engines.base import Options, Outputs
+from server.engines.base import Options, Outputs, cores
+from server.engines.processor import processor
 from server.manifest import Compatibility, EngineError, Manifest, check_artefact
 
 # Left to itself the CPU plugin computes FP32 graphs in BF16 where the processor has it.
 CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 # A loaded model prepares its kernels anew whenever the batch size changes, which takes longer than a
-# small network's inference. So the smallest sizes have a model each, a lane, and the others share one.
-_MAX_LANES: Final = 8
-_LANES_BYTES: Final = 256 << 20
-
-# The instruction sets that decide which kernels a graph is lowered to.
-_FEATURES: Final = frozenset(
-    (
-        *("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
-        *("amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "sve", "sve2", "bf16"),
-    )
-)
+# small network's inference. So each slot keeps one for each of a few sizes, and a batch of 7 runs as
+# 4 + 2 + 1. Sizes in order of what they gain; as many as fit the memory.
+_SIZES: Final = (1, 4, 2, 8, 16, 32)
+_LEAST_SIZES: Final = 2
+_MEMORY_BYTES: Final = 160 << 20
+_LOADED_FACTOR: Final = 4  # bytes of a loaded model over those of its blob, about
 
 
 def this_machine() -> Compatibility:
     """What a blob built here is bound to."""
-    name, features = _processor()
+    name, features = processor()
     return Compatibility(
         os=platform.system(), cpu_architecture=platform.machine(), cpu_name=name, cpu_features=features
     )
-
-
-def _processor() -> tuple[str | None, list[str]]:
-    """This processor's name and those of its instruction sets that matter, as far as Linux says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None, []
-    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = (info.get("flags") or info.get("Features") or "").split()
-    return info.get("model name"), sorted(_FEATURES.intersection(flags))
 
 
 def load(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
@@ -58,23 +43,36 @@ def load(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
     """
     _check_machine(folder, manifest)
     blob = check_artefact(folder, manifest).read_bytes()
-    slots = options.slots or 1
-    configuration = CONFIGURATION | {"NUM_STREAMS": slots}
-    if options.threads:
-        # Fewer threads than cores are for sharing the machine, where each process would pin its first
-        # thread to the same core.
-        configuration |= {"INFERENCE_NUM_THREADS": options.threads, "ENABLE_CPU_PINNING": False}
-    sizes = manifest.batch.max - manifest.batch.min + 1
-    lanes = max(1, min(sizes, _MAX_LANES, _LANES_BYTES // len(blob)))
+    threads = options.threads or cores()
+    slots = options.slots or threads
     core = openvino.Core()
+
+    def import_model(streams: int) -> openvino.CompiledModel:
+        configuration = {
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": max(threads, streams),
+            # By default off: each model and each process would pin its first thread to the same core.
+            "ENABLE_CPU_PINNING": options.pinning,
+        }
+        return core.import_model(io.BytesIO(blob), "CPU", CONFIGURATION | configuration)
+
     try:
-        models = [core.import_model(io.BytesIO(blob), "CPU", configuration) for _ in range(lanes)]
+        models = {size: import_model(slots) for size in _sizes(manifest, len(blob))}
+        wide = import_model(1) if slots > 1 and threads > 1 else None
     except RuntimeError as error:
         raise EngineError(
             f"OpenVINO {openvino.get_version()} cannot load {folder}: {error}; "
             f"rebuild it: {manifest.build_command}"
         ) from error
-    return OpenVINOEngine(manifest, models, slots)
+    return OpenVINOEngine(manifest, models, wide, slots, options.batch or max(models))
+
+
+def _sizes(manifest: Manifest, blob_bytes: int) -> list[int]:
+    """Batch sizes that get a loaded model, largest first; runs of them make up any other."""
+    if manifest.batch.min > 1:
+        return [manifest.batch.max]
+    count = max(_LEAST_SIZES, _MEMORY_BYTES // (_LOADED_FACTOR * blob_bytes))
+    return sorted((size for size in _SIZES[:count] if size <= manifest.batch.max), reverse=True)
 
 
 def _check_machine(folder: Path, manifest: Manifest) -> None:
@@ -98,12 +96,21 @@ def _check_machine(folder: Path, manifest: Manifest) -> None:
 
 
 class OpenVINOEngine:
-    """The blob, loaded once for each of the smallest batch sizes; each slot has its own requests."""
+    """The blob, loaded once for each of a few batch sizes, and once to use all threads for one image."""
 
-    def __init__(self, manifest: Manifest, models: list[openvino.CompiledModel], slots: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        models: dict[int, openvino.CompiledModel],
+        wide: openvino.CompiledModel | None,
+        slots: int,
+        best_batch: int,
+    ) -> None:
         self._manifest = manifest
         self._models = models
+        self._wide = wide
         self._slots = slots
+        self._best_batch = best_batch
 
     @property
     def manifest(self) -> Manifest:
@@ -115,9 +122,20 @@ class OpenVINOEngine:
         """One for each of OpenVINO's streams."""
         return self._slots
 
+    @property
+    def best_batch(self) -> int:
+        """What was asked for, or the largest size that has a model."""
+        return self._best_batch
+
+    @property
+    def on_cpu(self) -> bool:
+        """True."""
+        return True
+
     def open_slot(self) -> OpenVINOSlot:
         """A slot for the calling thread."""
-        return OpenVINOSlot(self._manifest, [model.create_infer_request() for model in self._models])
+        requests = {size: model.create_infer_request() for size, model in self._models.items()}
+        return OpenVINOSlot(self._manifest, requests, self._wide and self._wide.create_infer_request())
 
     def close(self) -> None:
         """Nothing to do: the models are freed with the last reference to them."""
@@ -126,21 +144,27 @@ class OpenVINOEngine:
 class OpenVINOSlot:
     """Inference requests over memory that OpenVINO reads and writes in place."""
 
-    def __init__(self, manifest: Manifest, requests: list[openvino.InferRequest]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        requests: dict[int, openvino.InferRequest],
+        wide: openvino.InferRequest | None,
+    ) -> None:
         self._batch = manifest.batch
         self._requests = requests
+        self._wide = wide
         self._pixels = np.zeros((manifest.batch.max, *manifest.input.shape[1:]), np.uint8)
         classes = len(manifest.labels)
         self._logits = np.zeros((manifest.batch.max, classes), np.float32)
         self._probabilities = np.zeros_like(self._logits)
-        self._bound = [0] * len(requests)
+        self._bound: dict[openvino.InferRequest, tuple[int, int]] = {}
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
         """`uint8` NHWC of shape `(batch.max, height, width, 3)`, to be filled before `infer`."""
         return self._pixels
 
-    def infer(self, count: int) -> Outputs:
+    def infer(self, count: int, *, alone: bool = False) -> Outputs:
         """Run the first `count` images of `pixels`.
 
         Raises:
@@ -149,19 +173,34 @@ class OpenVINOSlot:
         """
         if not self._batch.min <= count <= self._batch.max:
             raise ValueError(f"batch of {count} is outside {self._batch.min}..{self._batch.max}")
-        logits, probabilities = self._logits[:count], self._probabilities[:count]
-        lane = min(count - self._batch.min, len(self._requests) - 1)
-        request = self._requests[lane]
         try:
-            if count != self._bound[lane]:
-                request.set_input_tensor(0, openvino.Tensor(self._pixels[:count], shared_memory=True))
-                request.set_output_tensor(0, openvino.Tensor(logits, shared_memory=True))
-                request.set_output_tensor(1, openvino.Tensor(probabilities, shared_memory=True))
-                self._bound[lane] = count
-            request.infer()
+            if alone and count == 1 and self._wide is not None:
+                self._run(self._wide, 0, 1)
+            elif self._batch.min > 1:
+                (request,) = self._requests.values()
+                self._run(request, 0, count)
+            else:
+                first = 0
+                for size, request in self._requests.items():
+                    while count - first >= size:
+                        self._run(request, first, first + size)
+                        first += size
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed on a batch of {count}: {error}") from error
-        return Outputs(logits, probabilities)
+        return Outputs(self._logits[:count], self._probabilities[:count])
+
+    def _run(self, request: openvino.InferRequest, first: int, end: int) -> None:
+        """Run images `first` to `end`, which the request may have been bound to by the last run."""
+        if self._bound.get(request) != (first, end):
+            request.set_input_tensor(0, _shared(self._pixels[first:end]))
+            request.set_output_tensor(0, _shared(self._logits[first:end]))
+            request.set_output_tensor(1, _shared(self._probabilities[first:end]))
+            self._bound[request] = first, end
+        request.infer()
 
     def close(self) -> None:
-        """Nothing to do: the request is freed with the slot."""
+        """Nothing to do: the requests are freed with the slot."""
+
+
+def _shared(rows: NDArray[Any]) -> openvino.Tensor:
+    return openvino.Tensor(rows, shared_memory=True)

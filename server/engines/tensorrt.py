@@ -144,6 +144,16 @@ class TensorRTEngine:
         """Two, unless told otherwise: one's copies overlap the other's computation."""
         return self._options.slots or DEFAULT_SLOTS
 
+    @property
+    def best_batch(self) -> int:
+        """What was asked for, or all that it takes: kernels are launched once for a batch."""
+        return self._options.batch or self._manifest.batch.max
+
+    @property
+    def on_cpu(self) -> bool:
+        """False."""
+        return False
+
     def open_slot(self) -> TensorRTSlot:
         """A slot owned by the calling thread, which alone may use and close it.
 

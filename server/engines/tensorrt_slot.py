@@ -140,8 +140,8 @@ class TensorRTSlot:
         buffers = [self._input, *self._outputs]
         return self._scratch_size + sum(buffer.host.array.nbytes for buffer in buffers if buffer.copied)
 
-    def infer(self, count: int) -> Outputs:
-        """Run the first `count` images of `pixels`.
+    def infer(self, count: int, *, alone: bool = False) -> Outputs:
+        """Run the first `count` images of `pixels`; a GPU makes no difference of `alone`.
 
         Raises:
             ValueError: `count` is in none of the engine's profiles.

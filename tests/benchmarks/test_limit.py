@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from tiny_engine import write_package
 
-from benchmarks.limit import Setting, latency, throughput
+from benchmarks.limit import latency
 from benchmarks.photos import photographs
+from server.engines.tuned import Setting
+from server.tuning import throughput
+
+ONE = Setting(slots=1, threads=1, batch=1)
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +20,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_package(tmp_path_factory.mktemp("package"))
 
 
-@pytest.mark.parametrize("setting", [Setting(1, 1, 1), Setting(2, 2, 4)], ids=str)
+@pytest.mark.parametrize("setting", [ONE, Setting(slots=2, threads=2, batch=4)], ids=str)
 def test_throughput_and_cost_agree_with_each_other(package: Path, setting: Setting) -> None:
-    images, cpu_ms = throughput(package, photographs(), setting, seconds=0.3)
+    images, cpu_ms = throughput(package, setting, photographs(), seconds=0.3)
 
     assert images > 0
     # Threads that are at work all the time; OpenVINO may add its own.
@@ -27,7 +31,7 @@ def test_throughput_and_cost_agree_with_each_other(package: Path, setting: Setti
 
 def test_a_damaged_photograph_is_not_skipped(package: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
-        throughput(package, [photographs()[0][:1000]], Setting(1, 1, 1), seconds=0.1)
+        throughput(package, ONE, [photographs()[0][:1000]], seconds=0.1)
 
 
 def test_larger_photographs_take_longer(package: Path) -> None:

@@ -14,6 +14,7 @@ from builder.export import run_onnx
 from builder.int8_dynamic import convert_to_dynamic_int8
 from builder.kit import Graph, Kit
 from builder.legality import check_legality
+from builder.openvino import fold_normalisation
 from models.datasets import DataSplit
 from server.engines import load_engine
 from server.engines.openvino import CONFIGURATION
@@ -93,6 +94,46 @@ def test_int8_convolutions_run_as_integer_kernels(kit: Kit, precision: Precision
 
     assert len(types) == 20
     assert sum(kind in ("i8", "u8") for kind in types) == integer
+
+
+def test_no_pass_over_the_image_comes_before_an_int8_engines_first_convolution(kit: Kit) -> None:
+    core = openvino.Core()
+    plain = core.read_model(graph_of(kit, "int8")[1])
+    folded = plain.clone()
+    fold_normalisation(core, folded)
+
+    def before(model: openvino.Model) -> set[str]:
+        nodes = core.compile_model(model, "CPU", CONFIGURATION).get_runtime_model().get_ordered_ops()
+        kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
+        return set(kinds[: kinds.index("Convolution")])
+
+    arithmetic = {"Subtract", "Multiply", "MulAdd", "Eltwise", "Subgraph", "FakeQuantize", "Convert"}
+    assert before(plain) & arithmetic, "there was something to fold"
+    assert not before(folded) & arithmetic
+
+
+def test_folding_the_normalisation_changes_rounding_only(kit: Kit, data: DataSplit) -> None:
+    core = openvino.Core()
+    path = graph_of(kit, "int8")[1]
+    images = data.validation.load_pixels(kit.student.preprocessing)
+    images = np.concatenate([images, 255 - images, np.zeros_like(images[:1]), np.full_like(images[:1], 255)])
+    folded = core.read_model(path)
+    fold_normalisation(core, folded)
+
+    logits = core.compile_model(folded, "CPU", CONFIGURATION)(images)[0]
+    exact = run_onnx(graph_of(kit, "fp32")[1], images)
+
+    unfolded = run_onnx(path, images)
+    assert np.abs(logits - exact).mean() <= 1.2 * np.abs(unfolded - exact).mean()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-dynamic"])
+def test_other_precisions_are_not_folded(kit: Kit, precision: Precision) -> None:
+    core = openvino.Core()
+    model = core.read_model(graph_of(kit, precision)[1])
+    before = [op.get_friendly_name() for op in model.get_ordered_ops()]
+    fold_normalisation(core, model)
+    assert [op.get_friendly_name() for op in model.get_ordered_ops()] == before
 
 
 def test_dynamic_int8_result_does_not_depend_on_the_batch(kit: Kit, data: DataSplit) -> None:

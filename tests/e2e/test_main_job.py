@@ -168,9 +168,9 @@ class _RecordingSlot:
     def pixels(self) -> Any:
         return self._slot.pixels
 
-    def infer(self, count: int) -> Outputs:
+    def infer(self, count: int, *, alone: bool = False) -> Outputs:
         self._seen += [row.tobytes() for row in self._slot.pixels[:count]]
-        return self._slot.infer(count)
+        return self._slot.infer(count, alone=alone)
 
     def close(self) -> None:
         self._slot.close()

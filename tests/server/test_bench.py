@@ -11,6 +11,7 @@ from tiny_engine import write_package
 
 from server.bench import bench
 from server.engines import load_engine
+from server.engines.base import Options
 from server.timing import time_engines
 
 
@@ -40,7 +41,7 @@ def test_several_engines_are_timed_at_every_batch_size(packages: list[Path], tmp
 
 
 def test_the_figures_of_one_timing_agree_with_each_other(packages: list[Path]) -> None:
-    engine = load_engine(packages[0])
+    engine = load_engine(packages[0], Options(slots=1))
     (timing,) = time_engines([engine], 2, seconds=0.2, warm_up=0, progress=lambda: None)
 
     percentiles = list(timing.percentiles_ms.values())

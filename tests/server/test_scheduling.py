@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
@@ -15,6 +16,7 @@ from running import Running, running, wait_until
 from server.settings import Settings
 
 Encode = Callable[..., bytes]
+Reference = Callable[..., np.ndarray]
 
 QUEUE_LIMIT = 12
 
@@ -212,3 +214,63 @@ def test_a_delay_lets_a_batch_form_on_an_idle_engine(
             f.result().json()["results"][0] for f in _send(pool, server, [encode(n) for n in range(8)])
         ]
     assert [answer["batch_size"] for answer in answers] == [8] * 8
+
+
+@pytest.fixture
+def two_cores(engine_dir: Path, gate: Gate) -> Iterator[Running]:
+    """An engine whose two slots compute, and decode, on the CPU."""
+    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0)
+    with running(settings, load_gated(gate, slots=2, on_cpu=True)) as it:
+        gate.close()
+        yield it
+        gate.open()
+
+
+def test_idle_cores_share_what_waits(
+    two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
+) -> None:
+    wait_until(lambda: two_cores.app.state.registry.get(None)._idle_slots == 2)
+    form = pool.submit(
+        httpx.post,
+        f"{two_cores.url}/predict",
+        files=[("file", (f"{n}.png", encode(n), "image/png")) for n in range(8)],
+    )
+    gate.wait_for_arrivals(2)
+    gate.open()
+    assert [result["batch_size"] for result in form.result().json()["results"]] == [4] * 8
+    assert gate.batches == [4, 4]
+
+
+def test_an_image_alone_may_use_every_core(
+    two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
+) -> None:
+    wait_until(lambda: two_cores.app.state.registry.get(None)._idle_slots == 2)
+    futures = _send(pool, two_cores, [encode(0)])
+    gate.wait_for_arrivals(1)
+    futures += _send(pool, two_cores, [encode(1)])
+    gate.wait_for_arrivals(2)
+    gate.open()
+    assert [future.result().status_code for future in futures] == [200, 200]
+    assert gate.alone == [True, False]
+
+
+def test_a_damaged_image_leaves_the_others_of_its_batch_alone(
+    two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode, reference: Reference
+) -> None:
+    busy = _send(pool, two_cores, [encode(0), encode(1)])
+    gate.wait_for_arrivals(2)
+    images = [encode(2), encode(3)[:60], encode(4)]
+    sent = _send(pool, two_cores, images)
+    wait_until(lambda: len(two_cores.app.state.registry.get(None)._waiting) == 3)
+    gate.open()
+    good, damaged, other = (future.result() for future in sent)
+
+    assert damaged.status_code == 400
+    assert damaged.json()["type"] == "urn:trimrt:problem:image-damaged"
+    for answer, image in ((good, images[0]), (other, images[2])):
+        (result,) = answer.json()["results"]
+        best = result["predictions"][0]
+        assert best["index"] == reference(image).argmax()
+        assert best["probability"] == pytest.approx(reference(image).max(), abs=1e-5)
+    assert [future.result().status_code for future in busy] == [200, 200]
+    assert _pending(two_cores) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from server.engines import load_engine
-from server.engines.base import Engine, Outputs, Slot
+from server.engines.base import Engine, Options, Outputs, Slot
 from server.manifest import EngineError, Manifest
 
 
@@ -17,6 +17,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.alone: list[bool] = []
         self.fail_next = False
         self._open = True
         self._changed = threading.Condition()
@@ -42,11 +43,12 @@ class Gate:
         with self._changed:
             assert self._changed.wait_for(lambda: self._arrived >= batches, timeout=20)
 
-    def enter(self, count: int) -> None:
+    def enter(self, count: int, *, alone: bool) -> None:
         with self._changed:
             if self._open:
                 return
             self.batches.append(count)
+            self.alone.append(alone)
             self._arrived += 1
             self._changed.notify_all()
             assert self._changed.wait_for(lambda: self._open or self._permits > 0, timeout=60)
@@ -66,19 +68,23 @@ class _GatedSlot:
     def pixels(self) -> np.ndarray:
         return self._slot.pixels
 
-    def infer(self, count: int) -> Outputs:
-        self._gate.enter(count)
-        return self._slot.infer(count)
+    def infer(self, count: int, *, alone: bool = False) -> Outputs:
+        self._gate.enter(count, alone=alone)
+        return self._slot.infer(count, alone=alone)
 
     def close(self) -> None:
         self._slot.close()
 
 
 class GatedEngine:
-    def __init__(self, engine: Engine, gate: Gate) -> None:
+    """`slots` and `on_cpu` are the test's choice: which threads decode, and how many batches run."""
+
+    def __init__(self, engine: Engine, gate: Gate, *, slots: int, on_cpu: bool) -> None:
         self._engine = engine
         self._gate = gate
-        self.slots = 1
+        self.slots = slots
+        self.on_cpu = on_cpu
+        self.best_batch = engine.manifest.batch.max
 
     @property
     def manifest(self) -> Manifest:
@@ -91,5 +97,7 @@ class GatedEngine:
         self._engine.close()
 
 
-def load_gated(gate: Gate):
-    return lambda folder: GatedEngine(load_engine(Path(folder)), gate)
+def load_gated(gate: Gate, *, slots: int = 1, on_cpu: bool = False):
+    return lambda folder: GatedEngine(
+        load_engine(Path(folder), Options(slots=slots)), gate, slots=slots, on_cpu=on_cpu
+    )

@@ -22,9 +22,9 @@ class _SlowSlot:
     def pixels(self) -> np.ndarray:
         return self._slot.pixels
 
-    def infer(self, count: int) -> Outputs:
+    def infer(self, count: int, *, alone: bool = False) -> Outputs:
         time.sleep(self._seconds)
-        return self._slot.infer(count)
+        return self._slot.infer(count, alone=alone)
 
     def close(self) -> None:
         self._slot.close()
@@ -35,6 +35,8 @@ class SlowEngine:
         self._engine = engine
         self._seconds = seconds
         self.slots = 1
+        self.best_batch = engine.manifest.batch.max
+        self.on_cpu = False  # decoding does not wait for the slot
 
     @property
     def manifest(self) -> Manifest:

@@ -1,0 +1,156 @@
+"""How an engine uses this machine best: found by trying, and kept beside it in `tuning.json`.
+
+What is tried is what the server does: where decoding and inference take the same cores, a trial decodes
+photographs too. The fewest images in a batch that come near the best throughput are taken, for every
+further one adds to the time that the others wait.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from models.files import replace_file
+from models.preprocessing import load_pixels
+from server.engines import load_engine
+from server.engines.base import Engine, Options, cores
+from server.engines.tuned import TUNING_NAME, Setting, Trial, Tuning, this_processor
+from server.manifest import read_manifest
+
+BATCHES: Final = (1, 2, 4, 8, 16, 32)
+
+TRIAL_SECONDS = 0.7
+
+_FIRST_BATCH: Final = 4  # to choose slots and threads with
+_NEAR: Final = 0.97
+_ROUNDS: Final = 2  # of every trial: what slows the machine for a moment slows no setting for good
+
+
+def throughput(
+    package: Path, setting: Setting, files: Sequence[bytes], seconds: float
+) -> tuple[float, float]:
+    """Decode and infer in a loop, without a server.
+
+    Args:
+        package: the engine's.
+        setting: slots are threads of this process, each of which fills a batch and then runs it.
+        files: encoded images, taken in turns.
+        seconds: how long.
+
+    Returns:
+        Images a second, and milliseconds of processor time for an image.
+
+    Raises:
+        EngineError: the engine does not load, or failed.
+    """
+    options = Options(
+        slots=setting.slots, threads=setting.threads, batch=setting.batch, pinning=setting.pinning
+    )
+    with closing(load_engine(package, options)) as engine, ThreadPoolExecutor(setting.slots) as pool:
+        _work(engine, files, setting.batch, time.perf_counter())  # prepares what this batch size needs
+        start, cpu = time.perf_counter(), time.process_time()
+        end = start + seconds
+        runs = [pool.submit(_work, engine, files, setting.batch, end) for _ in range(setting.slots)]
+        images = sum(run.result() for run in runs)
+        return images / (time.perf_counter() - start), 1000 * (time.process_time() - cpu) / images
+
+
+def _work(engine: Engine, files: Sequence[bytes], batch: int, end: float) -> int:
+    """Batches until `end`; the number of images."""
+    spec = engine.manifest.preprocessing
+    endless = itertools.cycle(files)
+    images = 0
+    with closing(engine.open_slot()) as slot:
+        while not images or time.perf_counter() < end:
+            if engine.on_cpu or not images:
+                for row in range(batch):
+                    slot.pixels[row] = load_pixels(next(endless), spec)
+            slot.infer(batch)
+            images += batch
+    return images
+
+
+def tune(
+    package: Path,
+    files: Sequence[bytes],
+    *,
+    seconds: float | None = None,
+    progress: Callable[[float], None] = lambda _share: None,
+) -> Tuning:
+    """Try settings, and write the best one to `package`.
+
+    Args:
+        package: the engine's folder.
+        files: encoded images like those that will be served.
+        seconds: of a trial, of which every setting gets two; None: `TRIAL_SECONDS`.
+        progress: told which share of the trials is done.
+
+    Raises:
+        EngineError: the engine does not load, or failed.
+    """
+    seconds = TRIAL_SECONDS if seconds is None else seconds
+    manifest = read_manifest(package)
+    batches = [size for size in BATCHES if manifest.batch.min <= size <= manifest.batch.max]
+    batches = batches or [manifest.batch.max]
+    first = min(batches, key=lambda size: abs(size - _FIRST_BATCH))
+    ways = list(_ways(first))
+    expected = len(ways) + len(batches)
+    trials: dict[Setting, Trial] = {}
+
+    def best(settings: Sequence[Setting]) -> Setting:
+        fresh = [setting for setting in settings if setting not in trials]
+        rates: dict[Setting, list[float]] = {setting: [] for setting in fresh}
+        for turn in range(_ROUNDS):
+            for place, setting in enumerate(fresh):
+                rates[setting].append(throughput(package, setting, files, seconds)[0])
+                done = len(trials) + (turn + (place + 1) / len(fresh)) * len(fresh) / _ROUNDS
+                progress(min(1.0, done / expected))
+        for setting in fresh:
+            trials[setting] = Trial(setting=setting, throughput=max(rates[setting]))
+        return max(settings, key=lambda setting: trials[setting].throughput)
+
+    way = best(ways)
+    sizes = [way.model_copy(update={"batch": size}) for size in batches]
+    fastest = trials[best(sizes)].throughput
+    chosen = next(setting for setting in sizes if trials[setting].throughput >= _NEAR * fastest)
+    if not chosen.pinning:
+        pinned = chosen.model_copy(update={"pinning": True})
+        if trials[best([chosen, pinned])].throughput * _NEAR > trials[chosen].throughput:
+            chosen = pinned
+    progress(1.0)
+    tuning = Tuning(processor=this_processor(), cores=cores(), setting=chosen, trials=list(trials.values()))
+    with replace_file(package / TUNING_NAME) as path:
+        path.write_text(tuning.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return tuning
+
+
+def _ways(batch: int) -> Iterator[Setting]:
+    """Slots and threads: one slot with all cores, one for each core, and between."""
+    everything = cores()
+    for slots in dict.fromkeys((1, max(1, everything // 2), everything, everything + 1)):
+        yield Setting(slots=slots, threads=everything, batch=batch)
+
+
+def sample_photographs() -> list[bytes]:
+    """Two JPEGs of 640x427 pixels that are about as hard to decode as photographs."""
+    files = []
+    for seed in range(2):
+        random = np.random.default_rng(seed)
+        octaves = []
+        for octave in range(2, 9):  # a fractal: as in a photograph, the spectrum falls with the frequency
+            noise = random.normal(size=(2**octave, 2**octave, 3)) / 2 ** (octave / 2)
+            octaves.append(cv2.resize(noise, (640, 427), interpolation=cv2.INTER_CUBIC))
+        image = np.sum(octaves, axis=0)
+        low, high = image.min(), image.max()
+        pixels = (255 * (image - low) / (high - low)).astype(np.uint8)
+        files.append(simplejpeg.encode_jpeg(pixels, quality=90, colorspace="RGB"))
+    return files
