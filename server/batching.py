@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 
 class Waiting(Protocol):
@@ -21,21 +21,9 @@ class Waiting(Protocol):
 ImageT = TypeVar("ImageT", bound=Waiting)
 
 
-class Collated(NamedTuple, Generic[ImageT]):
-    """What `collate` decided.
-
-    Attributes:
-        batch: images to run now, oldest first; empty when there is nothing to run yet.
-        dropped: images taken off the queue because nobody waits for them.
-        wake_at: when to ask again if nothing else happens (infinity: when an image arrives).
-    """
-
-    batch: list[ImageT]
-    dropped: list[ImageT]
-    wake_at: float
-
-
-def collate(waiting: deque[ImageT], now: float, max_size: int, delay: float = 0.0) -> Collated[ImageT]:
+def collate(
+    waiting: deque[ImageT], now: float, max_size: int, delay: float = 0.0
+) -> tuple[list[ImageT], list[ImageT], float]:
     """Take the next batch off the queue.
 
     Work-conserving with the default `delay` of 0: whatever waits, up to `max_size`, runs at once.
@@ -46,6 +34,11 @@ def collate(waiting: deque[ImageT], now: float, max_size: int, delay: float = 0.
         now: the monotonic clock, seconds.
         max_size: the most images the engine takes at once.
         delay: how long the oldest image may be held back for company, seconds.
+
+    Returns:
+        The images to run now, oldest first (none when there is nothing to run yet); the images taken off the
+        queue because nobody waits for them; and when to ask again if nothing else happens, on the monotonic
+        clock (infinity: when an image arrives).
     """
     batch: list[ImageT] = []
     dropped: list[ImageT] = []
@@ -54,5 +47,5 @@ def collate(waiting: deque[ImageT], now: float, max_size: int, delay: float = 0.
         (dropped if image.is_dead(now) else batch).append(image)
     if batch and len(batch) < max_size and now < (wake_at := batch[0].ready_at + delay):
         waiting.extendleft(reversed(batch))
-        return Collated([], dropped, wake_at)
-    return Collated(batch, dropped, math.inf)
+        return [], dropped, wake_at
+    return batch, dropped, math.inf

@@ -34,8 +34,8 @@ def test_an_idle_engine_takes_what_waits_at_once() -> None:
 def test_the_rest_stays_for_the_next_batch_in_order() -> None:
     images = [Image() for _ in range(5)]
     waiting = deque(images)
-    assert collate(waiting, 0.0, 3).batch == images[:3]
-    assert collate(waiting, 0.0, 3).batch == images[3:]
+    assert collate(waiting, 0.0, 3)[0] == images[:3]
+    assert collate(waiting, 0.0, 3)[0] == images[3:]
 
 
 def test_nothing_waits_nothing_runs() -> None:
@@ -52,12 +52,12 @@ def test_a_delay_holds_back_a_batch_that_is_not_full() -> None:
     waiting = deque([Image(ready_at=10.0)])
     assert collate(waiting, now=10.0, max_size=2, delay=0.5) == ([], [], 10.5)
     assert len(waiting) == 1
-    assert len(collate(waiting, now=10.5, max_size=2, delay=0.5).batch) == 1
+    assert len(collate(waiting, now=10.5, max_size=2, delay=0.5)[0]) == 1
 
 
 def test_a_delay_does_not_hold_back_a_full_batch() -> None:
     waiting = deque([Image(ready_at=10.0), Image(ready_at=10.0)])
-    assert len(collate(waiting, now=10.0, max_size=2, delay=0.5).batch) == 2
+    assert len(collate(waiting, now=10.0, max_size=2, delay=0.5)[0]) == 2
 
 
 @given(
