@@ -1,6 +1,6 @@
 """How INT8 should be calibrated: methods, numbers of images, and two mistakes that are often made.
 
-    python -m experiments.calibration runs/digits-fold*-aligned --out experiments/results/calibration.json
+    python -m experiments.calibration runs/digits-fold?-aligned --out experiments/results/calibration.json
 
 Each folder is a run of `trimrt compress`, whose pruned checkpoint is taken, or a checkpoint. The mistakes
 are made here and cannot be made in the product, whose graphs take pixels: calibration images that are not
@@ -9,15 +9,12 @@ normalised, whether scaled to 0..1 or not even that, for a network that then mee
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -25,18 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
-from benchmarks.measurements import Machine, this_machine
 from builder.export import INPUT
 from builder.int8 import METHODS, Method, convert_to_int8
 from builder.preparation import Preparation, Settings, open_checkpoint, prepare
-from experiments import tables
-from experiments.graphs import Measured, Measurement, held_out_images, measure_graph
-from experiments.results import FOLDER
-from models.card import CARD_NAME, CheckpointError
+from experiments.graphs import Measured, held_out_images, measure_graph
+from experiments.markdown import percents, spread
+from experiments.markdown import table as markdown_table
+from experiments.results import FOLDER, Made, made_here
+from models.card import CARD_NAME, CheckpointError, read_card
 from models.datasets import DatasetError
-from models.files import replace_file
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:
@@ -51,7 +47,6 @@ MISTAKES: Final = {"pixels of 0..1, not normalised": 1 / 255, "pixels of 0..255"
 _BINS: Final = 4096
 _LEVELS: Final = 127
 _BATCH: Final = 32
-_LIBRARIES: Final = ("trimrt", "nvidia-modelopt", "onnxruntime", "openvino", "torch")
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,7 @@ class Row(BaseModel):
     """One checkpoint, calibrated in one way."""
 
     checkpoint: str
+    weights_sha256: str
     fold: int | None
     parameters: int
     method: str
@@ -87,13 +83,15 @@ class Row(BaseModel):
     mistake: str | None
     measured: Measured
 
+    @property
+    def variant(self) -> Variant:
+        """How it was calibrated."""
+        return Variant(self.method, self.images, self.mistake)
 
-class Results(BaseModel):
-    """All of one run."""
 
-    command: str
-    machine: Machine
-    versions: dict[str, str]
+class Results(Made):
+    """All checkpoints, in the order in which they were given."""
+
     seconds: float = Field(description="on a machine that may have had other work")
     rows: list[Row]
 
@@ -105,7 +103,7 @@ def measure(folder: Path, variants: Sequence[Variant] = VARIANTS) -> Iterator[Ro
         CheckpointError: no checkpoint there.
         DatasetError: its data cannot be found.
     """
-    checkpoint = folder if (folder / CARD_NAME).exists() else folder / "pruned"
+    checkpoint = _checkpoint(folder)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
         prepared = prepare(open_checkpoint(checkpoint, None), Path(name), Settings(), lambda _: None)
         test = held_out_images(prepared)
@@ -116,6 +114,7 @@ def measure(folder: Path, variants: Sequence[Variant] = VARIANTS) -> Iterator[Ro
                 calibrate(prepared, variant, graph)
             yield Row(
                 checkpoint=str(checkpoint),
+                weights_sha256=str(prepared.student.checkpoint_sha256),
                 fold=prepared.subject.data.fold,
                 parameters=prepared.student.parameters or 0,
                 method=variant.method,
@@ -123,6 +122,10 @@ def measure(folder: Path, variants: Sequence[Variant] = VARIANTS) -> Iterator[Ro
                 mistake=variant.mistake,
                 measured=measure_graph(graph, prepared.verification, test),
             )
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder if (folder / CARD_NAME).exists() else folder / "pruned"
 
 
 def calibrate(prepared: Preparation, variant: Variant, path: Path) -> None:
@@ -213,51 +216,36 @@ def table(results: Results) -> str:
     parts = []
     for parameters in dict.fromkeys(row.parameters for row in results.rows):
         rows = [row for row in results.rows if row.parameters == parameters]
-        folds = len({row.checkpoint for row in rows})
-        ways = dict.fromkeys((row.method, row.images, row.mistake) for row in rows)
         lines = []
-        for method, images, mistake in ways:
-            found = [
-                row.measured
-                for row in rows
-                if (row.method, row.images, row.mistake) == (method, images, mistake)
-            ]
+        for variant in dict.fromkeys(row.variant for row in rows):
+            found = [row.measured for row in rows if row.variant == variant]
             refused = sum(measured.refused is not None for measured in found)
+            tests = [measured.test for measured in found]
+            wrong, images = (sum(getattr(test, name) for test in tests) for name in ("wrong", "images"))
             lines.append(
                 [
-                    "FP32"
-                    if method == "none"
-                    else f"{method}, {images}" + (f", {mistake}" if mistake else ""),
-                    *_columns([measured.validation for measured in found]),
-                    "" if method == "none" else f"{refused} of {folds}",
-                    *_columns([measured.test for measured in found]),
-                    tables.megabytes(fmean(measured.bytes for measured in found)),
+                    _name(variant),
+                    percents([measured.validation.agreement for measured in found]),
+                    f"{refused} of {len(found)}",
+                    percents([test.agreement for test in tests]),
+                    spread([test.max_logit_difference for test in tests], "{:.2f}".format),
+                    f"{wrong} of {images}",
                 ]
             )
-        head = ["agreement", "largest logit difference", "wrong"]
+        folds = len({row.checkpoint for row in rows})
+        head = ["validation: agreement", "refused", "test: agreement", "largest logit difference", "wrong"]
         parts.append(
-            f"{parameters / 1e6:.3f} M parameters, {folds} {'folds' if folds > 1 else 'fold'}\n\n"
-            + tables.table(
-                [
-                    "calibration",
-                    *(f"validation: {text}" for text in head),
-                    "refused",
-                    *(f"test: {text}" for text in head),
-                    "size",
-                ],
-                lines,
-            )
+            f"{parameters / 1e6:.3f} M parameters, {folds} {'folds' if folds > 1 else 'fold'}:\n\n"
+            + markdown_table(["calibration", *head], lines)
         )
     return "\n".join(parts)
 
 
-def _columns(measurements: Sequence[Measurement]) -> list[str]:
-    wrong, images = (sum(getattr(m, name) for m in measurements) for name in ("wrong", "images"))
-    return [
-        tables.spread([100 * m.agreement for m in measurements], "{:.2f}".format) + " %",
-        tables.spread([m.max_logit_difference for m in measurements], "{:.2f}".format),
-        f"{wrong} of {images}",
-    ]
+def _name(variant: Variant) -> str:
+    if variant.method == "none":
+        return "none: FP32"
+    mistake = f"; {variant.mistake}" if variant.mistake else ""
+    return f"{variant.method}, {variant.images} images{mistake}"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -275,23 +263,33 @@ def _columns(measurements: Sequence[Measurement]) -> list[str]:
     show_default="experiments/results/calibration.json",
 )
 def main(folders: tuple[Path, ...], out: Path) -> None:
-    """Calibrate the pruned checkpoints of RUN_FOLDER... in many ways, and measure what comes out."""
-    started, console, rows = time.monotonic(), Console(), []
-    try:
-        todo = chain.from_iterable(map(measure, folders))
-        rows = list(track(todo, "calibrating", len(folders) * len(VARIANTS), console=console))
-    except (CheckpointError, DatasetError) as error:
-        raise click.ClickException(str(error)) from error
-    results = Results(
-        command=shlex.join(["python", "-m", "experiments.calibration", *map(str, folders)]),
-        machine=this_machine(),
-        versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
-        seconds=round(time.monotonic() - started, 1),
-        rows=rows,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(out) as new:
-        new.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    """Calibrate the pruned checkpoints of RUN_FOLDER... in many ways, and measure what comes out.
+
+    What --out has already, of the same weights and versions, is not measured again: an interrupted run
+    goes on.
+    """
+    command = shlex.join(["python", "-m", "experiments.calibration", *map(str, folders)])
+    results = Results(**made_here(command), seconds=0, rows=[])
+    known: dict[tuple[str, Variant], Row] = {}
+    if out.exists():
+        earlier = Results.model_validate_json(out.read_text(encoding="utf-8"))
+        if earlier.versions == results.versions:
+            results.seconds = earlier.seconds
+            known = {(row.weights_sha256, row.variant): row for row in earlier.rows}
+    console, before = Console(), time.monotonic() - results.seconds
+    with Progress(console=console) as progress:
+        task = progress.add_task("calibrating", total=len(folders) * len(VARIANTS))
+        for folder in folders:
+            try:
+                sha256 = read_card(_checkpoint(folder)).weights_sha256
+                made = measure(folder, [variant for variant in VARIANTS if (sha256, variant) not in known])
+                for variant in VARIANTS:
+                    results.rows.append(known.get((sha256, variant)) or next(made))
+                    results.seconds = round(time.monotonic() - before, 1)
+                    results.write(out)
+                    progress.advance(task)
+            except (CheckpointError, DatasetError) as error:
+                raise click.ClickException(str(error)) from error
     console.print(table(results), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -12,7 +12,6 @@ then the fine-tuned network does. Test images decide nothing; they are measured 
 
 from __future__ import annotations
 
-import importlib.metadata
 import resource
 import tempfile
 from collections.abc import Sequence
@@ -25,17 +24,16 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.measurements import Machine, this_machine
 from builder.commands import QAT
 from builder.packages import build_package
 from builder.preparation import Preparation, Settings, open_checkpoint, prepare
 from builder.targets import open_target
 from builder.verification import Gate, GateError
-from experiments import tables
 from experiments.graphs import Measured, held_out_images, measure_graph
-from experiments.results import FOLDER
+from experiments.markdown import megabytes, percent
+from experiments.markdown import table as markdown_table
+from experiments.results import FOLDER, Made, made_here
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.files import replace_file
 from models.pretrained import DIGITS_STUDENT
 from server.manifest import BatchSizes, Precision
 from server.profiling import profile_layers
@@ -45,7 +43,6 @@ FACTOR: Final = 1000.0
 SEEDS: Final = (0, 1, 2)
 
 _NAMES: Final = {"fp32": "FP32", "entropy": "INT8, entropy", "max": "INT8, max", "qat": "INT8, QAT"}
-_LIBRARIES: Final = ("trimrt", "nvidia-modelopt", "onnxruntime", "openvino", "torch")
 
 
 class Row(BaseModel):
@@ -56,12 +53,9 @@ class Row(BaseModel):
     measured: Measured
 
 
-class Results(BaseModel):
+class Results(Made):
     """One run."""
 
-    command: str
-    machine: Machine
-    versions: dict[str, str]
     threads: int = Field(description="of the training; other numbers give other weights")
     cpu_seconds: float = Field(description="processor time of the whole run")
     student: str
@@ -95,9 +89,7 @@ def write_outliers(checkpoint: Path, folder: Path, blocks: Sequence[str] = BLOCK
 def run(console: Console) -> Results:
     """Build the student with each seed, and measure every graph on the way."""
     results = Results(
-        command="python -m experiments.qat",
-        machine=this_machine(),
-        versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
+        **made_here("python -m experiments.qat"),
         threads=torch.get_num_threads(),
         cpu_seconds=0,
         student=DIGITS_STUDENT.name,
@@ -170,16 +162,16 @@ def table(results: Results) -> str:
         lines.append(
             [
                 _NAMES[row.graph] + ("" if row.graph == "fp32" else f", seed {row.seed}"),
-                tables.percent(1 - validation.wrong / validation.images),
-                tables.percent(validation.agreement),
+                percent(1 - validation.wrong / validation.images),
+                percent(validation.agreement),
                 "refused" if row.measured.refused else "passes",
                 f"{test.wrong} of {test.images}",
-                tables.percent(test.agreement),
-                tables.megabytes(row.measured.bytes),
+                percent(test.agreement),
+                megabytes(row.measured.bytes),
             ]
         )
     head = ["validation: top-1", "agreement", "gate", "test: wrong", "agreement", "size"]
-    return tables.table(["graph", *head], lines)
+    return markdown_table(["graph", *head], lines)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -193,9 +185,7 @@ def main(out: Path) -> None:
     """Show a network that no calibration gets through the accuracy gate, and that QAT does."""
     console = Console()
     results = run(console)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(out) as new:
-        new.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    results.write(out)
     console.print(table(results), markup=False, highlight=False, soft_wrap=True)
 
 

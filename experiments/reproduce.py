@@ -6,7 +6,6 @@ an interrupted one goes on where it stopped, so the same command can be given ag
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shlex
@@ -23,22 +22,11 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.measurements import this_machine
 from experiments.fold import RESULT, fold_folder
-from experiments.results import FOLDER, Fold, Results, write_results
+from experiments.results import FOLDER, Fold, Results, made_here
 from experiments.study import STUDIES, Study
 
 _STAGE: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
-_LIBRARIES: Final = (
-    "torch",
-    "torchvision",
-    "torch-pruning",
-    "nvidia-modelopt",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "scikit-learn",
-)
 
 
 def _folds(_context: click.Context, _parameter: click.Parameter, value: str) -> list[int] | None:
@@ -93,21 +81,10 @@ def reproduce(study: str, folds: list[int] | None, jobs: int, runs: Path, result
         "all" if folds is None else ",".join(map(str, folds)),
     ]
     words += [f"--jobs {jobs}"] if jobs > 1 else []
-    path = write_results(
-        Results(
-            study=study,
-            command=" ".join(words),
-            machine=this_machine(),
-            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
-            folds=[
-                Fold.model_validate_json(
-                    (fold_folder(runs, plan, *task) / f"{study}-{RESULT}").read_text(encoding="utf-8")
-                )
-                for task in tasks
-            ],
-        ),
-        results,
-    )
+    path = results / f"{study}.json"
+    files = [fold_folder(runs, plan, *task) / f"{study}-{RESULT}" for task in tasks]
+    found = [Fold.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    Results(study=study, folds=found, **made_here(" ".join(words))).write(path)
     console.print(f"{path} is written; `make tables` brings docs/results.md and the README up to date")
 
 

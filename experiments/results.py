@@ -1,17 +1,49 @@
-"""What was measured on each fold: the JSON that the tables are made from."""
+"""What was measured: the JSON that the tables are made from."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel, Field
 
-from benchmarks.measurements import Machine
+from benchmarks.measurements import Machine, this_machine
 from models.files import replace_file
 from server.manifest import Precision
 
 FOLDER: Final = Path(__file__).parent / "results"
+
+_LIBRARIES: Final = (
+    "torch",
+    "torchvision",
+    "torch-pruning",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "scikit-learn",
+)
+
+
+class Made(BaseModel):
+    """By which command, where and with which versions something was measured."""
+
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write the file in one step."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as new:
+            new.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def made_here(command: str) -> dict[str, Any]:
+    """The fields of `Made`, on this machine."""
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"command": command, "machine": this_machine(), "versions": versions}
 
 
 class Network(BaseModel):
@@ -69,24 +101,13 @@ class Fold(BaseModel):
         return None
 
 
-class Results(BaseModel):
+class Results(Made):
     """A study's folds, in order."""
 
     study: str
-    command: str
-    machine: Machine
-    versions: dict[str, str]
     folds: list[Fold]
 
 
 def read_results(study: str, folder: Path = FOLDER) -> Results:
     """The results of `study`, as committed or as last made."""
     return Results.model_validate_json((folder / f"{study}.json").read_text(encoding="utf-8"))
-
-
-def write_results(results: Results, folder: Path = FOLDER) -> Path:
-    """Write the study's file, in one step."""
-    path = folder / f"{results.study}.json"
-    with replace_file(path) as new:
-        new.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return path

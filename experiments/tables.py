@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Final, get_args
 
 import click
 from rich.console import Console
 
-from experiments.results import FOLDER, Engine, Fold, Network, Results, read_results
+from builder.report.statistics import wilson_interval
+from experiments import calibration, qat
+from experiments.markdown import megabytes, percent, percents, spread, table
+from experiments.results import FOLDER, Engine, Fold, Made, Network, Results
 from models.files import replace_file
 from server.manifest import Precision
 
@@ -46,48 +48,12 @@ NAMES: Final = {
 PRECISIONS: Final = {"fp32": "FP32", "fp16": "FP16", "int8": "static INT8", "int8-dynamic": "dynamic INT8"}
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """Mean and sample standard deviation, or the value where there is one."""
-    if len(values) < 2:
-        return form(values[0])
-    return f"{form(fmean(values))} ± {form(stdev(values))}"
-
-
-def wilson(wrong: int, images: int) -> tuple[float, float]:
-    """95 % interval of the accuracy, as shares (Wilson 1927)."""
-    z, share = 1.959964, 1 - wrong / images
-    middle = share + z * z / (2 * images)
-    half = z * sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    scale = 1 + z * z / images
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
-
-
-def percent(share: float) -> str:
-    """A share in percent, two digits."""
-    return f"{100 * share:.2f} %"
-
-
-def megabytes(size: float) -> str:
-    """Bytes as MB of a million, two digits."""
-    return f"{size / 1e6:.2f} MB"
-
-
-def _points(values: Sequence[float]) -> str:
-    return spread([100 * value for value in values], "{:.2f}".format) + " %"
-
-
 def _pooled(items: Sequence[Network | Engine]) -> tuple[int, int]:
     return sum(item.wrong for item in items), sum(item.images for item in items)
 
 
 def _accuracies(items: Sequence[Network | Engine]) -> str:
-    return _points([1 - item.wrong / item.images for item in items])
+    return percents([1 - item.wrong / item.images for item in items])
 
 
 def _wrong(items: Sequence[Network | Engine]) -> str:
@@ -96,7 +62,8 @@ def _wrong(items: Sequence[Network | Engine]) -> str:
 
 
 def _interval(items: Sequence[Network | Engine]) -> str:
-    low, high = wilson(*_pooled(items))
+    wrong, images = _pooled(items)
+    low, high = wilson_interval(images - wrong, images)
     return f"{100 * low:.2f} to {100 * high:.2f} %"
 
 
@@ -201,13 +168,31 @@ def networks(results: Results, *names: str) -> str:
             [
                 NAMES[name],
                 f"{ours[0].parameters / 1e6:.3f} M",
+                percents([network.validation_accuracy for network in ours]),
                 _accuracies(ours),
+                percent(min(1 - network.wrong / network.images for network in ours)),
                 spread([network.loss for network in ours], "{:.4f}".format),
                 _wrong(ours),
                 _interval(ours),
             ]
         )
-    return table(["", "parameters", _folds(results), "loss", "wrong", "95 % interval"], rows)
+    head = ["", "parameters", "validation", _folds(results), "worst", "loss", "wrong", "95 % interval"]
+    return table(head, rows)
+
+
+def seeds(results: Results, *names: str) -> str:
+    """Some networks of a study, and what they became in static INT8, by seed: the same test images each."""
+    rows = []
+    for name in names:
+        ours = _networks(results, name)
+        rows.append([NAMES[name], *_by_seed(ours)])
+        if engines := _engines(results, name, "int8"):
+            rows.append([f"{NAMES[name]}, static INT8", *_by_seed(engines)])
+    return table(["wrong", *(f"seed {fold.seed}" for fold in results.folds), "accuracy"], rows)
+
+
+def _by_seed(items: Sequence[Network | Engine]) -> list[str]:
+    return [*(f"{item.wrong} of {item.images}" for item in items), _accuracies(items)]
 
 
 def losses(results: Results) -> str:
@@ -218,13 +203,13 @@ def losses(results: Results) -> str:
         rows.append(
             [
                 "student, KL divergence, temperature 4" if name == "student" else NAMES[name],
-                _points([network.validation_accuracy for network in ours]),
+                percents([network.validation_accuracy for network in ours]),
                 _accuracies(ours),
                 spread([network.loss for network in ours], "{:.4f}".format),
                 _wrong(ours),
             ]
         )
-    return table(["", "validation", f"test, {_folds(results)}", "loss", "wrong"], rows)
+    return table(["", "validation", _folds(results), "loss", "wrong"], rows)
 
 
 def summary(results: Results) -> str:
@@ -262,25 +247,31 @@ def cost(results: Results) -> str:
     return table(["fold", "threads", "minutes", "largest memory"], rows)
 
 
-def machine(results: Results) -> str:
-    """Where and by what command a study was made."""
-    where, first = results.machine, results.folds[0]
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''} a fold"
+def machine(made: Made) -> str:
+    """Where and by what command something was measured."""
+    where = made.machine
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    training = ""
+    if isinstance(made, Results):
+        first = made.folds[0]
+        threads = f"{first.threads} thread{'s' if first.threads > 1 else ''} a fold"
+        training = f", {threads}, trained in {first.training_precision}, measured in FP32"
     return (
-        f"Made by `{results.command}` on {where.cores} cores of an {where.processor} without GPU "
-        f"({where.memory_gb:g} GB, Python {where.python}), {threads}, trained in {first.training_precision}, "
-        "measured in FP32; "
-        f"{versions}.\n"
+        f"Made by `{made.command}` on {where.cores} cores of an {where.processor} without GPU "
+        f"({where.memory_gb:g} GB, Python {where.python}){training}; {versions}.\n"
     )
 
 
 MARKER: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_FILES: Final[dict[str, type[Made]]] = {"calibration": calibration.Results, "qat": qat.Results}
 _RENDERERS: Final[dict[str, Callable[..., str]]] = {
+    "calibration": calibration.table,
+    "qat": qat.table,
     "training": training,
     "pruning": pruning,
     "quantisation": quantisation,
     "networks": networks,
+    "seeds": seeds,
     "losses": losses,
     "summary": summary,
     "cost": cost,
@@ -291,15 +282,18 @@ _RENDERERS: Final[dict[str, Callable[..., str]]] = {
 def render(text: str, folder: Path = FOLDER) -> str:
     """`text` with what stands between its markers made anew.
 
-    A marker is `<!-- results: STUDY TABLE [NAMES] -->`, closed by `<!-- /results -->`.
+    A marker is `<!-- results: FILE TABLE [NAMES] -->`, closed by `<!-- /results -->`; FILE is a study's
+    name, or that of an experiment of its own.
 
     Raises:
-        FileNotFoundError: a study that was not run.
+        FileNotFoundError: of what was not run.
     """
 
     def block(match: re.Match[str]) -> str:
         kind, *names = match[3].split()
-        return f"{match[1]}\n{_RENDERERS[kind](read_results(match[2], folder), *names)}\n{match[4]}"
+        content = (folder / f"{match[2]}.json").read_text(encoding="utf-8")
+        results = _FILES.get(match[2], Results).model_validate_json(content)
+        return f"{match[1]}\n{_RENDERERS[kind](results, *names)}\n{match[4]}"
 
     return MARKER.sub(block, text)
 
@@ -313,9 +307,10 @@ def main() -> None:
         try:
             new = render(text)
         except FileNotFoundError as error:
-            study = Path(str(error.filename)).stem
+            name = Path(str(error.filename)).stem
+            command = name if name in _FILES else f"reproduce {name}"
             raise click.ClickException(
-                f"{path.name} has a table of {study}; run `python -m experiments.reproduce {study}` first"
+                f"{path.name} has a table of {name}; run `python -m experiments.{command}` first"
             ) from None
         if new != text:
             with replace_file(path) as file:

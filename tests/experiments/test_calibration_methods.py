@@ -9,11 +9,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import numpy_helper
 
 from builder.preparation import Preparation, Settings, open_checkpoint, prepare
-from experiments.calibration import MISTAKES, Results, Row, Variant, calibrate, table
+from experiments import calibration
+from experiments.calibration import MISTAKES, Results, Row, Variant, calibrate, main, table
 from experiments.graphs import Measured, Measurement, held_out_images, measure_graph
+from experiments.results import made_here
+from models.card import read_card
 from models.pretrained import DIGITS_STUDENT
 
 WRONG = Variant("max", 32, next(iter(MISTAKES)))
@@ -92,6 +96,7 @@ def row(fold: int, method: str, wrong: int, refused: str | None = None) -> Row:
     measured = Measured(bytes=1_000_000, validation=measurement, refused=refused, test=measurement)
     return Row(
         checkpoint=f"runs/fold{fold}/pruned",
+        weights_sha256=f"{fold:064}",
         fold=fold,
         parameters=701_000,
         method=method,
@@ -108,8 +113,32 @@ def test_the_table_pools_errors_and_averages_over_folds() -> None:
         {"command": "c", "machine": machine, "versions": {}, "seconds": 1, "rows": rows}
     )
     lines = table(results).splitlines()
-    assert lines[0] == "0.701 M parameters, 2 folds"
-    assert lines[4].startswith("| FP32 | 99.50 ± 0.71 % |")
+    assert lines[0] == "0.701 M parameters, 2 folds:"
+    assert lines[4].startswith("| none: FP32 | 99.50 ± 0.71 % | 0 of 2 |")
     calibrated = [cell.strip() for cell in lines[5].strip("|").split("|")]
-    assert calibrated[:5] == ["max, 512", "97.00 ± 1.41 %", "0.50 ± 0.00", "6 of 200", "1 of 2"]
-    assert calibrated[7:] == ["6 of 200", "1.00 MB"]
+    assert calibrated == [
+        "max, 512 images",
+        "97.00 ± 1.41 %",
+        "1 of 2",
+        "97.00 ± 1.41 %",
+        "0.50 ± 0.00",
+        "6 of 200",
+    ]
+
+
+def test_what_is_measured_already_is_not_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "calibration.json"
+    sha256 = read_card(DIGITS_STUDENT).weights_sha256
+    kept = [
+        row(0, variant.method, 1).model_copy(
+            update={"weights_sha256": sha256, "images": variant.images, "mistake": variant.mistake}
+        )
+        for variant in calibration.VARIANTS
+    ]
+    Results(**made_here("an earlier part"), seconds=60, rows=kept).write(out)
+    result = CliRunner().invoke(main, [str(DIGITS_STUDENT), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    results = Results.model_validate_json(out.read_text(encoding="utf-8"))
+    assert results.rows == kept
+    assert results.seconds >= 60
+    assert results.command == f"python -m experiments.calibration {DIGITS_STUDENT}"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from experiments.results import Engine, Results, read_results
-from experiments.tables import DOCUMENTS, MARKER, ROOT, percent, render, wilson
+from experiments import calibration, qat
+from experiments.results import FOLDER, Engine, Made, Results, read_results
+from experiments.tables import DOCUMENTS, MARKER, ROOT, render
 from models.card import read_card
 from models.pretrained import DIGITS_STUDENT
 from server.manifest import Precision
+
+_Results = TypeVar("_Results", bound=Made)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,13 @@ class TestDocuments:
             assert row[4] == f"{metrics.macs / 1e6:.1f}"
             assert row[8] == f"{metrics.accuracy:.2%}"
         assert f"   $ {card.command}" in text
+
+    def test_every_result_stands_in_the_documents_with_its_machine(self) -> None:
+        shown = [match.groups() for path in DOCUMENTS for match in MARKER.finditer(path.read_text("utf-8"))]
+        for file in FOLDER.glob("*.json"):
+            tables = {table.split()[0] for _, name, table, _ in shown if name == file.stem}
+            assert "machine" in tables
+            assert len(tables) > 1
 
     def test_a_missing_study_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nothing"):
@@ -132,16 +141,24 @@ class TestBars:
         assert int8 is not None
         assert int8.wrong <= teacher.wrong + 150
 
+    def test_calibration_as_it_should_be_costs_nothing_and_mistakes_are_refused(self) -> None:
+        rows = _read(calibration.Results, "calibration").rows
+        assert {row.fold for row in rows} == {0, 1, 2, 3, 4}
+        for row in rows:
+            if row.mistake is None:
+                assert row.measured.refused is None
+                assert row.measured.test.agreement >= 0.99
+            else:
+                assert row.measured.refused is not None
 
-class TestWilson:
-    def test_as_published(self) -> None:
-        assert [percent(share) for share in wilson(1, 360)] == ["98.44 %", "99.95 %"]
+    def test_qat_passes_where_no_calibration_does(self) -> None:
+        results = _read(qat.Results, "qat")
+        assert set(results.published) == {"qat"}
+        assert {row.seed for row in results.rows if row.graph == "qat"} == set(qat.SEEDS)
+        for row in results.rows:
+            assert (row.measured.refused is None) == (row.graph in ("fp32", "qat"))
+        assert results.int8_convolutions == results.convolutions
 
-    @given(st.integers(1, 5000), st.data())
-    def test_holds_the_share_and_narrows_with_more_images(self, images: int, data: st.DataObject) -> None:
-        errors = data.draw(st.integers(0, images))
-        low, high = wilson(errors, images)
-        assert 0 <= low <= 1 - errors / images + 1e-12
-        assert 1 - errors / images - 1e-12 <= high <= 1
-        more_low, more_high = wilson(10 * errors, 10 * images)
-        assert more_high - more_low < high - low
+
+def _read(kind: type[_Results], name: str) -> _Results:
+    return kind.model_validate_json((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
