@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,18 +93,32 @@ def _groups(entries: Sequence[Entry]) -> dict[GroupKey, Group]:
 
 
 def _labels(entries: Sequence[Entry]) -> list[str]:
-    """The models' names, each told from others of that name by the end of its path."""
-    labels = []
-    for entry in entries:
-        others = [other for other in entries if other.name == entry.name and other is not entry]
-        parts = entry.item.folder.absolute().parts
-        depth = 2
-        while depth < len(parts) and any(
-            other.item.folder.absolute().parts[-depth:] == parts[-depth:] for other in others
-        ):
-            depth += 1
-        labels.append(f"{entry.name} ({'/'.join(parts[-depth:])})" if others else entry.name)
+    """The models' names, each told from others of that name by what differs in their paths."""
+    labels = [entry.name for entry in entries]
+    for name in set(labels):
+        same = [index for index, entry in enumerate(entries) if entry.name == name]
+        paths = [entries[index].item.folder.absolute().parts for index in same]
+        if len(same) > 1:
+            for index, part in zip(same, differing_parts(paths), strict=True):
+                labels[index] = f"{name} ({part})"
     return labels
+
+
+def differing_parts(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """What is left of each path without the folders that all begin and end with.
+
+    At least one folder of each is left, and different paths are still different.
+    """
+    begin = _shared(paths)
+    rests = [path[begin:] for path in paths]
+    end = _shared([rest[::-1] for rest in rests])
+    return ["/".join(rest[: len(rest) - end]) for rest in rests]
+
+
+def _shared(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many folders all begin with, not counting a path's last."""
+    beginnings = zip(*(path[:-1] for path in paths), strict=False)
+    return len(list(takewhile(lambda parts: len(set(parts)) == 1, beginnings)))
 
 
 def _model(entry: Entry, label: str, group: int) -> Model:

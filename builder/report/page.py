@@ -58,6 +58,7 @@ class SlowLayer:
 
     layer: LayerTime
     share: float
+    length: float  # of its bar; the slowest layer's is 1
 
 
 @dataclass(frozen=True)
@@ -413,7 +414,8 @@ def _profiles(models: Sequence[Model]) -> tuple[list[Profile], Figure | None, li
             continue
         total = sum(layer.mean_ms for layer in model.profile) or 1.0
         slowest = sorted(model.profile, key=lambda layer: -layer.mean_ms)[:_SLOW_LAYERS]
-        lines = [SlowLayer(layer, layer.mean_ms / total) for layer in slowest]
+        longest = slowest[0].mean_ms or 1.0
+        lines = [SlowLayer(layer, layer.mean_ms / total, layer.mean_ms / longest) for layer in slowest]
         profiles.append(Profile(model, total, len(model.profile), lines))
         kinds: dict[str, float] = {}
         for layer in model.profile:

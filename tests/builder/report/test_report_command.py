@@ -99,7 +99,7 @@ def test_every_model_is_on_the_page_with_the_figures_of_the_json(run: Run) -> No
     rows = {
         row.find("th")[0].words.split()[0]: row
         for table in run.page.find("table")
-        if table.attributes.get("class") == "summary"
+        if "summary" in (table.attributes.get("class") or "")
         for row in table.find("tbody")[0].find("tr")
     }
     assert list(rows) == [f"#{model.number}" for model in run.report.models]

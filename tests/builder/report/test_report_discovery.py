@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from builder.report.assembling import differing_parts
 from builder.report.data import DataSets, data_of_checkpoint, data_of_package
 from builder.report.discovery import Checkpoint, ReportError, discover
 from models.card import read_card
@@ -141,3 +144,24 @@ def test_an_engine_finds_the_checkpoint_that_its_build_command_names(
     retrained = built.provenance.model_copy(update={"checkpoint_sha256": "1" * 64})
     other = built.model_copy(update={"provenance": retrained})
     assert data_of_package(other, [], DataSets(None)).card is None
+
+
+@pytest.mark.parametrize(
+    ("paths", "parts"),
+    [
+        (["runs/one/engines/int8", "runs/two/engines/int8"], ["one", "two"]),
+        (["runs/one/pruned", "runs/two/last/pruned"], ["one", "two/last"]),
+        (["runs/pruned", "runs/old/pruned"], ["pruned", "old/pruned"]),
+        (["runs/pruned", "runs/pruned/copy"], ["pruned", "pruned/copy"]),
+    ],
+)
+def test_models_of_one_name_are_told_apart_by_what_differs(paths: list[str], parts: list[str]) -> None:
+    assert differing_parts([Path(path).parts for path in paths]) == parts
+
+
+@given(st.sets(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(tuple), min_size=2))
+@settings(deadline=None)
+def test_different_paths_stay_different(paths: set[tuple[str, ...]]) -> None:
+    parts = differing_parts(sorted(paths))
+    assert len(set(parts)) == len(paths)
+    assert all(parts)

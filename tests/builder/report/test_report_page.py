@@ -93,7 +93,7 @@ def test_the_matrix_adds_up() -> None:
 def test_data_sets_are_reported_on_apart() -> None:
     models = [model(1), model(2, group=1, accuracy=accuracy(1, 100))]
     page = parse(render(report(models, [group(), group(name="photos", images=100)])))
-    summaries = [table for table in page.find("table") if table.attributes.get("class") == "summary"]
+    summaries = [table for table in page.find("table") if "summary" in (table.attributes.get("class") or "")]
     assert ["model-1" in table.words for table in summaries] == [True, False]
     assert [title.words for title in page.find("h2")][:2] == ["digits", "photos"]
 
@@ -140,6 +140,8 @@ def test_it_fits_a_telephone_and_asks_the_network_for_nothing(browser: Browser, 
     page.goto(path.as_uri())
     assert asked == [path.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    inner = "[...document.querySelectorAll('.scroll')].map((part) => part.scrollWidth - part.clientWidth)"
+    assert max(page.evaluate(inner)) <= 0
     assert page.evaluate("[...document.querySelectorAll('td')].some((cell) => cell.checkVisibility())")
     scales = page.evaluate(
         """[...document.querySelectorAll('figure > svg')]
