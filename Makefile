@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load test-gpu bench reproduce tables check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-load test-gpu bench reproduce tables images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -57,6 +57,13 @@ reproduce: $(VENV)/.install-dev  ## Repeat the report's experiments (STUDY=digit
 tables: $(VENV)/.install-dev  ## Write the tables of docs/results.md and the README from experiments/results.
 	@$(BIN)/python -m experiments.tables
 
+images-check: $(VENV)/.install-dev  ## Build the container images and run them, without Docker (root; IMAGES=cpu for one).
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+		binfmt-support buildah debootstrap podman qemu-user-static runc >/dev/null; fi
+	@$(BIN)/hadolint Dockerfile.x86 Dockerfile.jetson
+	@$(BIN)/python -m deploy.images $(IMAGES)
+
 check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,11 +77,20 @@ format: $(VENV)/.install-dev  ## Format the code and sort its imports.
 proto: $(VENV)/.install-dev  ## Compile the Open Inference Protocol's messages.
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. server/v2/inference.proto
 
-constraints:  ## Pin the newest versions of all dependencies in constraints.txt.
+JETSON_PINS = build/constraints/bin/uv pip compile -q pyproject.toml --extra tensorrt --only-binary :all: \
+	--no-annotate --no-emit-package openvino --no-emit-package openvino-telemetry --no-strip-markers \
+	--custom-compile-command "make constraints"
+
+constraints:  ## Pin the newest versions of all dependencies: constraints.txt, and deploy/jetson for its images.
 	@rm -rf build/constraints && $(PYTHON) -m venv build/constraints
 	build/constraints/bin/pip install -q ".[dev]"
 	build/constraints/bin/pip freeze --exclude trimrt | grep -v -E ' @ |^-e' > constraints.tmp
 	mv constraints.tmp constraints.txt
+	build/constraints/bin/pip install -q uv
+	$(JETSON_PINS) --python-version 3.10 --python-platform aarch64-manylinux_2_35 \
+		-c deploy/jetson/jetpack6.in -o deploy/jetson/jetpack6.txt
+	$(JETSON_PINS) --python-version 3.12 --python-platform aarch64-manylinux_2_39 \
+		-c constraints.txt -o deploy/jetson/jetpack7.txt
 	@rm -rf build/constraints
 
 clean:  ## Remove what the commands above made, but for checkpoints and engines.

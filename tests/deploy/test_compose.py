@@ -98,15 +98,3 @@ def test_prometheus_and_grafana_find_each_other_and_the_server() -> None:
     assert f"./deploy/grafana/dashboards:{folder}:ro" in SERVICES["grafana"]["volumes"]
     home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (ROOT / "deploy/grafana/dashboards" / Path(home).relative_to(folder)).is_file()
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_image_is_built_from_a_dockerfile_that_is_there(name: str) -> None:
-    service = CONTENT[name]["services"]["server"]
-    dockerfile = ROOT / service["build"]["dockerfile"]
-    if not dockerfile.exists():
-        pytest.skip(f"{dockerfile.name} is not written yet")
-    text = dockerfile.read_text("utf-8")
-    if "target" in service["build"]:
-        assert re.search(rf"(?im)^FROM .* AS {service['build']['target']}\s*$", text)
-    assert service["image"].partition(":")[0] == "trimrt"
