@@ -20,6 +20,7 @@ import click
 
 from deploy.images import checks
 from deploy.images.bases import SUITE, make_base
+from deploy.images.interpreter import VERSION, check_interpreter
 from deploy.images.podman import ROOT, ContainerError, build, size
 from models.files import replace_file
 
@@ -75,8 +76,13 @@ IMAGES: Final = {
 }
 
 
+PYTHON: Final = f"python{VERSION}"
+
+
 def examine(name: str) -> dict[str, Any]:
-    """Build an image, check it, and say what was found."""
+    """Build an image (or install for JetPack's Python), check it, and say what was found."""
+    if name == PYTHON:
+        return check_interpreter()
     image = IMAGES[name]
     base = make_base(image.architecture)
     build(image.file, image.target, tag(name), image.architecture, image.arguments(base))
@@ -88,13 +94,17 @@ def examine(name: str) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The part of docs/containers.md that figures are in."""
-    lines = ["| image | target | beyond its base | checked on |", "|---|---|--:|---|"]
-    for name, image in IMAGES.items():
-        if name in results["images"]:
-            facts = results["images"][name]
+    lines = [
+        "| image | beyond its base | packages | of them for training | stand-in for its base |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for name in IMAGES:
+        facts = results["checks"].get(name)
+        if facts is not None:
             megabytes = f"{facts['bytes_beyond_base'] / 1e6:,.0f} MB"
             lines.append(
-                f"| `trimrt:{name}` | `{image.target}` of `{image.file}` | {megabytes} | {facts['base']} |"
+                f"| `trimrt:{name}` | {megabytes} | {facts['packages']} | {len(facts['training_libraries'])} "
+                f"| {facts['base']} |"
             )
     return "\n".join([*lines, "", f"Measured on {results['machine']}, {results['date']}.", ""])
 
@@ -115,11 +125,11 @@ def machine() -> str:
 
 
 @click.command()
-@click.argument("names", nargs=-1, type=click.Choice(list(IMAGES)))
+@click.argument("names", nargs=-1, type=click.Choice([*IMAGES, PYTHON]))
 def main(names: tuple[str, ...]) -> None:
-    """Build and check the images NAMES, or all of them."""
-    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"images": {}}
-    for name in names or IMAGES:
+    """Build and check the images NAMES, or all of them, and the project on JetPack 6's Python."""
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"checks": {}}
+    for name in names or (*IMAGES, PYTHON):
         click.echo(f"{name}:")
         try:
             facts = examine(name)
@@ -129,7 +139,7 @@ def main(names: tuple[str, ...]) -> None:
         results = {
             "machine": machine(),
             "date": date.today().isoformat(),
-            "images": {**results["images"], name: facts},
+            "checks": {**results["checks"], name: facts},
         }
         write(results)
 

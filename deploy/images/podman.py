@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -142,15 +142,14 @@ def started(
         podman("rm", "--force", "--time", "0", name)
 
 
-def wait_for(condition: Any, container: Container, seconds: float) -> float:
-    """Seconds until `condition()` held.
+def wait_for(condition: Callable[[], bool], container: Container, seconds: float) -> None:
+    """Ask until `condition()` holds.
 
     Raises:
-        ContainerError: it never did, or the container ended.
+        ContainerError: it does not within that time, or the container has ended.
     """
-    start = time.monotonic()
+    end = time.monotonic() + seconds
     while not condition():
-        if not container.is_running() or time.monotonic() - start > seconds:
+        if not container.is_running() or time.monotonic() > end:
             raise ContainerError(f"waited in vain for {condition.__name__}:\n{container.logs()[-4000:]}")
         time.sleep(0.2)
-    return time.monotonic() - start
