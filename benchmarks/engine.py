@@ -165,7 +165,6 @@ def prepare(folder: Path, report: Report) -> Path:
             report=report,
         )
     graph = package.folder / "model.onnx"
-    shutil.copyfile(graph, folder / "pixels.onnx")
     take_float_tensors(graph, folder / "float.onnx")
     shutil.rmtree(work)
     (folder / "labels.json").write_text(json.dumps(package.manifest.labels), encoding="utf-8")

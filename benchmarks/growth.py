@@ -152,7 +152,9 @@ def main(seconds: float, output: Path) -> None:
             growth.batches = {"FP32": [], "INT8": []}
             for batch in BATCHES:
                 progress.update(task, description=f"batch {batch}")
-                timings = time_engines([fp32, int8], batch, seconds=seconds / 2, warm_up=0.5, progress=int)
+                timings = time_engines(
+                    [fp32, int8], batch, seconds=seconds / 2, warm_up=0.5, progress=lambda: None
+                )
                 for curve, timing in zip(growth.batches.values(), timings, strict=True):
                     curve.append(timing)
                 progress.advance(task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.bodies import BodyMemory
 from server.devices import find_devices
@@ -71,7 +72,7 @@ def create_app(
         for observer in telemetry.observers:
             await asyncio.to_thread(observer.close)
 
-    app = FastAPI(
+    app = _DirectFastAPI(
         title="TrimRT",
         version=VERSION,
         summary="Image classification by compressed networks.",
@@ -81,6 +82,7 @@ def create_app(
     app.state.lifecycle = Lifecycle()
     app.state.body_memory = BodyMemory(settings.max_body_memory_bytes)
     app.add_middleware(RequestContext)
+    app.direct = {("POST", "/predict"): RequestContext(_Direct(predict.predict))}
     for module in (predict, engines, health, observability, rest, page):
         app.include_router(module.router)
     app.mount("/page", StaticFiles(directory=page.FOLDER))
@@ -90,6 +92,45 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(Exception, _internal)
     return app
+
+
+class _DirectFastAPI(FastAPI):
+    """Its hottest routes pass by FastAPI's and Starlette's layers, which cost 0.15 ms of CPU each time.
+
+    They are also routes as usual, for the API's description, and where the application is mounted.
+    """
+
+    direct: Mapping[tuple[str, str], ASGIApp] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        direct = scope["type"] == "http" and self.direct.get((scope["method"], scope["path"]))
+        if direct:
+            scope["app"] = self
+            await direct(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+class _Direct:
+    """An endpoint as an ASGI application, with the handlers of errors that it has as a route."""
+
+    def __init__(self, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        request = Request(scope, receive, send)
+        try:
+            response = await self._endpoint(request)
+        except Problem as problem:
+            response = _answer(request, problem)
+        except ClientDisconnect as error:
+            response = await _disconnected(request, error)
+        except Exception as error:
+            log.exception("a request failed")
+            response = await _internal(request, error)
+        await response(scope, receive, send)
 
 
 def _tracers(settings: Settings) -> list[RequestObserver]:

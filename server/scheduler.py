@@ -42,6 +42,7 @@ class Result:
     Attributes:
         probabilities: `float32` of shape `(classes,)`.
         logits: same shape and dtype.
+        order: `int64` of shape `(classes,)`, the classes by falling logit, equal ones by number.
         batch_size: images in the batch it rode in.
         admitted: when the request was.
         decoding: when a thread began to decode it.
@@ -54,6 +55,7 @@ class Result:
 
     probabilities: NDArray[np.float32]
     logits: NDArray[np.float32]
+    order: NDArray[np.int64]
     batch_size: int
     admitted: float
     decoding: float
@@ -283,6 +285,7 @@ class Scheduler:
         batch: list[_Image],
         probabilities: NDArray[np.float32],
         logits: NDArray[np.float32],
+        order: NDArray[np.int64],
         started: float,
         finished: float,
         device: Mapping[str, float],
@@ -297,6 +300,7 @@ class Scheduler:
             result = job.results[image.index] = Result(
                 probabilities[row],
                 logits[row],
+                order[row],
                 len(batch),
                 job.admitted,
                 image.decoding,
@@ -397,8 +401,10 @@ class Scheduler:
 
     def _batch_size(self) -> int:
         """The most images that a slot may take now."""
-        if self.engine.on_cpu and not self._delay:  # what waits is shared between the idle cores
-            return max(1, min(self._max_batch, -(-len(self._waiting) // self._idle_slots)))
+        if self.engine.on_cpu and not self._delay:
+            # What waits is shared with the other cores, also with those that are still busy: were a batch
+            # to take all, its core would have nothing to do afterwards until the next requests are read.
+            return max(1, min(self._max_batch, -(-len(self._waiting) // self.engine.slots)))
         return self._max_batch
 
     def _run_batch(self, slot: Slot, batch: list[_Image]) -> None:
@@ -417,6 +423,9 @@ class Scheduler:
             finished = time.monotonic()
             # The slot's arrays are overwritten by its next batch.
             probabilities, logits = outputs.probabilities.copy(), outputs.logits.copy()
+            # By the logits: probabilities of a sure network round to ties. Here, for sorting lets other
+            # threads run, and the event loop would wait long to go on.
+            order = np.argsort(-logits, axis=1, kind="stable")
             device = {stage: milliseconds / 1000 for stage, milliseconds in outputs.timings_ms.items()}
         except Exception as error:
             log.exception("a batch of %d images failed", len(batch))
@@ -424,5 +433,5 @@ class Scheduler:
             self._loop.call_soon_threadsafe(self._deliver_failure, batch, problem)
             return
         self._loop.call_soon_threadsafe(
-            self._deliver, ready, probabilities, logits, started, finished, device
+            self._deliver, ready, probabilities, logits, order, started, finished, device
         )

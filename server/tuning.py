@@ -7,7 +7,9 @@ further one adds to the time that the others wait.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ import simplejpeg
 from models.files import replace_file
 from models.preprocessing import load_pixels
 from server.engines import load_engine
-from server.engines.base import Engine, Options, cores
+from server.engines.base import Engine, Options, Slot, cores
 from server.engines.tuned import TUNING_NAME, Setting, Trial, Tuning, this_processor
 from server.manifest import read_manifest
 
@@ -55,27 +57,44 @@ def throughput(
     options = Options(
         slots=setting.slots, threads=setting.threads, batch=setting.batch, pinning=setting.pinning
     )
+    start = threading.Barrier(setting.slots + 1)
     with closing(load_engine(package, options)) as engine, ThreadPoolExecutor(setting.slots) as pool:
-        _work(engine, files, setting.batch, time.perf_counter())  # prepares what this batch size needs
-        start, cpu = time.perf_counter(), time.process_time()
-        end = start + seconds
-        runs = [pool.submit(_work, engine, files, setting.batch, end) for _ in range(setting.slots)]
+        runs = [
+            pool.submit(_work, engine, files, setting.batch, start, seconds) for _ in range(setting.slots)
+        ]
+        with contextlib.suppress(threading.BrokenBarrierError):  # the thread that broke it says why
+            start.wait()
+        began, cpu = time.perf_counter(), time.process_time()
         images = sum(run.result() for run in runs)
-        return images / (time.perf_counter() - start), 1000 * (time.process_time() - cpu) / images
+        return images / (time.perf_counter() - began), 1000 * (time.process_time() - cpu) / images
 
 
-def _work(engine: Engine, files: Sequence[bytes], batch: int, end: float) -> int:
-    """Batches until `end`; the number of images."""
+def _work(
+    engine: Engine, files: Sequence[bytes], batch: int, start: threading.Barrier, seconds: float
+) -> int:
+    """Batches for so many seconds, once every slot is open and warm; the number of images."""
     spec = engine.manifest.preprocessing
     endless = itertools.cycle(files)
     images = 0
-    with closing(engine.open_slot()) as slot:
-        while not images or time.perf_counter() < end:
-            if engine.on_cpu or not images:
-                for row in range(batch):
-                    slot.pixels[row] = load_pixels(next(endless), spec)
-            slot.infer(batch)
-            images += batch
+
+    def fill(slot: Slot) -> None:
+        for row in range(batch):
+            slot.pixels[row] = load_pixels(next(endless), spec)
+
+    try:
+        with closing(engine.open_slot()) as slot:
+            fill(slot)
+            slot.infer(batch)  # prepares what this batch size needs
+            start.wait()
+            end = time.perf_counter() + seconds
+            while not images or time.perf_counter() < end:
+                if engine.on_cpu:
+                    fill(slot)
+                slot.infer(batch)
+                images += batch
+    except BaseException:
+        start.abort()
+        raise
     return images
 
 

@@ -51,11 +51,18 @@ class Classifier:
         self.preprocess: Callable[[bytes], NDArray[Any]] = (
             _trimrt_pixels() if form == "trimrt" else pillow_tensor
         )
-        self._model = openvino.Core().compile_model(
-            engines / ("pixels.onnx" if form == "trimrt" else "float.onnx"),
-            "CPU",
-            {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams, "ENABLE_CPU_PINNING": False},
-        )
+        core = openvino.Core()
+        configuration: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": streams,
+            "ENABLE_CPU_PINNING": False,
+        }
+        if form == "trimrt":
+            blob = (engines / "resnet18-int8-openvino" / "engine.blob").read_bytes()
+            configuration["INFERENCE_PRECISION_HINT"] = "f32"
+            self._model = core.import_model(io.BytesIO(blob), "CPU", configuration)
+        else:
+            self._model = core.compile_model(engines / "float.onnx", "CPU", configuration)
         self._local = threading.local()
 
     def infer(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:

@@ -19,12 +19,12 @@ from server.manifest import Compatibility, EngineError, Manifest, check_artefact
 CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 # A loaded model prepares its kernels anew whenever the batch size changes, which takes longer than a
-# small network's inference. So each slot keeps one for each of a few sizes, and a batch of 7 runs as
+# small network's inference. So each slot has a model for each of a few sizes, and runs a batch of 7 as
 # 4 + 2 + 1. Sizes in order of what they gain; as many as fit the memory.
-_SIZES: Final = (1, 4, 2, 8, 16, 32)
+_SIZES: Final = (1, 2, 4, 8, 16, 32)
 _LEAST_SIZES: Final = 2
 _MEMORY_BYTES: Final = 160 << 20
-_LOADED_FACTOR: Final = 4  # bytes of a loaded model over those of its blob, about
+_LOADED_FACTOR: Final = 2  # bytes of a loaded model over those of its blob, about
 
 
 def this_machine() -> Compatibility:
@@ -42,37 +42,7 @@ def load(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
         EngineError: built by another OpenVINO or for another processor, damaged, or refused by OpenVINO.
     """
     _check_machine(folder, manifest)
-    blob = check_artefact(folder, manifest).read_bytes()
-    threads = options.threads or cores()
-    slots = options.slots or threads
-    core = openvino.Core()
-
-    def import_model(streams: int) -> openvino.CompiledModel:
-        configuration = {
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": max(threads, streams),
-            # By default off: each model and each process would pin its first thread to the same core.
-            "ENABLE_CPU_PINNING": options.pinning,
-        }
-        return core.import_model(io.BytesIO(blob), "CPU", CONFIGURATION | configuration)
-
-    try:
-        models = {size: import_model(slots) for size in _sizes(manifest, len(blob))}
-        wide = import_model(1) if slots > 1 and threads > 1 else None
-    except RuntimeError as error:
-        raise EngineError(
-            f"OpenVINO {openvino.get_version()} cannot load {folder}: {error}; "
-            f"rebuild it: {manifest.build_command}"
-        ) from error
-    return OpenVINOEngine(manifest, models, wide, slots, options.batch or max(models))
-
-
-def _sizes(manifest: Manifest, blob_bytes: int) -> list[int]:
-    """Batch sizes that get a loaded model, largest first; runs of them make up any other."""
-    if manifest.batch.min > 1:
-        return [manifest.batch.max]
-    count = max(_LEAST_SIZES, _MEMORY_BYTES // (_LOADED_FACTOR * blob_bytes))
-    return sorted((size for size in _SIZES[:count] if size <= manifest.batch.max), reverse=True)
+    return OpenVINOEngine(folder, manifest, options)
 
 
 def _check_machine(folder: Path, manifest: Manifest) -> None:
@@ -96,21 +66,29 @@ def _check_machine(folder: Path, manifest: Manifest) -> None:
 
 
 class OpenVINOEngine:
-    """The blob, loaded once for each of a few batch sizes, and once to use all threads for one image."""
+    """The package's blob, of which each slot loads models of its own.
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        models: dict[int, openvino.CompiledModel],
-        wide: openvino.CompiledModel | None,
-        slots: int,
-        best_batch: int,
-    ) -> None:
+    A model of one stream and one thread is run by the thread that asks for it, where any other would
+    hand over to a thread of OpenVINO's and back: with one slot a core, nothing is handed over.
+
+    Raises:
+        EngineError: damaged, or refused by OpenVINO.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, options: Options) -> None:
+        self._folder = folder
         self._manifest = manifest
-        self._models = models
-        self._wide = wide
-        self._slots = slots
-        self._best_batch = best_batch
+        self._pinning = options.pinning
+        self._threads = options.threads or cores()
+        self._slots = options.slots or self._threads
+        # The file's size tells too little of a loaded model, but loading one to see takes a while.
+        loaded = _LOADED_FACTOR * check_artefact(folder, manifest).stat().st_size * self._slots
+        self._sizes = _sizes(manifest, max(_LEAST_SIZES, _MEMORY_BYTES // loaded))
+        self._best_batch = options.batch or max(self._sizes)
+        # For one image that has the machine to itself.
+        self._wide = (
+            self._load([1], self._threads)[1] if self._slots > 1 and manifest.batch.min == 1 else None
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -119,7 +97,7 @@ class OpenVINOEngine:
 
     @property
     def slots(self) -> int:
-        """One for each of OpenVINO's streams."""
+        """One for each thread, unless told otherwise."""
         return self._slots
 
     @property
@@ -133,12 +111,44 @@ class OpenVINOEngine:
         return True
 
     def open_slot(self) -> OpenVINOSlot:
-        """A slot for the calling thread."""
-        requests = {size: model.create_infer_request() for size, model in self._models.items()}
-        return OpenVINOSlot(self._manifest, requests, self._wide and self._wide.create_infer_request())
+        """A slot for the calling thread.
+
+        Raises:
+            EngineError: the package was damaged meanwhile, or is refused by OpenVINO.
+        """
+        models = self._load(self._sizes, max(1, self._threads // self._slots))
+        return OpenVINOSlot(self._manifest, models, self._wide)
 
     def close(self) -> None:
-        """Nothing to do: the models are freed with the last reference to them."""
+        """Nothing to do: models are freed with the last reference to them."""
+
+    def _load(self, sizes: list[int], threads: int) -> dict[int, openvino.CompiledModel]:
+        """A model for each of `sizes`."""
+        blob = check_artefact(self._folder, self._manifest).read_bytes()
+        configuration = {
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            # By default off: each model and each process would pin its first thread to the same core.
+            "ENABLE_CPU_PINNING": self._pinning,
+        }
+        core = openvino.Core()
+        try:
+            return {
+                size: core.import_model(io.BytesIO(blob), "CPU", CONFIGURATION | configuration)
+                for size in sizes
+            }
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO {openvino.get_version()} cannot load {self._folder}: {error}; "
+                f"rebuild it: {self._manifest.build_command}"
+            ) from error
+
+
+def _sizes(manifest: Manifest, count: int) -> list[int]:
+    """Batch sizes that get a model, largest first; runs of them make up any other."""
+    if manifest.batch.min > 1:
+        return [manifest.batch.max]
+    return sorted((size for size in _SIZES[:count] if size <= manifest.batch.max), reverse=True)
 
 
 class OpenVINOSlot:
@@ -147,12 +157,12 @@ class OpenVINOSlot:
     def __init__(
         self,
         manifest: Manifest,
-        requests: dict[int, openvino.InferRequest],
-        wide: openvino.InferRequest | None,
+        models: dict[int, openvino.CompiledModel],
+        wide: openvino.CompiledModel | None,
     ) -> None:
         self._batch = manifest.batch
-        self._requests = requests
-        self._wide = wide
+        self._requests = {size: model.create_infer_request() for size, model in models.items()}
+        self._wide = wide and wide.create_infer_request()
         self._pixels = np.zeros((manifest.batch.max, *manifest.input.shape[1:]), np.uint8)
         classes = len(manifest.labels)
         self._logits = np.zeros((manifest.batch.max, classes), np.float32)
@@ -199,7 +209,10 @@ class OpenVINOSlot:
         request.infer()
 
     def close(self) -> None:
-        """Nothing to do: the requests are freed with the slot."""
+        """Free the models."""
+        self._requests.clear()
+        self._bound.clear()
+        self._wide = None
 
 
 def _shared(rows: NDArray[Any]) -> openvino.Tensor:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-import numpy as np
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
@@ -241,8 +240,7 @@ def _answer(
 
 
 def _predictions(result: Result, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
-    # By the logits: probabilities of a sure network round to ties.
-    order = np.argsort(-result.logits, kind="stable")[:top_k]
+    order = result.order[:top_k]
     return [
         {"label": labels[index], "index": index, "probability": probability}
         for index, probability in zip(order.tolist(), result.probabilities[order].tolist(), strict=True)

@@ -66,7 +66,8 @@ def int8(demo: tuple[Path, str]) -> Path:
 @pytest.fixture(scope="module")
 def served(int8: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     log = tmp_path_factory.mktemp("serve") / "log"
-    with start_process(["--engine", str(int8), "--log-format", "json"], log) as started:
+    options = ["--engine", str(int8), "--engine-dir", str(log.parent), "--log-format", "json"]
+    with start_process(options, log) as started:
         yield started
 
 
