@@ -60,7 +60,7 @@ tables: $(VENV)/.install-dev  ## Write the tables of docs/results.md and the REA
 images-check: $(VENV)/.install-dev  ## Build the container images and run them, without Docker (root; IMAGES=cpu for one).
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get -qq update && \
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-		binfmt-support buildah debootstrap podman qemu-user-static runc >/dev/null; fi
+		binfmt-support debootstrap podman qemu-user-static runc >/dev/null; fi
 	@$(BIN)/hadolint Dockerfile.x86 Dockerfile.jetson
 	@$(BIN)/python -m deploy.images $(IMAGES)
 

@@ -33,6 +33,7 @@ from benchmarks.report import markdown_table
 from benchmarks.serving import Serving, serving
 
 CONNECTIONS: Final = (1, 16)  # latency, and throughput
+PROXIES: Final = {False: "Ray's proxy", True: "HAProxy"}
 
 _PROGRAMS: Final = Path(sys.executable).parent
 _START_SECONDS: Final = 120
@@ -45,10 +46,12 @@ class Setup(Contender):
     Attributes:
         package: the engine package.
         replicas: how many on Ray Serve; None: `trimrt serve`.
+        haproxy: whether HAProxy stands before the replicas, or Ray's own proxy.
     """
 
     package: str = INT8
     replicas: int | None = None
+    haproxy: bool = False
 
     def command(self, engines: Path, port: int) -> list[str]:
         """`trimrt serve`, or what `trimrt cluster config` says, run by Ray."""
@@ -67,7 +70,12 @@ class Setup(Contender):
 
     def variables(self, form: Form, engines: Path, port: int) -> dict[str, str]:
         """A new cluster on this machine, whatever else runs here."""
-        return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
+        return {
+            **os.environ,
+            "RAY_ADDRESS": "local",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": str(int(self.haproxy)),
+        }
 
     def wait(self, server: Serving) -> None:
         """Return once every replica answers.
@@ -88,21 +96,23 @@ class Setup(Contender):
                     seen.add(replica)
 
 
+def on_ray(package: str, replicas: int, haproxy: bool) -> Setup:
+    """So many replicas behind one of the two proxies."""
+    title = f"Ray Serve, {replicas} replica{'s' if replicas > 1 else ''}, {PROXIES[haproxy]}"
+    name = f"ray-{replicas}-{'haproxy' if haproxy else 'proxy'}"
+    return Setup(name, title, TRIMRT.path, package=package, replicas=replicas, haproxy=haproxy)
+
+
+def bare(package: str) -> Setup:
+    """No Ray."""
+    return Setup("ray-none", "trimrt serve", TRIMRT.path, package=package)
+
+
 def setups(package: str) -> list[Setup]:
     """The servers that are compared, over one engine."""
-    bare = Setup("ray-bare", "trimrt serve", TRIMRT.path, package=package)
     return [
-        bare,
-        *(
-            Setup(
-                f"ray-{replicas}",
-                f"Ray Serve, {replicas} replicas",
-                TRIMRT.path,
-                package=package,
-                replicas=replicas,
-            )
-            for replicas in (1, 2)
-        ),
+        bare(package),
+        *(on_ray(package, replicas, haproxy) for haproxy in PROXIES for replicas in (1, 2)),
     ]
 
 
@@ -124,10 +134,12 @@ class Comparison(BaseModel):
     throughput: dict[str, float] = Field(description="images a second, by server")
     p50_ms: dict[str, float] = Field(description="of one connection, by server")
     cpu_ms: dict[str, float] = Field(description="processor time for an image, by server")
-    second_replica: float = Field(description="throughput of two replicas over one")
-    overhead_ms: float = Field(description="p50 of one connection: one replica less the bare server")
-    overhead_cpu_ms: float = Field(
-        description="processor time for an image: one replica less the bare server"
+    second_replica: dict[str, float] = Field(description="throughput of two replicas over one, by proxy")
+    overhead_ms: dict[str, float] = Field(
+        description="p50 of one connection: one replica less the bare server, by proxy"
+    )
+    overhead_cpu_ms: dict[str, float] = Field(
+        description="processor time for an image: one replica less the bare server, by proxy"
     )
 
 
@@ -136,14 +148,12 @@ class Results(BaseModel):
 
     machine: Machine
     seconds: float = Field(description="of each load")
-    environment: dict[str, str] = Field(description="what Ray Serve was told by its variables")
     points: list[Point] = []
     comparisons: list[Comparison] = []
 
 
 def compare(package: str, points: list[Point]) -> Comparison:
     """The comparison of the servers over `package`."""
-    bare, one, two = (setup.title for setup in setups(package))
     few, many = CONNECTIONS
 
     def medians(connections: int, figure: Callable[[Point], float]) -> dict[str, float]:
@@ -156,14 +166,19 @@ def compare(package: str, points: list[Point]) -> Comparison:
     throughput = medians(many, lambda point: point.load.throughput)
     p50 = medians(few, lambda point: point.load.p50)
     cpu_ms = medians(many, lambda point: point.cpu_ms)
+    none = bare(package).title
+    titles = {
+        proxy: [on_ray(package, replicas, haproxy).title for replicas in (1, 2)]
+        for haproxy, proxy in PROXIES.items()
+    }
     return Comparison(
         package=package,
         throughput=throughput,
         p50_ms=p50,
         cpu_ms=cpu_ms,
-        second_replica=throughput[two] / throughput[one],
-        overhead_ms=p50[one] - p50[bare],
-        overhead_cpu_ms=cpu_ms[one] - cpu_ms[bare],
+        second_replica={proxy: throughput[two] / throughput[one] for proxy, (one, two) in titles.items()},
+        overhead_ms={proxy: p50[one] - p50[none] for proxy, (one, _) in titles.items()},
+        overhead_cpu_ms={proxy: cpu_ms[one] - cpu_ms[none] for proxy, (one, _) in titles.items()},
     )
 
 
@@ -177,14 +192,14 @@ def markdown(results: Results) -> str:
             [server, f"{rate:.1f}", f"{comparison.p50_ms[server]:.2f}", f"{comparison.cpu_ms[server]:.2f}"]
             for server, rate in comparison.throughput.items()
         ]
+        lines += [*markdown_table(head, rows), ""]
         lines += [
-            *markdown_table(head, rows),
-            "",
-            f"The second replica: {comparison.second_replica:.2f}x. Ray Serve adds "
-            f"{comparison.overhead_ms:.2f} ms to a request, and {comparison.overhead_cpu_ms:.2f} ms of "
-            "processor time.",
-            "",
+            f"{proxy}: a second replica gives {gain:.2f}x; a request takes "
+            f"{comparison.overhead_ms[proxy]:.2f} ms longer than without Ray, and "
+            f"{comparison.overhead_cpu_ms[proxy]:.2f} ms more of processor time."
+            for proxy, gain in comparison.second_replica.items()
         ]
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -205,11 +220,7 @@ def main(seconds: float, rounds: int, output: Path) -> None:
     exit_on_sigterm()
     engines = prepare(BUILD / "engine", click.echo)
     files = store("640x427", photographs(), BUILD / "photographs")
-    results = Results(
-        machine=this_machine(),
-        seconds=seconds,
-        environment={name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")},
-    )
+    results = Results(machine=this_machine(), seconds=seconds)
     packages = (INT8, FP32)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
