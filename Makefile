@@ -48,6 +48,7 @@ test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and Ten
 bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and the limit (half an hour; needs wrk).
 	@$(BIN)/python -m benchmarks.peers
 	@$(BIN)/python -m benchmarks.stages
+	@$(BIN)/python -m benchmarks.presets
 	@$(BIN)/python -m benchmarks.growth
 
 reproduce: $(VENV)/.install-dev  ## Repeat the report's experiments (STUDY=digits FOLDS=0 or all, JOBS=1 folds at a time).

@@ -5,7 +5,6 @@ builder. `prepare` leaves in a folder:
 
 - `resnet18-int8-openvino/` and `resnet18-fp32-openvino/`: engine packages;
 - `colour-fp32-openvino/`: the package of a network that costs nothing, to see what a server costs;
-- `pixels.onnx`: the INT8 package's graph;
 - `float.onnx`: the same graph without its first nodes, taking normalised float NCHW tensors;
 - `labels.json`.
 """
@@ -14,9 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,10 +25,11 @@ from benchmarks.photos import photographs
 from builder.export import INPUT, export_onnx
 from builder.int8 import convert_to_int8
 from builder.kit import Graph, Student
-from builder.packages import build_package
+from builder.packages import Package, build_package
 from builder.targets import Report, Rest, open_target
 from builder.verification import Gate, VerificationSet
 from models.preprocessing import Pixels, Preprocessing, load_pixels
+from models.recipe import make_recipe
 from server.engines import load_engine
 from server.manifest import BatchSizes, EngineError, Precision, sha256_of
 
@@ -41,6 +41,8 @@ CLASSES = 1000
 INT8 = "resnet18-int8-openvino"
 FP32 = "resnet18-fp32-openvino"
 NEXT_TO_NOTHING = "colour-fp32-openvino"
+
+PRUNED: Final = ("aligned", "report", "aggressive")  # the presets that prune differently
 
 _BATCH = BatchSizes(min=1, opt=8, max=32)
 _COMMAND = "python -m benchmarks.engine"
@@ -59,7 +61,22 @@ def _colour() -> torch.nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, CLASSES))
 
 
-_NETWORKS: Final = {"resnet18": _resnet18, "colour": _colour}
+def _pruned(preset: str) -> torch.nn.Module:
+    from models.pruning import Pruner
+
+    network = _resnet18().eval()
+    settings = make_recipe(preset=preset).pruning
+    pruner = Pruner(network, SPEC, settings, settings.ratio)
+    for _ in range(settings.steps):
+        pruner.step()
+    return network
+
+
+NETWORKS: Final[dict[str, Callable[[], torch.nn.Module]]] = {
+    "resnet18": _resnet18,
+    "colour": _colour,
+    **{f"resnet18-{preset}": partial(_pruned, preset) for preset in PRUNED},
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ class RandomNetwork:
         import torch
 
         torch.manual_seed(0)
-        network = _NETWORKS[self.name]()
+        network = NETWORKS[self.name]().train()
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (SPEC.mean, SPEC.std))
         images = (torch.from_numpy(self._pixels).permute(0, 3, 1, 2) / 255 - mean) / std
         with torch.inference_mode():  # batch statistics of real images: activations as in a trained network
@@ -147,14 +164,22 @@ def prepare(folder: Path, report: Report) -> Path:
     if _usable(folder):
         return folder
     work = folder / "work"
+    build((("colour", "fp32"), ("resnet18", "fp32")), folder, work, report)
+    (package,) = build((("resnet18", "int8"),), folder, work, report)
+    graph = package.folder / "model.onnx"
+    take_float_tensors(graph, folder / "float.onnx")
+    shutil.rmtree(work)
+    (folder / "labels.json").write_text(json.dumps(package.manifest.labels), encoding="utf-8")
+    return folder
+
+
+def build(
+    networks: Sequence[tuple[str, Precision]], folder: Path, work: Path, report: Report
+) -> list[Package]:
+    """Build packages of `NETWORKS` in `folder`, with graphs in `work`."""
     work.mkdir(parents=True, exist_ok=True)
-    builds: tuple[tuple[str, Precision], ...] = (
-        ("colour", "fp32"),
-        ("resnet18", "fp32"),
-        ("resnet18", "int8"),
-    )
-    for name, precision in builds:
-        package = build_package(
+    return [
+        build_package(
             RandomNetwork(work, name),
             open_target("openvino"),
             precision,
@@ -164,11 +189,8 @@ def prepare(folder: Path, report: Report) -> Path:
             command=_COMMAND,
             report=report,
         )
-    graph = package.folder / "model.onnx"
-    take_float_tensors(graph, folder / "float.onnx")
-    shutil.rmtree(work)
-    (folder / "labels.json").write_text(json.dumps(package.manifest.labels), encoding="utf-8")
-    return folder
+        for name, precision in networks
+    ]
 
 
 def _usable(folder: Path) -> bool:

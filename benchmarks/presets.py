@@ -1,0 +1,106 @@
+"""What pruning is worth at 224x224: `python -m benchmarks.presets`.
+
+A ResNet18 and what each preset leaves of it, as INT8 engines, beside the unpruned FP32 engine. The
+weights are random: they do not change how long a network takes.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Final
+
+import click
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.contenders import BUILD
+from benchmarks.engine import PRUNED, build
+from benchmarks.measurements import Machine, this_machine
+from benchmarks.report import markdown_table
+from server.engines import load_engine
+from server.engines.base import Options
+from server.manifest import EngineError, Precision
+from server.timing import Timing, rounds, time_engines
+
+BATCHES: Final = (1, 8)
+
+_NETWORKS: Final[tuple[tuple[str, Precision], ...]] = (
+    ("resnet18", "fp32"),
+    ("resnet18", "int8"),
+    *((f"resnet18-{preset}", "int8") for preset in PRUNED),
+)
+
+
+class Speeds(BaseModel):
+    """Timings of all engines, all cores on one batch; in the order of `BATCHES`."""
+
+    machine: Machine
+    engines: dict[str, list[Timing]]
+
+
+def markdown(speeds: Speeds) -> str:
+    """The timings, and how many times faster each engine is than the unpruned FP32 and INT8 ones."""
+    names = list(speeds.engines)
+    head = ["engine"]
+    for batch in BATCHES:
+        head += [f"batch {batch}: ms", "x FP32", "x INT8"]
+    rows = []
+    for name, timings in speeds.engines.items():
+        row = [name]
+        for number, timing in enumerate(timings):
+            fp32, int8 = (speeds.engines[other][number].percentiles_ms["p50"] for other in names[:2])
+            median = timing.percentiles_ms["p50"]
+            row += [f"{median:.2f}", f"{fp32 / median:.2f}", f"{int8 / median:.2f}"]
+        rows.append(row)
+    return "\n".join(markdown_table(head, rows, left=1)) + "\n"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--seconds", default=4.0, show_default=True, help="For each engine and batch size.")
+@click.option(
+    "--output",
+    default=BUILD / "results",
+    type=click.Path(path_type=Path, file_okay=False),
+    show_default="build/benchmarks/results",
+    help="Folder for presets.json and presets.md.",
+)
+def main(seconds: float, output: Path) -> None:
+    """Time a ResNet18 at 224x224 before and after pruning by each preset."""
+    folder = BUILD / "presets"
+    folders = [folder / f"{name}-{precision}-openvino" for name, precision in _NETWORKS]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress, ExitStack() as stack:
+        task = progress.add_task("", total=len(_NETWORKS) + rounds() * len(BATCHES))
+        for network, package in zip(_NETWORKS, folders, strict=True):
+            progress.update(task, description=f"building {package.name}")
+            if not _usable(package):
+                build([network], folder, folder / "work", lambda _line: None)
+            progress.advance(task)
+        engines = [stack.enter_context(closing(load_engine(path, Options(slots=1)))) for path in folders]
+        speeds = Speeds(machine=this_machine(), engines={path.name: [] for path in folders})
+        for batch in BATCHES:
+            progress.update(task, description=f"batch {batch}")
+            timings = time_engines(
+                engines, batch, seconds=seconds, warm_up=0.5, progress=lambda: progress.advance(task)
+            )
+            for measured, timing in zip(speeds.engines.values(), timings, strict=True):
+                measured.append(timing)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "presets.json").write_text(speeds.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    text = markdown(speeds)
+    (output / "presets.md").write_text(text, encoding="utf-8")
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _usable(package: Path) -> bool:
+    try:
+        load_engine(package).close()
+    except EngineError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
