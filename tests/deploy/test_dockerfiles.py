@@ -172,6 +172,12 @@ def test_images_run_trimrt_itself_as_an_unprivileged_user(file: str, name: str) 
     assert value(file, name, "ENTRYPOINT") == ("trimrt",)
 
 
+@any_image
+def test_any_user_can_write_caches(file: str, name: str) -> None:
+    # `docker run --user` names users that have no home here.
+    assert environment(file, name)["HOME"] == "/tmp"
+
+
 @any_server
 def test_servers_start_with_settings_that_the_server_takes(
     file: str, name: str, monkeypatch: pytest.MonkeyPatch
