@@ -56,7 +56,10 @@ def _folds(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     show_default="experiments/results",
     help="Folder of the result file.",
 )
-def reproduce(study: str, folds: list[int] | None, jobs: int, runs: Path, results: Path) -> None:
+@click.option("--name", help="The result file's, without `.json`; the study's if not given.")
+def reproduce(
+    study: str, folds: list[int] | None, jobs: int, runs: Path, results: Path, name: str | None
+) -> None:
     """Run STUDY and write its result file, which `make tables` makes docs/results.md from."""
     plan, console = STUDIES[study], Console()
     numbers = list(range(plan.folds)) if folds is None else folds
@@ -81,7 +84,8 @@ def reproduce(study: str, folds: list[int] | None, jobs: int, runs: Path, result
         "all" if folds is None else ",".join(map(str, folds)),
     ]
     words += [f"--jobs {jobs}"] if jobs > 1 else []
-    path = results / f"{study}.json"
+    words += [f"--runs {runs} --name {name}"] if name else []
+    path = results / f"{name or study}.json"
     files = [fold_folder(runs, plan, *task) / f"{study}-{RESULT}" for task in tasks]
     found = [Fold.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
     Results(study=study, folds=found, **made_here(" ".join(words))).write(path)

@@ -133,6 +133,13 @@ class TestBars:
     def test_hardly_a_parameter_is_dead(self, digits: Results) -> None:
         assert min(n.live_parameters for fold in digits.folds for n in fold.networks) > 0.95
 
+    def test_a_fold_by_itself_costs_little(self) -> None:
+        (fold,) = read_results("digits-alone").folds
+        assert fold.seconds is not None
+        assert fold.peak_rss_mb is not None
+        assert fold.seconds < 12 * 60
+        assert fold.peak_rss_mb < 2500
+
     def test_fashion_mnist(self) -> None:
         (fold,) = read_results("fashion-mnist").folds
         teacher, int8 = fold.network("teacher"), fold.engine("aggressive", "int8")
