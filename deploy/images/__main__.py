@@ -21,7 +21,7 @@ import click
 from deploy.images import checks
 from deploy.images.bases import SUITE, make_base
 from deploy.images.interpreter import VERSION, check_interpreter
-from deploy.images.podman import ROOT, ContainerError, build, size
+from deploy.images.podman import ROOT, ContainerError, build, remove_leftovers, size
 from models.files import replace_file
 
 RESULTS: Final = Path(__file__).with_name("results.json")
@@ -129,6 +129,7 @@ def machine() -> str:
 def main(names: tuple[str, ...]) -> None:
     """Build and check the images NAMES, or all of them, and the project on JetPack 6's Python."""
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"checks": {}}
+    remove_leftovers()
     for name in names or (*IMAGES, PYTHON):
         click.echo(f"{name}:")
         try:

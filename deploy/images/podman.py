@@ -66,6 +66,13 @@ def build(file: str, target: str, tag: str, architecture: str, arguments: dict[s
         raise ContainerError(f"{file}: the target {target} could not be built")
 
 
+def remove_leftovers() -> None:
+    """Remove what interrupted builds and runs left behind: each holds as much disk as its image."""
+    left = podman("ps", "--all", "--external", "--quiet").split()
+    if left:
+        podman("rm", "--force", *left)
+
+
 def exists(image: str) -> bool:
     """Whether the store has `image`."""
     return subprocess.run([*_PODMAN, "image", "exists", image], check=False).returncode == 0
