@@ -5,13 +5,17 @@ from __future__ import annotations
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import psutil
 from pydantic import BaseModel, Field
 
 from benchmarks.limit import Limit
 from benchmarks.load import Load
+
+SMALL: Final = "640x427"
+LARGE: Final = "12 MP"
+LARGE_CONNECTIONS: Final = 8
 
 
 class Measurement(BaseModel):
@@ -61,6 +65,14 @@ class Results(BaseModel):
     seconds: float = Field(description="of each load")
     runs: list[Run | Limit] = []
     failures: list[str] = Field(default=[], description="servers that could not be measured, and why")
+
+    def neighbours(self, index: int) -> list[Run]:
+        """TrimRT's runs just before and just after the one at `index`."""
+        ours = [isinstance(run, Run) and run.name == "trimrt" for run in self.runs]
+        before = max((place for place in range(index) if ours[place]), default=None)
+        after = min((place for place in range(index + 1, len(ours)) if ours[place]), default=None)
+        found = [self.runs[place] for place in (before, after) if place is not None]
+        return [run for run in found if isinstance(run, Run)]
 
 
 def this_machine() -> Machine:

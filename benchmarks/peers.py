@@ -21,10 +21,19 @@ from benchmarks.answers import Labels, expected_labels
 from benchmarks.contenders import BUILD, PEERS, REPOSITORY, TRIMRT, Contender, Form
 from benchmarks.engine import INT8, prepare
 from benchmarks.limit import Limit
-from benchmarks.measurements import Measurement, Results, Run, now, this_machine
+from benchmarks.measurements import (
+    LARGE,
+    LARGE_CONNECTIONS,
+    SMALL,
+    Measurement,
+    Results,
+    Run,
+    now,
+    this_machine,
+)
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
-from benchmarks.report import LARGE, LARGE_CONNECTIONS, SMALL, write_report
+from benchmarks.report import write_report
 from benchmarks.serving import Serving, serving
 
 _WARM_UP_SECONDS: Final = 2

@@ -9,12 +9,9 @@ from typing import Final
 
 from rich.console import Console
 
+from benchmarks.goals import goals
 from benchmarks.limit import Limit
-from benchmarks.measurements import Measurement, Results, Run
-
-SMALL: Final = "640x427"
-LARGE: Final = "12 MP"
-LARGE_CONNECTIONS: Final = 8
+from benchmarks.measurements import LARGE, LARGE_CONNECTIONS, SMALL, Measurement, Results, Run
 
 _FORMS: Final = {"usual": "as usual", "trimrt": "TrimRT's preprocessing"}
 
@@ -68,6 +65,13 @@ def markdown(results: Results) -> str:
         head += [f"throughput, {count}" for count in counts]
         head += [f"p99, {count}" for count in counts] + [f"throughput, {LARGE}"]
         lines += markdown_table(head, gains)
+    rows = [
+        [goal.what, goal.bar, f"{goal.measured:.2f}", "yes" if goal.reached else "no"]
+        for goal in goals(results)
+    ]
+    if rows:
+        lines += ["", "What TrimRT is to reach:", ""]
+        lines += markdown_table(["TrimRT's", "goal", "measured", "reached"], rows)
     if results.failures:
         lines += ["", "Not measured:", "", *(f"- {failure}" for failure in results.failures)]
     return "\n".join(lines) + "\n"
@@ -123,18 +127,9 @@ def _cost_row(runs: list[Run], counts: list[int]) -> list[str]:
     ]
 
 
-def _neighbours(results: Results, index: int) -> list[Run]:
-    """TrimRT's runs just before and just after the one at `index`."""
-    ours = [isinstance(run, Run) and run.name == "trimrt" for run in results.runs]
-    before = max((place for place in range(index) if ours[place]), default=None)
-    after = min((place for place in range(index + 1, len(ours)) if ours[place]), default=None)
-    found = [results.runs[place] for place in (before, after) if place is not None]
-    return [run for run in found if isinstance(run, Run)]
-
-
 def _gain_rows(results: Results, counts: list[int]) -> Iterator[list[str]]:
     for index, run in enumerate(results.runs):
-        ours = _neighbours(results, index)
+        ours = results.neighbours(index)
         if isinstance(run, Limit):
             if run.photograph == SMALL:
                 yield _limit_gains(ours, run, counts)

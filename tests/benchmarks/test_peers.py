@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.contenders import PEERS
+from benchmarks.goals import goals
 from benchmarks.limit import Limit
 from benchmarks.load import Load
 from benchmarks.measurements import Measurement, Results, Run, now, this_machine
@@ -97,3 +98,21 @@ def test_a_server_that_could_not_be_measured_is_named(results: Results) -> None:
 
     assert "Not measured" not in markdown(results)
     assert "- Ray Serve (usual): it ended before it answered" in markdown(failed)
+
+
+def test_goals_are_measured_against_the_limit_and_the_best_peer(results: Results) -> None:
+    found = {goal.what: goal for goal in goals(results)}
+
+    limit = found["throughput at 8 connections to the limit's"]
+    assert (limit.measured, limit.bar, limit.reached) == (pytest.approx(0.5), "at least 0.9", False)
+    best = found["throughput at 8 connections to the best peer as its users write it"]
+    assert (best.measured, best.reached) == (pytest.approx(1.5), True)  # Mosec; Litserve's is 2
+    p99 = found["p99 at 8 connections to the best peer as its users write it"]
+    assert (p99.measured, p99.bar, p99.reached) == (pytest.approx(1.0), "at most 0.7", False)
+    assert found["megabytes after all loads"].reached
+    assert not [what for what in found if "given our preprocessing" in what or "12 MP" in what]
+
+
+def test_goals_stand_in_the_report(results: Results) -> None:
+    (line,) = rows(markdown(results), "throughput at 8 connections to the limit's")
+    assert line == ["throughput at 8 connections to the limit's", "at least 0.9", "0.50", "no"]
