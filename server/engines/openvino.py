@@ -23,6 +23,7 @@ CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 # 4 + 2 + 1. Sizes in order of what they gain; as many as fit the memory.
 _SIZES: Final = (1, 2, 4, 8, 16, 32)
 _LEAST_SIZES: Final = 2
+_MOST_SLOTS: Final = 8  # by default, for each has models of its own; more cores are shared among them
 _MEMORY_BYTES: Final = 160 << 20
 _LOADED_FACTOR: Final = 2  # bytes of a loaded model over those of its blob, about
 
@@ -80,7 +81,7 @@ class OpenVINOEngine:
         self._manifest = manifest
         self._pinning = options.pinning
         self._threads = options.threads or cores()
-        self._slots = options.slots or self._threads
+        self._slots = options.slots or min(self._threads, _MOST_SLOTS)
         # The file's size tells too little of a loaded model, but loading one to see takes a while.
         loaded = _LOADED_FACTOR * check_artefact(folder, manifest).stat().st_size * self._slots
         self._sizes = _sizes(manifest, max(_LEAST_SIZES, _MEMORY_BYTES // loaded))
@@ -97,7 +98,7 @@ class OpenVINOEngine:
 
     @property
     def slots(self) -> int:
-        """One for each thread, unless told otherwise."""
+        """One for each thread, up to eight, unless told otherwise."""
         return self._slots
 
     @property

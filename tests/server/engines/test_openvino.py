@@ -167,6 +167,12 @@ def test_streams_and_threads_are_what_was_asked_for(package: Path) -> None:
         assert model.get_property("INFERENCE_NUM_THREADS") == threads
 
 
+def test_many_cores_are_shared_among_few_slots(package: Path) -> None:
+    assert load_engine(package, Options(threads=3)).slots == 3
+    assert load_engine(package, Options(threads=64)).slots == 8
+    assert load_engine(package, Options(threads=64, slots=64)).slots == 64
+
+
 def test_nothing_is_computed_in_bf16(package: Path) -> None:
     """OpenVINO would choose it by itself where the processor has it."""
     model = load_engine(package, Options(slots=2))._wide  # type: ignore[attr-defined]
