@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.engines.base import Engine
+from server.threads import start_in_engine_thread
 
 WARM_UP_RUNS: Final = 5
 _MAX_RUNS: Final = 1000
@@ -40,9 +41,8 @@ def measure(engine: Engine, seconds: float = 0.5) -> Speed:
     """
     batch = engine.manifest.batch
     latencies = _run(engine, batch.min, seconds, alone=True)
-    with ThreadPoolExecutor(engine.slots) as pool:
-        runs = [pool.submit(_run, engine, batch.max, seconds) for _ in range(engine.slots)]
-        throughput = sum(batch.max * len(times) / sum(times) for times in (run.result() for run in runs))
+    runs = [start_in_engine_thread(partial(_run, engine, batch.max, seconds)) for _ in range(engine.slots)]
+    throughput = sum(batch.max * len(times) / sum(times) for times in (run.result() for run in runs))
     return Speed(latency_ms=float(np.median(latencies)) * 1000, throughput=throughput)
 
 

@@ -38,6 +38,29 @@ def start_in_engine_thread(function: Callable[[], _Result]) -> Future[_Result]:
     return future
 
 
+class EngineThread:
+    """One such thread for several calls, one after the other."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._ended = start_in_engine_thread(self._run)
+
+    def submit(self, function: Callable[[], _Result]) -> Future[_Result]:
+        """Run `function` when those before it have; what is returned has the result once it is there."""
+        future: Future[_Result] = Future()
+        self._tasks.put(partial(_run, function, future))
+        return future
+
+    def close(self) -> None:
+        """Let the thread go, once all calls have returned."""
+        self._tasks.put(None)
+        self._ended.result()
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+
+
 def _work(inbox: SimpleQueue[_Task]) -> None:
     while True:
         inbox.get()()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Final
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from server.engines.base import Engine, Slot
+from server.threads import EngineThread
 
 PERCENTILES: Final = (50, 90, 95, 99)
 
@@ -39,7 +40,7 @@ class _Lane:
     """A slot on a thread of its own, as slots require."""
 
     def __init__(self, engine: Engine) -> None:
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = EngineThread()
         self.latencies: list[float] = []
         self.stages: dict[str, list[float]] = {}
         self._slot: Slot = self._thread.submit(engine.open_slot).result()
@@ -48,7 +49,7 @@ class _Lane:
 
     def start(self, batch: int, end: float) -> Callable[[], None]:
         """Run batches until `end`; what is returned waits for that."""
-        return self._thread.submit(self._run, batch, end).result
+        return self._thread.submit(partial(self._run, batch, end)).result
 
     def _run(self, batch: int, end: float) -> None:
         while True:
@@ -64,7 +65,7 @@ class _Lane:
     def close(self) -> None:
         """Close the slot where it was opened."""
         self._thread.submit(self._slot.close).result()
-        self._thread.shutdown()
+        self._thread.close()
 
 
 class _Candidate:

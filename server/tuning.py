@@ -12,8 +12,9 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,7 @@ from server.engines import load_engine
 from server.engines.base import Engine, Options, Slot, cores
 from server.engines.tuned import TUNING_NAME, Setting, Trial, Tuning, this_processor
 from server.manifest import read_manifest
+from server.threads import start_in_engine_thread
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32)
 
@@ -58,13 +60,13 @@ def throughput(
         slots=setting.slots, threads=setting.threads, batch=setting.batch, pinning=setting.pinning
     )
     start = threading.Barrier(setting.slots + 1)
-    with closing(load_engine(package, options)) as engine, ThreadPoolExecutor(setting.slots) as pool:
-        runs = [
-            pool.submit(_work, engine, files, setting.batch, start, seconds) for _ in range(setting.slots)
-        ]
+    with closing(load_engine(package, options)) as engine:
+        work = partial(_work, engine, files, setting.batch, start, seconds)
+        runs = [start_in_engine_thread(work) for _ in range(setting.slots)]
         with contextlib.suppress(threading.BrokenBarrierError):  # the thread that broke it says why
             start.wait()
         began, cpu = time.perf_counter(), time.process_time()
+        wait(runs)
         images = sum(run.result() for run in runs)
         return images / (time.perf_counter() - began), 1000 * (time.process_time() - cpu) / images
 
@@ -85,7 +87,10 @@ def _work(
         with closing(engine.open_slot()) as slot:
             fill(slot)
             slot.infer(batch)  # prepares what this batch size needs
-            start.wait()
+            try:
+                start.wait()
+            except threading.BrokenBarrierError:
+                return 0  # another slot failed, and says why
             end = time.perf_counter() + seconds
             while not images or time.perf_counter() < end:
                 if engine.on_cpu:

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import dockerfile
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -59,9 +59,32 @@ class Stage:
         return values[-1] if values else None
 
 
+class Command(NamedTuple):
+    cmd: str
+    value: list[str]
+    flags: list[str]
+
+
+# The parser is Go: its runtime takes over a process's signals, and brought down one that had torch,
+# OpenVINO and Ray in it.
+_PARSE = """
+import dockerfile, json, sys
+commands = dockerfile.parse_file(sys.argv[1])
+print(json.dumps([[command.cmd, list(command.value), list(command.flags)] for command in commands]))
+"""
+
+
+@cache
+def _parsed(file: str) -> list[Command]:
+    parsed = subprocess.run(
+        [sys.executable, "-c", _PARSE, str(ROOT / file)], capture_output=True, text=True, check=True
+    )
+    return [Command(*command) for command in json.loads(parsed.stdout)]
+
+
 def _stages(file: str) -> dict[str, Stage]:
     stages: dict[str, Stage] = {}
-    for command in dockerfile.parse_file(str(ROOT / file)):
+    for command in _parsed(file):
         if command.cmd == "FROM":
             base, _, name = command.value
             stage = stages[name] = Stage(base)
@@ -73,7 +96,7 @@ def _stages(file: str) -> dict[str, Stage]:
 def _defaults(file: str) -> dict[str, str]:
     """Build arguments before the first stage: the base images."""
     arguments = {}
-    for command in dockerfile.parse_file(str(ROOT / file)):
+    for command in _parsed(file):
         if command.cmd == "FROM":
             break
         name, _, value = command.value[0].partition("=")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from server.engines import load_engine
 from server.engines.base import Options
 from server.engines.openvino import OpenVINOEngine
 from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from server.threads import start_in_engine_thread
 
 Change = Callable[[Manifest], dict[str, Any]]
 
@@ -145,11 +147,8 @@ def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
         start.wait()
         got[seed] = [slot.infer(4).logits.copy() for _ in range(50)]
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for thread in [start_in_engine_thread(partial(run, seed)) for seed in range(2)]:
+        thread.result()
 
     assert engine.slots == 2
     for seed in range(2):
