@@ -61,8 +61,9 @@ class Stage:
 
 class Command(NamedTuple):
     cmd: str
-    value: list[str]
-    flags: list[str]
+    value: tuple[str, ...]
+    flags: tuple[str, ...]
+    exec_form: bool
 
 
 # The parser is Go: its runtime takes over a process's signals, and brought down one that had torch,
@@ -70,7 +71,7 @@ class Command(NamedTuple):
 _PARSE = """
 import dockerfile, json, sys
 commands = dockerfile.parse_file(sys.argv[1])
-print(json.dumps([[command.cmd, list(command.value), list(command.flags)] for command in commands]))
+print(json.dumps([[each.cmd, each.value, each.flags, each.json] for each in commands]))
 """
 
 
@@ -79,7 +80,10 @@ def _parsed(file: str) -> list[Command]:
     parsed = subprocess.run(
         [sys.executable, "-c", _PARSE, str(ROOT / file)], capture_output=True, text=True, check=True
     )
-    return [Command(*command) for command in json.loads(parsed.stdout)]
+    return [
+        Command(cmd, tuple(value), tuple(flags), exec_form)
+        for cmd, value, flags, exec_form in json.loads(parsed.stdout)
+    ]
 
 
 def _stages(file: str) -> dict[str, Stage]:
@@ -191,7 +195,9 @@ def test_images_run_trimrt_itself_as_an_unprivileged_user(file: str, name: str) 
     entrypoints = [
         c for stage in lineage(file, name) for c in stage.commands if c.cmd in ("ENTRYPOINT", "CMD")
     ]
-    assert all(command.json for command in entrypoints), "a shell as first process would not pass SIGTERM on"
+    assert all(command.exec_form for command in entrypoints), (
+        "a shell as first process would not pass SIGTERM on"
+    )
     assert value(file, name, "ENTRYPOINT") == ("trimrt",)
 
 
