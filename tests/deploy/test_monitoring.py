@@ -16,14 +16,13 @@ from typing import Any
 
 import pytest
 import yaml
-from gated_engine import Gate, GatedEngine
+from gated_engine import Gate, load_gated
 from jetson_files import write_orin_nano
 from prometheus import Prometheus, scraping
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, running, wait_until
 
 from server.devices import find_devices
-from server.engines import load_engine
 from server.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -88,7 +87,7 @@ def server(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.app.find_devices", lambda: find_devices(root))
         settings = Settings(engine="tiny,other", engine_dir=engine_dir, port=0, queue_limit=1)
-        with running(settings, lambda folder: GatedEngine(load_engine(folder), gate)) as it:
+        with running(settings, load_gated(gate)) as it:
             assert it.predict(encode(1)).status_code == 200
             assert it.predict(encode(2), params={"engine": "other"}).status_code == 200
             assert it.predict(b"broken").status_code == 400
