@@ -72,7 +72,7 @@ class Settings(BaseSettings):
         default=False, description="Let version-compatible TensorRT plans run the code that they carry."
     )
     decode_threads: int = Field(
-        default=os.cpu_count() or 1, ge=1, description="Threads that decode images, beside inference."
+        default=os.cpu_count() or 1, ge=1, description="Threads that decode images for engines on a device."
     )
     timeout_ms: float = Field(
         default=30_000, gt=0, description="Longest a request may take; X-Request-Timeout-Ms can ask for less."
