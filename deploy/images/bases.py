@@ -14,7 +14,6 @@ from typing import Final
 from deploy.images.podman import BUILD, exists, podman
 
 SUITE: Final = "bookworm"
-MIRROR: Final = "http://deb.debian.org/debian"
 # As Debian's own images: no caches, no manuals, no waiting for the disk.
 _APT: Final = """\
 Dir::Cache::pkgcache "";
@@ -43,7 +42,8 @@ def _bootstrap(architecture: str, archive: Path) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as name:
         root = Path(name) / "root"
-        command = ["debootstrap", "--variant=minbase", f"--arch={architecture}", SUITE, str(root), MIRROR]
+        # Without a mirror it takes Debian's own.
+        command = ["debootstrap", "--variant=minbase", f"--arch={architecture}", SUITE, str(root)]
         subprocess.run(command, check=True)
         slim(root)
         partial = Path(name) / archive.name
