@@ -161,7 +161,8 @@ class RandomNetwork:
 
 def prepare(folder: Path, report: Report) -> Path:
     """Make the engines in `folder`, unless they are there and run here; returns `folder`."""
-    if _usable(folder):
+    packages = (folder / name for name in (INT8, FP32, NEXT_TO_NOTHING))
+    if all(map(usable, packages)) and (folder / "labels.json").is_file():
         return folder
     work = folder / "work"
     build((("colour", "fp32"), ("resnet18", "fp32")), folder, work, report)
@@ -193,13 +194,13 @@ def build(
     ]
 
 
-def _usable(folder: Path) -> bool:
+def usable(package: Path) -> bool:
+    """Whether the engine package is there and runs here."""
     try:
-        for name in (INT8, FP32, NEXT_TO_NOTHING):
-            load_engine(folder / name).close()
+        load_engine(package).close()
     except EngineError:
         return False
-    return (folder / "labels.json").is_file()
+    return True
 
 
 def take_float_tensors(graph: Path, path: Path) -> None:

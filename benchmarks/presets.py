@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.contenders import BUILD
-from benchmarks.engine import PRUNED, build
+from benchmarks.engine import PRUNED, build, usable
 from benchmarks.measurements import Machine, this_machine
 from benchmarks.report import markdown_table
 from server.engines import load_engine
 from server.engines.base import Options
-from server.manifest import EngineError, Precision
+from server.manifest import Precision
 from server.timing import Timing, rounds, time_engines
 
 BATCHES: Final = (1, 8)
@@ -75,7 +75,7 @@ def main(seconds: float, output: Path) -> None:
         task = progress.add_task("", total=len(_NETWORKS) + rounds() * len(BATCHES))
         for network, package in zip(_NETWORKS, folders, strict=True):
             progress.update(task, description=f"building {package.name}")
-            if not _usable(package):
+            if not usable(package):
                 build([network], folder, folder / "work", lambda _line: None)
             progress.advance(task)
         engines = [stack.enter_context(closing(load_engine(path, Options(slots=1)))) for path in folders]
@@ -92,14 +92,6 @@ def main(seconds: float, output: Path) -> None:
     text = markdown(speeds)
     (output / "presets.md").write_text(text, encoding="utf-8")
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _usable(package: Path) -> bool:
-    try:
-        load_engine(package).close()
-    except EngineError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def outputs_of(request: InferRequest, results: Sequence[Result], labels: Sequenc
     return [
         OutputTensor(
             output.name,
-            _classes(columns[output.name], columns["logits"], labels, output.classification)
+            _classes(columns[output.name], results, labels, output.classification)
             if output.classification
             else columns[output.name],
         )
@@ -162,9 +162,10 @@ def outputs_of(request: InferRequest, results: Sequence[Result], labels: Sequenc
     ]
 
 
-def _classes(scores: Floats, logits: Floats, labels: Sequence[str], count: int) -> list[list[bytes]]:
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+def _classes(
+    scores: Floats, results: Sequence[Result], labels: Sequence[str], count: int
+) -> list[list[bytes]]:
     return [
-        [f"{row[index]:f}:{index}:{labels[index]}".encode() for index in order]
-        for row, order in zip(scores, best.tolist(), strict=True)
+        [f"{row[index]:f}:{index}:{labels[index]}".encode() for index in result.order[:count].tolist()]
+        for row, result in zip(scores, results, strict=True)
     ]
