@@ -43,7 +43,7 @@ def latency(package: Path, files: Sequence[bytes], threads: int, seconds: float)
         with closing(engine.open_slot()) as slot:
             for file in itertools.cycle(files):
                 start = time.perf_counter()
-                slot.pixels[0] = load_pixels(file, spec)
+                load_pixels(file, spec, out=slot.pixels[0])
                 slot.infer(1)
                 times.append(time.perf_counter() - start)
                 if start > end:

@@ -32,6 +32,7 @@ from server.threads import run_in_engine_thread
 
 log = logging.getLogger("trimrt.scheduler")
 
+_RUNNING_SHARE = 0.75  # of the images under way, where decoding and inference take the same cores
 _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average of seconds per image
 
 
@@ -335,13 +336,13 @@ class Scheduler:
             self._waiting.extend(images)
             self._wake.notify(len(images))
 
-    def _decode(self, image: _Image) -> Pixels | None:
-        """`image`'s pixels; None after a failure, which its request is told."""
+    def _decode(self, image: _Image, out: Pixels | None = None) -> Pixels | None:
+        """`image`'s pixels, in `out` if they had to be decoded; None after a failure, told to its request."""
         if not isinstance(image.data, bytes):
             return image.data
         image.decoding = time.monotonic()
         try:
-            pixels = load_pixels(image.data, self._spec, max_pixels=self._max_pixels)
+            pixels = load_pixels(image.data, self._spec, max_pixels=self._max_pixels, out=out)
         except ImageError as error:
             problem = image_problem(error, image.index)
         except Exception:
@@ -402,19 +403,34 @@ class Scheduler:
     def _batch_size(self) -> int:
         """The most images that a slot may take now."""
         if self.engine.on_cpu and not self._delay:
-            # What waits is shared with the other cores, also with those that are still busy: were a batch
-            # to take all, its core would have nothing to do afterwards until the next requests are read.
-            return max(1, min(self._max_batch, -(-len(self._waiting) // self.engine.slots)))
+            # All that is under way is divided among the cores, but for a part that goes on waiting: clients
+            # that send their next image after an answer leave a core nothing to go on with otherwise.
+            share = math.ceil(_RUNNING_SHARE * self.pending / self.engine.slots)
+            return max(1, min(self._max_batch, share))
         return self._max_batch
+
+    def _late_images(self, taken: int) -> list[_Image]:
+        """What may still join a batch of `taken` images, now that these are decoded."""
+        with self._wake:
+            if not self._waiting or self._idle_slots or taken >= self._batch_size():
+                return []
+            return collate(self._waiting, time.monotonic(), self._batch_size() - taken)[0]
 
     def _run_batch(self, slot: Slot, batch: list[_Image]) -> None:
         ready: list[_Image] = []
         try:
-            for image in batch:
-                pixels = self._decode(image)
-                if pixels is not None:
-                    slot.pixels[len(ready)] = pixels
-                    ready.append(image)
+            late = batch
+            while late:
+                for image in late:
+                    row = slot.pixels[len(ready)]
+                    pixels = self._decode(image, row)
+                    if pixels is not None:
+                        if pixels is not row:
+                            row[:] = pixels
+                        ready.append(image)
+                # Decoding takes a while, in which those just answered may have sent their next image.
+                late = self._late_images(len(batch))
+                batch += late
             if not ready:
                 return
             started = time.monotonic()

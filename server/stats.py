@@ -34,9 +34,8 @@ class Histogram:
         self.count = 0
         self.sum = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count one duration."""
-        bucket = _bucket(seconds)
+    def add(self, seconds: float, bucket: int) -> None:
+        """Count one duration, of which `bucket` is the bucket."""
         self.counts[bucket] = self.counts.get(bucket, 0) + 1
         self.count += 1
         self.sum += seconds
@@ -64,7 +63,8 @@ class Histogram:
             yield bucket_bound(bound), sum(n for bucket, n in self.counts.items() if bucket <= bound)
 
 
-def _bucket(seconds: float) -> int:
+def bucket_of(seconds: float) -> int:
+    """Index of the bucket that `seconds` belong to."""
     if seconds <= _LOWEST_S:
         return 0
     return min(int(log2(seconds / _LOWEST_S) * _PER_OCTAVE), _BUCKETS - 1)
@@ -80,14 +80,15 @@ class Distribution:
 
     def add(self, seconds: float) -> None:
         """Count one duration, now."""
-        self.total.add(seconds)
+        bucket = bucket_of(seconds)
+        self.total.add(seconds, bucket)
         now = int(self._clock())
         current = self._seconds.get(now)
         if current is None:
             current = self._seconds[now] = Histogram()
             for old in [second for second in self._seconds if second <= now - WINDOW_S]:
                 del self._seconds[old]
-        current.add(seconds)
+        current.add(seconds, bucket)
 
     def recent(self, seconds: int = WINDOW_S) -> Histogram:
         """What was counted in the last `seconds`, at most `WINDOW_S` of them."""

@@ -81,7 +81,7 @@ def _work(
 
     def fill(slot: Slot) -> None:
         for row in range(batch):
-            slot.pixels[row] = load_pixels(next(endless), spec)
+            load_pixels(next(endless), spec, out=slot.pixels[row])
 
     try:
         with closing(engine.open_slot()) as slot:

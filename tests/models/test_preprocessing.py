@@ -72,6 +72,15 @@ class TestFormats:
         data = encode(scene(), image_format, **LOSSLESS[image_format])
         np.testing.assert_array_equal(load_pixels(data, SPEC), scene())
 
+    @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+    def test_pixels_go_where_they_are_wanted(self, image_format: str) -> None:
+        data = encode(scene(2 * SIDE, 3 * SIDE), image_format)
+        batch = np.zeros((3, SIDE, SIDE, 3), np.uint8)
+        row = batch[1]
+        assert load_pixels(data, SPEC, out=row) is row
+        np.testing.assert_array_equal(batch[1], load_pixels(data, SPEC))
+        assert not batch[[0, 2]].any()
+
     @pytest.mark.parametrize("image_format", LOSSY)
     def test_lossy_files_come_close(self, image_format: str) -> None:
         pixels = load_pixels(encode(scene(), image_format, **LOSSY[image_format]), SPEC)
@@ -104,6 +113,22 @@ class TestFormats:
         np.testing.assert_array_equal(
             load_pixels(encode(scene(), "PNG", exif=exif(orientation)), SPEC), scene()
         )
+
+    @pytest.mark.parametrize(
+        "before",
+        [
+            b"",
+            b"\xff\xfe\x00\x06text",
+            b"\xff\xff\xff",
+            b"\xff\xe1\x00\x06http",
+            b"\xff\xe2\xff\xff" + bytes(65_533),
+        ],
+    )
+    def test_jpeg_orientation_is_found_behind_other_segments(self, before: bytes) -> None:
+        plain = encode(scene(), "JPEG", quality=98, subsampling=0)
+        data = encode(scene(), "JPEG", quality=98, subsampling=0, exif=exif(6))
+        turned = load_pixels(data[:2] + before + data[2:], SPEC)
+        np.testing.assert_array_equal(turned, load_pixels(plain, SPEC).transpose(1, 0, 2)[:, ::-1])
 
     def test_grey_is_repeated_in_three_channels(self) -> None:
         grey = scene()[:, :, 0]
