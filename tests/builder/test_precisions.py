@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 import openvino
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from builder.export import run_onnx
+from builder.export import export_onnx, run_onnx
+from builder.int8 import convert_to_int8
 from builder.int8_dynamic import convert_to_dynamic_int8
 from builder.kit import Graph, Kit
 from builder.legality import check_legality
 from builder.openvino import fold_normalisation
 from models.datasets import DataSplit
+from models.preprocessing import Preprocessing
 from server.engines import load_engine
 from server.engines.openvino import CONFIGURATION
 from server.manifest import Precision
+
+PIXELS_SPEC = Preprocessing(resize=16, height=16, width=16)
 
 
 def graph_of(kit: Kit, precision: Precision) -> tuple[Graph, Path]:
@@ -125,6 +131,39 @@ def test_folding_the_normalisation_changes_rounding_only(kit: Kit, data: DataSpl
 
     unfolded = run_onnx(path, images)
     assert np.abs(logits - exact).mean() <= 1.2 * np.abs(unfolded - exact).mean()
+
+
+@pytest.fixture(scope="module")
+def pruned_stem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A master graph whose first convolution has 19 output channels, which TensorRT cannot do in INT8."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 19, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+    path = tmp_path_factory.mktemp("stem") / "master.onnx"
+    export_onnx(network, PIXELS_SPEC, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rest", "excluded", "quantised"), [("fp32", False, True), ("fp32", True, False), ("fp16", False, False)]
+)
+def test_a_first_convolution_that_only_cpus_can_do_in_int8(
+    pruned_stem: Path, tmp_path: Path, rest: Literal["fp32", "fp16"], excluded: bool, quantised: bool
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
+    (first,) = (node.name for node in onnx.load(pruned_stem).graph.node if node.op_type == "Conv")
+    path = tmp_path / "int8.onnx"
+    exclude = [first] if excluded else []
+    convert_to_int8(pruned_stem, path, pixels, method="max", rest=rest, exclude=exclude)
+
+    graph = onnx.load(path).graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    (layer,) = (node for node in graph.node if node.op_type == "Conv")
+    assert (makers[layer.input[0]] == "DequantizeLinear") == quantised
+    assert (makers.get(layer.input[1]) == "DequantizeLinear") == quantised
+    exact = run_onnx(pruned_stem, pixels)
+    np.testing.assert_allclose(run_onnx(path, pixels), exact, atol=0.02 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-dynamic"])
