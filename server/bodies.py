@@ -19,7 +19,7 @@ from starlette.types import Receive
 from server.problems import Problem
 
 # A request answered sooner than this never pays for watching its connection.
-_UNWATCHED_S = 0.02
+_UNWATCHED_S = 0.2
 
 
 class Part(NamedTuple):
