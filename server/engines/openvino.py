@@ -19,13 +19,13 @@ CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 # A loaded model prepares its kernels anew whenever the batch size changes, which takes longer than a
 # small network's inference. So each slot has a model for each of a few sizes, and runs a batch of 7 as
-# 4 + 3, or as 3 + 3 + 1: as many sizes as fit the memory, for each has weights of its own, and the
-# processor's cache holds only so many of them.
-_SIZES: Final = (1, 2, 3, 4, 8, 16, 32)
+# 4 + 3, or as 3 + 3 + 1. Sizes in order of what they gain: as many as fit the memory, for each has weights
+# of its own, and the processor's cache holds only so many of them.
+_SIZES: Final = (1, 3, 2, 4, 8, 16, 32)
 _LEAST_SIZES: Final = 2
-_BEST_BATCH: Final = 8  # beyond it throughput grows no more, also where it is run as 3 + 3 + 2
+_BEST_BATCH: Final = 8  # about: beyond it throughput grows no more
 _MOST_SLOTS: Final = 8  # by default, for each has models of its own; more cores are shared among them
-_MEMORY_BYTES: Final = 160 << 20
+_MEMORY_BYTES: Final = 120 << 20
 _LOADED_FACTOR: Final = 2  # bytes of a loaded model over those of its blob, about
 
 
@@ -87,7 +87,10 @@ class OpenVINOEngine:
         self._blob = _read(check_artefact(folder, manifest))
         loaded = _LOADED_FACTOR * self._blob.byte_size * self._slots
         self._sizes = _sizes(manifest, max(_LEAST_SIZES, _MEMORY_BYTES // loaded))
-        self._best_batch = options.batch or min(_BEST_BATCH, manifest.batch.max)
+        largest = max(self._sizes)
+        self._best_batch = options.batch or min(
+            largest * max(1, round(_BEST_BATCH / largest)), manifest.batch.max
+        )
         # For one image that has the machine to itself.
         self._wide = (
             self._load([1], self._threads)[1] if self._slots > 1 and manifest.batch.min == 1 else None
@@ -105,7 +108,7 @@ class OpenVINOEngine:
 
     @property
     def best_batch(self) -> int:
-        """What was asked for, or eight."""
+        """What was asked for, or about eight: whole runs of the largest size that has a model."""
         return self._best_batch
 
     @property
@@ -149,7 +152,7 @@ def _sizes(manifest: Manifest, count: int) -> list[int]:
     """Batch sizes that get a model, largest first; runs of them make up any other."""
     if manifest.batch.min > 1:
         return [manifest.batch.max]
-    return sorted((size for size in _SIZES[:count] if size <= manifest.batch.max), reverse=True)
+    return sorted([size for size in _SIZES if size <= manifest.batch.max][:count], reverse=True)
 
 
 class OpenVINOSlot:
