@@ -12,6 +12,7 @@ formats. This module imports no torch.
 from __future__ import annotations
 
 import io
+import math
 from typing import Final
 
 import cv2
@@ -36,7 +37,8 @@ _ORIENTATION_TAG: Final = 0x0112
 _APP1: Final = 0xE1  # JPEG markers (ITU-T T.81, table B.1)
 _START_OF_SCAN: Final = 0xDA
 _END_OF_IMAGE: Final = 0xD9
-_AREA_FROM_FACTOR: Final = 1.25  # below it bilinear does not alias visibly, and is six times faster
+_AREA_FROM_FACTOR: Final = 2  # below it bilinear misses no pixel, and is five times faster
+_JPEG_DIVISORS: Final = (8, 4, 2)  # libjpeg-turbo's vector code; other eighths take longer than no shrinking
 
 _MAX_ASPECT: Final = 8  # resizing a 60000x1 image in full would take gigabytes, for a crop from its middle
 # Formats that people do send, told from damaged files by their first bytes (offset, magic).
@@ -89,7 +91,7 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = IMAGENET_STD
     scaled_decoding: bool = Field(
         default=True,
-        description="let the JPEG decoder shrink the image by eighths, never below `resize`",
+        description="let the JPEG decoder shrink the image to a half, quarter or eighth, never below `resize`",
     )
 
     @model_validator(mode="after")
@@ -122,7 +124,7 @@ def load_pixels(
         ImageTooLargeError: more than `max_pixels` pixels.
     """
     if data[:3] == b"\xff\xd8\xff":
-        image = _decode_jpeg(data, spec.resize if spec.scaled_decoding else 0, max_pixels)
+        image = _decode_jpeg(data, spec.resize if spec.scaled_decoding else math.inf, max_pixels)
     else:
         image = _decode_with_pillow(data, max_pixels)
     image = _resize_and_crop(image, spec)
@@ -132,7 +134,8 @@ def load_pixels(
     return out
 
 
-def _decode_jpeg(data: bytes, shorter_side: int, max_pixels: int) -> Pixels:
+def _decode_jpeg(data: bytes, smallest: float, max_pixels: int) -> Pixels:
+    """The image, its shorter side not shrunk below `smallest` pixels."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
@@ -140,8 +143,12 @@ def _decode_jpeg(data: bytes, shorter_side: int, max_pixels: int) -> Pixels:
     _check_size(width, height, max_pixels)
     if colorspace in ("CMYK", "YCCK"):
         return _decode_with_pillow(data, max_pixels)
+    shorter = min(height, width)
+    divisor = next((number for number in _JPEG_DIVISORS if math.ceil(shorter / number) >= smallest), 1)
     try:
-        image: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shorter_side, min_width=shorter_side)
+        image: Pixels = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=math.ceil(height / divisor), min_width=math.ceil(width / divisor)
+        )
     except ValueError as error:
         raise DamagedImageError(f"damaged JPEG: {error}") from error
     return _orient(image, _jpeg_orientation(data))
