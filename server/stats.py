@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from math import log2
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9}
 STAGES: Final = ("decode", "queue", "inference", "total")
@@ -34,11 +35,13 @@ class Histogram:
         self.count = 0
         self.sum = 0.0
 
-    def add(self, seconds: float, bucket: int) -> None:
-        """Count one duration, of which `bucket` is the bucket."""
-        self.counts[bucket] = self.counts.get(bucket, 0) + 1
-        self.count += 1
-        self.sum += seconds
+    def add(self, seconds: Sequence[float]) -> None:
+        """Count durations."""
+        buckets, counts = np.unique(buckets_of(seconds), return_counts=True)
+        for bucket, count in zip(buckets.tolist(), counts.tolist(), strict=True):
+            self.counts[bucket] = self.counts.get(bucket, 0) + count
+        self.count += len(seconds)
+        self.sum += sum(seconds)
 
     def merge(self, other: Histogram) -> None:
         """Count everything `other` counted."""
@@ -63,11 +66,10 @@ class Histogram:
             yield bucket_bound(bound), sum(n for bucket, n in self.counts.items() if bucket <= bound)
 
 
-def bucket_of(seconds: float) -> int:
-    """Index of the bucket that `seconds` belong to."""
-    if seconds <= _LOWEST_S:
-        return 0
-    return min(int(log2(seconds / _LOWEST_S) * _PER_OCTAVE), _BUCKETS - 1)
+def buckets_of(seconds: Sequence[float]) -> NDArray[np.int64]:
+    """Index of the bucket that each of `seconds` belongs to; shape `(len(seconds),)`."""
+    octaves = np.log2(np.maximum(seconds, _LOWEST_S) / _LOWEST_S)
+    return np.minimum((octaves * _PER_OCTAVE).astype(np.int64), _BUCKETS - 1)
 
 
 class Distribution:
@@ -78,17 +80,14 @@ class Distribution:
         self.total = Histogram()
         self._seconds: dict[int, Histogram] = {}
 
-    def add(self, seconds: float) -> None:
-        """Count one duration, now."""
-        bucket = bucket_of(seconds)
-        self.total.add(seconds, bucket)
-        now = int(self._clock())
-        current = self._seconds.get(now)
-        if current is None:
-            current = self._seconds[now] = Histogram()
-            for old in [second for second in self._seconds if second <= now - WINDOW_S]:
-                del self._seconds[old]
-        current.add(seconds, bucket)
+    def add(self, seconds: Sequence[float], second: int) -> None:
+        """Count durations that ended in that second of the clock."""
+        histogram = Histogram()
+        histogram.add(seconds)
+        self.total.merge(histogram)
+        self._seconds.setdefault(second, Histogram()).merge(histogram)
+        for old in [known for known in self._seconds if known <= second - WINDOW_S]:
+            del self._seconds[old]
 
     def recent(self, seconds: int = WINDOW_S) -> Histogram:
         """What was counted in the last `seconds`, at most `WINDOW_S` of them."""
@@ -100,15 +99,23 @@ class Distribution:
         return merged
 
 
-@dataclass
 class EngineStats:
     """What one engine did. Touched by the event loop's thread only, so it needs no lock."""
 
-    stages: dict[str, Distribution] = field(
-        default_factory=lambda: {stage: Distribution() for stage in STAGES}
-    )
-    batches: dict[int, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.batches: dict[int, int] = {}
+        self.dropped: dict[str, int] = {}
+        self._clock = clock
+        self._stages = {stage: Distribution(clock) for stage in STAGES}
+        # Images of one second, not yet sorted into buckets: doing so for all at once takes a twentieth.
+        self._second = 0
+        self._images: list[tuple[float, float, float, float, Mapping[str, float]]] = []
+
+    @property
+    def stages(self) -> Mapping[str, Distribution]:
+        """Durations by stage."""
+        self._sort()
+        return self._stages
 
     def batch(self, size: int) -> None:
         """Count a batch of `size` images."""
@@ -118,15 +125,20 @@ class EngineStats:
         self, decode: float, queue: float, inference: float, total: float, device: Mapping[str, float]
     ) -> None:
         """Count one answered image; durations in seconds, `device` those of its batch by stage."""
-        stages = self.stages
-        stages["decode"].add(decode)
-        stages["queue"].add(queue)
-        stages["inference"].add(inference)
-        stages["total"].add(total)
-        for stage, seconds in device.items():
-            if stage not in stages:
-                stages[stage] = Distribution()
-            stages[stage].add(seconds)
+        second = int(self._clock())
+        if second != self._second:
+            self._sort()
+            self._second = second
+        self._images.append((decode, queue, inference, total, device))
+
+    def _sort(self) -> None:
+        durations: dict[str, list[float]] = {}
+        for *seconds, device in self._images:
+            for stage, value in (*zip(STAGES, seconds, strict=True), *device.items()):
+                durations.setdefault(stage, []).append(value)
+        self._images.clear()
+        for stage, values in durations.items():
+            self._stages.setdefault(stage, Distribution(self._clock)).add(values, self._second)
 
     def drop(self, reason: str, images: int) -> None:
         """Count images that were dropped before compute."""
