@@ -41,30 +41,38 @@ class BodyMemory:
         self.held = 0
         self.limit = limit
 
-    @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Gives a function that takes so many bytes more, until the block ends.
+    def take(self, size: int) -> None:
+        """Hold so many bytes more; they must be given `back`.
 
         Raises:
-            Problem: `queue-full`, from that function.
+            Problem: `queue-full`; nothing was taken.
         """
+        if self.held + size > self.limit:
+            raise Problem(
+                "queue-full",
+                f"request bodies hold {self.held:,} bytes, the limit is {self.limit:,}; try again",
+                headers={"Retry-After": "1"},
+            )
+        self.held += size
+
+    def back(self, size: int) -> None:
+        """Hold so many bytes less."""
+        self.held -= size
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function like `take`, and what it took back when the block ends."""
         taken = 0
 
         def take(size: int) -> None:
             nonlocal taken
-            if self.held + size > self.limit:
-                raise Problem(
-                    "queue-full",
-                    f"request bodies hold {self.held:,} bytes, the limit is {self.limit:,}; try again",
-                    headers={"Retry-After": "1"},
-                )
-            self.held += size
+            self.take(size)
             taken += size
 
         try:
             yield take
         finally:
-            self.held -= taken
+            self.back(taken)
 
 
 async def read_body(request: Request, limit: int, timeout: float, take: Callable[[int], None]) -> bytes:
@@ -82,7 +90,7 @@ async def read_body(request: Request, limit: int, timeout: float, take: Callable
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(limit)
+        raise body_too_large(limit)
     chunks: list[bytes] = []
     size = 0
     try:
@@ -94,7 +102,7 @@ async def read_body(request: Request, limit: int, timeout: float, take: Callable
                 chunk = message.get("body", b"")
                 size += len(chunk)
                 if size > limit:
-                    raise _too_large(limit)
+                    raise body_too_large(limit)
                 take(len(chunk))
                 chunks.append(chunk)
                 if not message.get("more_body", False):
@@ -103,7 +111,8 @@ async def read_body(request: Request, limit: int, timeout: float, take: Callable
         raise Problem("body-timeout", f"the body had not arrived after {timeout:g} s") from None
 
 
-def _too_large(limit: int) -> Problem:
+def body_too_large(limit: int) -> Problem:
+    """What is answered to a body of more than `limit` bytes."""
     return Problem("body-too-large", f"the body is larger than the limit of {limit:,} bytes")
 
 

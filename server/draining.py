@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,6 +21,14 @@ _POLL_S = 0.05
 _LEAST_REFUSING_S = 0.25
 
 
+def _http() -> Any:
+    try:
+        from server.connection import Connection
+    except ModuleNotFoundError:  # no httptools, as on Windows
+        return "auto"
+    return Connection
+
+
 class DrainingServer(uvicorn.Server):
     """Answers what it accepted before it stops, and exits with 0 when a signal asked for that.
 
@@ -31,8 +40,8 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         config = uvicorn.Config(
             app,
-            loop="auto",  # uvloop and httptools where they are installed: everywhere but Windows
-            http="auto",
+            loop="auto",  # uvloop where it is installed: everywhere but Windows
+            http=_http(),
             ws="none",
             lifespan="on",
             log_config=None,

@@ -79,6 +79,11 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         return Response(orjson.dumps(body), self.status, self.headers, MEDIA_TYPE)
 
 
+def internal_error() -> Problem:
+    """The problem that a mistake of the server's is."""
+    return Problem("internal-error", "the server failed; its log says why")
+
+
 _IMAGE_PROBLEMS: Final[Mapping[type[ImageError], str]] = {
     DamagedImageError: "image-damaged",
     UnsupportedImageError: "unsupported-media-type",

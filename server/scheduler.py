@@ -14,9 +14,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,7 @@ _RUNNING_SHARE = 0.75  # of the images under way, where decoding and inference t
 _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average of seconds per image
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """One image's answer, and when its stages began and ended (seconds, by `time.monotonic`).
 
     Attributes:
@@ -96,20 +95,21 @@ class Result:
         ]
 
 
-class _Job:
+Done: TypeAlias = "Callable[[list[Result] | Problem], None]"
+
+
+class Job:
     """The images of one request."""
 
-    __slots__ = ("admitted", "deadline", "future", "over", "remaining", "results")
+    __slots__ = ("admitted", "deadline", "done", "over", "remaining", "results")
 
-    def __init__(
-        self, count: int, admitted: float, deadline: float, future: asyncio.Future[list[Result]]
-    ) -> None:
+    def __init__(self, count: int, admitted: float, deadline: float, done: Done) -> None:
         self.admitted = admitted
         self.deadline = deadline
-        self.future = future
+        self.done = done
         self.results: list[Result | None] = [None] * count
         self.remaining = count
-        self.over = False  # answered or abandoned; also read by the decoding and slot threads
+        self.over = False  # answered or dropped; also read by the decoding and slot threads
 
 
 class _Image:
@@ -117,7 +117,7 @@ class _Image:
 
     __slots__ = ("data", "decoded", "decoding", "index", "job", "ready_at")
 
-    def __init__(self, job: _Job, index: int, data: bytes | Pixels) -> None:
+    def __init__(self, job: Job, index: int, data: bytes | Pixels) -> None:
         self.job = job
         self.index = index
         self.data = data  # pixels, once it is decoded
@@ -127,6 +127,16 @@ class _Image:
 
     def is_dead(self, now: float) -> bool:
         return self.job.over or now >= self.job.deadline
+
+
+def deadline_exceeded() -> Problem:
+    """What is answered when the deadline passes."""
+    return Problem("deadline-exceeded", "the deadline passed before the result was there")
+
+
+def _settle(future: asyncio.Future[list[Result] | Problem], outcome: list[Result] | Problem) -> None:
+    if not future.done():
+        future.set_result(outcome)
 
 
 def warmup_sizes(batch: BatchSizes, *, every: bool = False) -> list[int]:
@@ -160,15 +170,16 @@ class Scheduler:
         self._spec = engine.manifest.preprocessing
         self._max_pixels = max_pixels
         self._max_batch = engine.best_batch
+        self._decodes_in_slot = engine.on_cpu
         self._delay = max_batch_delay
         self._waiting: deque[_Image] = deque()
-        self._wake = threading.Condition()
-        self._idle_slots = 0
+        self._lock = threading.Lock()
+        self._sleeping: list[threading.Lock] = []  # of every slot that waits; released to wake it
         self._retired = False  # admits no more
         self._closing = False  # the slots are to end
         self._slots: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop
-        self._idle: asyncio.Event
+        self._idle: asyncio.Event  # set once retired and empty
         self._seconds_per_image = 0.0
         self._last_delivery = 0.0
 
@@ -182,7 +193,6 @@ class Scheduler:
         """
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
-        self._idle.set()
         opened: list[asyncio.Future[None]] = [self._loop.create_future() for _ in range(self.engine.slots)]
         self._slots = [
             self._loop.create_task(run_in_engine_thread(partial(self._run_slot, future))) for future in opened
@@ -208,78 +218,99 @@ class Scheduler:
                 headers={"Retry-After": str(seconds)},
             )
 
-    async def infer(self, images: Sequence[bytes | Pixels], timeout: float) -> list[Result]:
-        """Run `images` through the engine, in as many batches as it takes.
-
-        Cancelling the call abandons its images: those not yet running never will.
+    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done) -> Job:
+        """Admit `images`, to run them through the engine in as many batches as it takes.
 
         Args:
             images: encoded image files, or `uint8` pixels of the engine's input shape.
-            timeout: seconds until the answer is of no use.
-
-        Returns:
-            One result per image, in their order.
+            deadline: when the answer will be of no use (by `time.monotonic`): what has not begun by then
+                never will. To be told of it, `drop` the job.
+            done: called once, on the event loop's thread and never from within `submit`, with one result per
+                image in their order, or with the problem: `image-damaged`, `unsupported-media-type` or
+                `image-too-large` for an image that cannot be decoded, or `inference-failed`.
 
         Raises:
-            Problem: `image-damaged`, `unsupported-media-type` or `image-too-large` for an image that cannot
-                be decoded; `queue-full` (nothing was admitted), `deadline-exceeded`, `inference-failed`.
+            Problem: `queue-full` or `not-ready`; nothing was admitted.
         """
         if self._retired:
             raise Problem(
                 "not-ready", "the engine is being unloaded; try again", headers={"Retry-After": "1"}
             )
         self.check_room(len(images))
-        now = time.monotonic()
-        job = _Job(len(images), now, now + timeout, self._loop.create_future())
+        job = Job(len(images), time.monotonic(), deadline, done)
         self.pending += len(images)
-        self._idle.clear()
-        timer = self._loop.call_later(timeout, self._expire, job)
+        ready = []
+        for index, data in enumerate(images):
+            image = _Image(job, index, data)
+            if self._decodes_in_slot or not isinstance(data, bytes):
+                ready.append(image)
+            else:
+                self._decoder.submit(partial(self._decode_and_enqueue, image))
+        self._enqueue(ready)
+        return job
+
+    def drop(self, job: Job, reason: str) -> None:
+        """Let `job` go, if it is still under way: it will not be told, and what has not begun never will."""
+        if not job.over:
+            self.stats.drop(reason, job.remaining)
+            self._leave(job)
+
+    async def infer(self, images: Sequence[bytes | Pixels], timeout: float) -> list[Result]:
+        """Run `images` through the engine.
+
+        Cancelling the call drops its images.
+
+        Args:
+            images: see `submit`.
+            timeout: seconds until the answer is of no use.
+
+        Returns:
+            One result per image, in their order.
+
+        Raises:
+            Problem: those of `submit` and of its `done`, and `deadline-exceeded`.
+        """
+        future: asyncio.Future[list[Result] | Problem] = self._loop.create_future()
+        job = self.submit(images, time.monotonic() + timeout, partial(_settle, future))
+        timer = self._loop.call_later(timeout, lambda: _settle(future, deadline_exceeded()))
         try:
-            ready = []
-            for index, data in enumerate(images):
-                image = _Image(job, index, data)
-                if self.engine.on_cpu or not isinstance(data, bytes):
-                    ready.append(image)
-                else:
-                    self._decoder.submit(partial(self._decode_and_enqueue, image))
-            self._enqueue(ready)
-            return await job.future
+            outcome = await future
         except asyncio.CancelledError:
-            self.stats.drop("cancelled", job.remaining)
+            self.drop(job, "cancelled")
             raise
         finally:
             timer.cancel()
-            self._leave(job)
+        if isinstance(outcome, Problem):
+            self.drop(job, "expired")
+            raise outcome
+        return outcome
 
     async def close(self) -> None:
         """Answer what was admitted, but admit no more; then close the slots and free the engine."""
         self._retired = True
-        await self._idle.wait()
-        with self._wake:
+        if self.pending:
+            await self._idle.wait()
+        with self._lock:
             self._closing = True
-            self._wake.notify_all()
+            self._wake(len(self._sleeping))
         await asyncio.gather(*self._slots)
         await run_in_engine_thread(self.engine.close)
 
-    def _leave(self, job: _Job) -> None:
-        """Give back the queue room of what `job` still has under way."""
+    def _leave(self, job: Job) -> None:
+        """End `job`, and give back the queue room of what it still has under way."""
         job.over = True
         self._release(job.remaining)
         job.remaining = 0
 
     def _release(self, images: int) -> None:
         self.pending -= images
-        if self.pending == 0:
+        if self.pending == 0 and self._retired:
             self._idle.set()
 
-    def _expire(self, job: _Job) -> None:
-        self.stats.drop("expired", job.remaining)
-        self._fail(job, Problem("deadline-exceeded", "the deadline passed before the result was there"))
-
-    def _fail(self, job: _Job, problem: Problem) -> None:
-        if not job.over and not job.future.done():
-            job.over = True
-            job.future.set_exception(problem)
+    def _fail(self, job: Job, problem: Problem) -> None:
+        if not job.over:
+            self._leave(job)
+            job.done(problem)
 
     def _deliver(
         self,
@@ -292,8 +323,7 @@ class Scheduler:
         device: Mapping[str, float],
     ) -> None:
         now = time.monotonic()
-        self._measure_rate(len(batch), started, now)
-        self.stats.batch(len(batch))
+        size = len(batch)
         for row, image in enumerate(batch):
             job = image.job
             if job.over:
@@ -302,7 +332,7 @@ class Scheduler:
                 probabilities[row],
                 logits[row],
                 order[row],
-                len(batch),
+                size,
                 job.admitted,
                 image.decoding,
                 image.decoded,
@@ -314,9 +344,11 @@ class Scheduler:
             self.stats.image(result.decode, result.queue, result.inference, result.total, device)
             job.remaining -= 1
             self._release(1)
-            if job.remaining == 0 and not job.future.done():
+            if job.remaining == 0:
                 job.over = True
-                job.future.set_result([result for result in job.results if result is not None])
+                job.done([result for result in job.results if result is not None])
+        self.stats.batch(size)
+        self._measure_rate(size, started, now)
 
     def _measure_rate(self, images: int, started: float, now: float) -> None:
         # Slots overlap, and so may this batch and the one before: count only the time since then.
@@ -332,9 +364,14 @@ class Scheduler:
     # --- on any thread -----------------------------------------------------------------------------
 
     def _enqueue(self, images: list[_Image]) -> None:
-        with self._wake:
+        with self._lock:
             self._waiting.extend(images)
-            self._wake.notify(len(images))
+            self._wake(len(images))
+
+    def _wake(self, slots: int) -> None:
+        """Wake so many slots, those first that fell asleep last: their core's cache is warm."""
+        for _ in range(min(slots, len(self._sleeping))):
+            self._sleeping.pop().release()
 
     def _decode(self, image: _Image, out: Pixels | None = None) -> Pixels | None:
         """`image`'s pixels, in `out` if they had to be decoded; None after a failure, told to its request."""
@@ -383,26 +420,32 @@ class Scheduler:
             self._loop.call_soon_threadsafe(opened.set_exception, error)
         else:
             self._loop.call_soon_threadsafe(opened.set_result, None)
-            while batch := self._next_batch():
+            asleep = threading.Lock()
+            asleep.acquire()
+            while batch := self._next_batch(asleep):
                 self._run_batch(slot, batch)
         finally:
             slot.close()
 
-    def _next_batch(self) -> list[_Image]:
-        """Wait for work; empty once the scheduler is closing."""
-        with self._wake:
-            self._idle_slots += 1
-            while True:
+    def _next_batch(self, asleep: threading.Lock) -> list[_Image]:
+        """Wait for work; empty once the scheduler is closing. The slot's lock `asleep` is held."""
+        while True:
+            with self._lock:
                 now = time.monotonic()
                 batch, _, wake_at = collate(self._waiting, now, self._batch_size(), self._delay)
                 if batch or self._closing:
-                    self._idle_slots -= 1
                     return batch
-                self._wake.wait(None if wake_at == math.inf else wake_at - now)
+                self._sleeping.append(asleep)
+            if not asleep.acquire(timeout=-1 if wake_at == math.inf else max(0.0, wake_at - now)):
+                with self._lock:
+                    if asleep in self._sleeping:
+                        self._sleeping.remove(asleep)
+                    else:  # woken at the same moment
+                        asleep.acquire()
 
     def _batch_size(self) -> int:
         """The most images that a slot may take now."""
-        if self.engine.on_cpu and not self._delay:
+        if self._decodes_in_slot and not self._delay:
             # All that is under way is divided among the cores, but for a part that goes on waiting: clients
             # that send their next image after an answer leave a core nothing to go on with otherwise.
             share = math.ceil(_RUNNING_SHARE * self.pending / self.engine.slots)
@@ -411,8 +454,8 @@ class Scheduler:
 
     def _late_images(self, taken: int) -> list[_Image]:
         """What may still join a batch of `taken` images, now that these are decoded."""
-        with self._wake:
-            if not self._waiting or self._idle_slots or taken >= self._batch_size():
+        with self._lock:
+            if not self._waiting or self._sleeping or taken >= self._batch_size():
                 return []
             return collate(self._waiting, time.monotonic(), self._batch_size() - taken)[0]
 
@@ -434,7 +477,7 @@ class Scheduler:
             if not ready:
                 return
             started = time.monotonic()
-            alone = self._idle_slots == self.engine.slots - 1 and not self._waiting
+            alone = len(self._sleeping) == self.engine.slots - 1 and not self._waiting
             outputs = slot.infer(len(ready), alone=alone)
             finished = time.monotonic()
             # The slot's arrays are overwritten by its next batch.

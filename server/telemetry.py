@@ -88,7 +88,8 @@ class RequestObserver(Protocol):
         """The last request has ended; may block."""
 
 
-def _outcome(problem: Problem) -> str:
+def outcome_of(problem: Problem) -> str:
+    """The `RequestKey.outcome` of a request that ended with `problem`."""
     if problem.status in (408, 504):
         return "expired"
     if problem.status in (429, 503):
@@ -110,16 +111,35 @@ class Telemetry:
         """The statistics of an engine; a reloaded one goes on where it was."""
         return self.engines.setdefault(EngineKey.of(manifest), EngineStats())
 
+    def begin(self) -> float:
+        """An inference request begins: now, by `time.monotonic`. It must `end`."""
+        self.in_flight += 1
+        return time.monotonic()
+
+    def end(self, key: RequestKey, headers: Mapping[str, str], began: float, observed: Observed) -> None:
+        """Count a request that ended, and tell the observers of it."""
+        self.in_flight -= 1
+        self.requests[key] += 1
+        for observer in self.observers:
+            observer.record(
+                key.protocol,
+                headers,
+                began,
+                outcome=key.outcome,
+                problem=key.reason,
+                manifest=observed.manifest,
+                results=observed.results,
+            )
+
     @contextmanager
     def request(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Observed]:
         """Count one inference request, and tell the observers of it, by how the block ends."""
-        observed, began = Observed(), time.monotonic()
-        self.in_flight += 1
+        observed, began = Observed(), self.begin()
         outcome, reason = "ok", ""
         try:
             yield observed
         except Problem as problem:
-            outcome, reason = _outcome(problem), problem.name
+            outcome, reason = outcome_of(problem), problem.name
             raise
         except (ClientDisconnect, CancelledError):
             outcome, reason = "cancelled", "disconnected"
@@ -128,15 +148,4 @@ class Telemetry:
             outcome, reason = "failed", "internal-error"
             raise
         finally:
-            self.in_flight -= 1
-            self.requests[RequestKey(protocol, outcome, reason)] += 1
-            for observer in self.observers:
-                observer.record(
-                    protocol,
-                    headers,
-                    began,
-                    outcome=outcome,
-                    problem=reason,
-                    manifest=observed.manifest,
-                    results=observed.results,
-                )
+            self.end(RequestKey(protocol, outcome, reason), headers, began, observed)

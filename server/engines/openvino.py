@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import Any, Final
@@ -91,9 +92,13 @@ class OpenVINOEngine:
         self._best_batch = options.batch or min(
             largest * max(1, round(_BEST_BATCH / largest)), manifest.batch.max
         )
-        # For one image that has the machine to itself.
+        # For one image that has the machine to itself. Its threads are pinned where there is one for every
+        # core: a virtual machine's system takes a sleeping core for a busy one, and would wake them all on
+        # the same.
         self._wide = (
-            self._load([1], self._threads)[1] if self._slots > 1 and manifest.batch.min == 1 else None
+            self._load([1], self._threads, pinning=self._pinning or self._threads == os.cpu_count())[1]
+            if self._slots > 1 and manifest.batch.min == 1
+            else None
         )
 
     @property
@@ -122,19 +127,19 @@ class OpenVINOEngine:
         Raises:
             EngineError: refused by OpenVINO.
         """
-        models = self._load(self._sizes, max(1, self._threads // self._slots))
+        # By default off: each model and each process would pin its first thread to the same core.
+        models = self._load(self._sizes, max(1, self._threads // self._slots), pinning=self._pinning)
         return OpenVINOSlot(self._manifest, models, self._wide)
 
     def close(self) -> None:
         """Nothing to do: models are freed with the last reference to them."""
 
-    def _load(self, sizes: list[int], threads: int) -> dict[int, openvino.CompiledModel]:
+    def _load(self, sizes: list[int], threads: int, *, pinning: bool) -> dict[int, openvino.CompiledModel]:
         """A model for each of `sizes`."""
         configuration = {
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
-            # By default off: each model and each process would pin its first thread to the same core.
-            "ENABLE_CPU_PINNING": self._pinning,
+            "ENABLE_CPU_PINNING": pinning,
         }
         core = openvino.Core()
         try:

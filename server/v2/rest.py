@@ -16,8 +16,8 @@ from starlette.responses import Response
 
 from server.auth import require_key
 from server.bodies import CancelOnDisconnect, read_body
+from server.exchange import latency_ms, request_timeout, server_timing
 from server.problems import Problem, documented
-from server.routes.predict import request_timeout, server_timing
 from server.settings import Settings
 from server.v2 import core
 from server.v2.tensors import InputTensor, OutputTensor
@@ -208,7 +208,7 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
         if header.id:
             answer["id"] = header.id
         response = _render(answer, outputs, _binary_outputs(header))
-        response.headers["Server-Timing"] = server_timing(results)
+        response.headers["Server-Timing"] = server_timing([latency_ms(result) for result in results])
         return response
 
 

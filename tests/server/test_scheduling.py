@@ -233,7 +233,7 @@ def test_cores_share_what_waits(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
     """Each takes as many; a quarter waits, so that whoever is done first has something to go on with."""
-    wait_until(lambda: two_cores.app.state.registry.get(None)._idle_slots == 2)
+    wait_until(lambda: len(two_cores.app.state.registry.get(None)._sleeping) == 2)
     form = pool.submit(
         httpx.post,
         f"{two_cores.url}/predict",
@@ -273,7 +273,7 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
 def test_an_image_alone_may_use_every_core(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
-    wait_until(lambda: two_cores.app.state.registry.get(None)._idle_slots == 2)
+    wait_until(lambda: len(two_cores.app.state.registry.get(None)._sleeping) == 2)
     futures = _send(pool, two_cores, [encode(0)])
     gate.wait_for_arrivals(1)
     futures += _send(pool, two_cores, [encode(1)])

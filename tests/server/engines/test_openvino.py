@@ -159,7 +159,7 @@ def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
 def test_streams_and_threads_are_what_was_asked_for(package: Path) -> None:
     engine = load_engine(package, Options(slots=2, threads=2))
     assert isinstance(engine, OpenVINOEngine)
-    (own,), wide = engine._load([1], threads=1).values(), engine._wide
+    (own,), wide = engine._load([1], threads=1, pinning=False).values(), engine._wide
     assert wide is not None
     for model, threads in ((own, 1), (wide, 2)):
         assert model.get_property("NUM_STREAMS") == 1
