@@ -91,7 +91,7 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = IMAGENET_STD
     scaled_decoding: bool = Field(
         default=True,
-        description="let the JPEG decoder shrink the image to a half, quarter or eighth, never below `resize`",
+        description="let the JPEG decoder halve the image up to three times, never below `resize`",
     )
 
     @model_validator(mode="after")
@@ -124,7 +124,7 @@ def load_pixels(
         ImageTooLargeError: more than `max_pixels` pixels.
     """
     if data[:3] == b"\xff\xd8\xff":
-        image = _decode_jpeg(data, spec.resize if spec.scaled_decoding else math.inf, max_pixels)
+        image = decode_jpeg(data, spec.resize if spec.scaled_decoding else math.inf, max_pixels)
     else:
         image = _decode_with_pillow(data, max_pixels)
     image = _resize_and_crop(image, spec)
@@ -134,8 +134,16 @@ def load_pixels(
     return out
 
 
-def _decode_jpeg(data: bytes, smallest: float, max_pixels: int) -> Pixels:
-    """The image, its shorter side not shrunk below `smallest` pixels."""
+def decode_jpeg(data: bytes, smallest: float, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
+    """A JPEG upright, halved while its shorter side stays at least `smallest` pixels, and up to three times.
+
+    Returns:
+        `uint8` array of shape `(height, width, 3)`, RGB.
+
+    Raises:
+        DamagedImageError: truncated or corrupt.
+        ImageTooLargeError: more than `max_pixels` pixels.
+    """
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:

@@ -89,6 +89,7 @@ class Exchange:
         self._size = 0
         self._timer: asyncio.TimerHandle | None = None
         self._job: Job | None = None
+        self._parts: Sequence[Part] = ()
         self._began = service.telemetry.begin()
         self._attempt(self._open)
 
@@ -213,13 +214,15 @@ class Exchange:
 
     def _end(self, outcome: str, reason: str) -> None:
         self._over = True
-        self._chunks.clear()
         if self._timer is not None:
             self._timer.cancel()
         service = self._service
         service.body_memory.back(self._size)
         key = RequestKey("predict", outcome, reason)
         service.telemetry.end(key, Headers(raw=self._scope["headers"]), self._began, self._observed)
+        # The job knows the exchange: a cycle would keep the body until the next garbage collection.
+        self._job = self._timer = None
+        self._chunks, self._parts = [], ()
 
 
 @lru_cache(maxsize=64)

@@ -32,7 +32,6 @@ from server.threads import run_in_engine_thread
 
 log = logging.getLogger("trimrt.scheduler")
 
-_RUNNING_SHARE = 0.75  # of the images under way, where decoding and inference take the same cores
 _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average of seconds per image
 
 
@@ -422,10 +421,17 @@ class Scheduler:
             self._loop.call_soon_threadsafe(opened.set_result, None)
             asleep = threading.Lock()
             asleep.acquire()
-            while batch := self._next_batch(asleep):
-                self._run_batch(slot, batch)
+            while self._run_next_batch(slot, asleep):
+                pass
         finally:
             slot.close()
+
+    def _run_next_batch(self, slot: Slot, asleep: threading.Lock) -> bool:
+        # Nothing of the batch stays in memory while the next one is waited for.
+        batch = self._next_batch(asleep)
+        if batch:
+            self._run_batch(slot, batch)
+        return bool(batch)
 
     def _next_batch(self, asleep: threading.Lock) -> list[_Image]:
         """Wait for work; empty once the scheduler is closing. The slot's lock `asleep` is held."""
@@ -446,10 +452,12 @@ class Scheduler:
     def _batch_size(self) -> int:
         """The most images that a slot may take now."""
         if self._decodes_in_slot and not self._delay:
-            # All that is under way is divided among the cores, but for a part that goes on waiting: clients
-            # that send their next image after an answer leave a core nothing to go on with otherwise.
-            share = math.ceil(_RUNNING_SHARE * self.pending / self.engine.slots)
-            return max(1, min(self._max_batch, share))
+            # Half of what is under way is divided among the cores, and half goes on waiting: clients that
+            # send their next image after an answer leave a core nothing to go on with otherwise. But two
+            # images together take less than one after the other.
+            slots = self.engine.slots
+            share = max(math.ceil(self.pending / 2 / slots), min(2, self.pending // slots), 1)
+            return min(self._max_batch, share)
         return self._max_batch
 
     def _late_images(self, taken: int) -> list[_Image]:

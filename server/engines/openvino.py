@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,13 +22,12 @@ CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 # A loaded model prepares its kernels anew whenever the batch size changes, which takes longer than a
 # small network's inference. So each slot has a model for each of a few sizes, and runs a batch of 7 as
-# 4 + 3, or as 3 + 3 + 1. Sizes in order of what they gain: as many as fit the memory, for each has weights
-# of its own, and the processor's cache holds only so many of them.
-_SIZES: Final = (1, 3, 2, 4, 8, 16, 32)
+# 4 + 2 + 1. Sizes in order of what they gain: as many as fit the memory, for each has weights of its own.
+_SIZES: Final = (1, 2, 4, 8, 16, 32)
 _LEAST_SIZES: Final = 2
 _BEST_BATCH: Final = 8  # about: beyond it throughput grows no more
 _MOST_SLOTS: Final = 8  # by default, for each has models of its own; more cores are shared among them
-_MEMORY_BYTES: Final = 120 << 20
+_MEMORY_BYTES: Final = 150 << 20
 _LOADED_FACTOR: Final = 2  # bytes of a loaded model over those of its blob, about
 
 
@@ -85,8 +86,8 @@ class OpenVINOEngine:
         self._threads = options.threads or cores()
         self._slots = options.slots or min(self._threads, _MOST_SLOTS)
         # The file's size tells too little of a loaded model, but loading one to see takes a while.
-        self._blob = _read(check_artefact(folder, manifest))
-        loaded = _LOADED_FACTOR * self._blob.byte_size * self._slots
+        self._blob = _map(check_artefact(folder, manifest))
+        loaded = _LOADED_FACTOR * len(self._blob) * self._slots
         self._sizes = _sizes(manifest, max(_LEAST_SIZES, _MEMORY_BYTES // loaded))
         largest = max(self._sizes)
         self._best_batch = options.batch or min(
@@ -129,7 +130,14 @@ class OpenVINOEngine:
         """
         # By default off: each model and each process would pin its first thread to the same core.
         models = self._load(self._sizes, max(1, self._threads // self._slots), pinning=self._pinning)
-        return OpenVINOSlot(self._manifest, models, self._wide)
+        slot = OpenVINOSlot(self._manifest, models, self._wide, self._blob)
+        slot.infer(self._manifest.batch.min, alone=True)
+        for size in self._sizes:
+            slot.infer(size)
+        # By now each model has made its own order of the weights, and needs the file's no more.
+        if sys.platform == "linux":
+            self._blob.madvise(mmap.MADV_DONTNEED)
+        return slot
 
     def close(self) -> None:
         """Nothing to do: models are freed with the last reference to them."""
@@ -142,10 +150,9 @@ class OpenVINOEngine:
             "ENABLE_CPU_PINNING": pinning,
         }
         core = openvino.Core()
+        blob = _shared(np.frombuffer(self._blob, np.uint8))
         try:
-            return {
-                size: core.import_model(self._blob, "CPU", CONFIGURATION | configuration) for size in sizes
-            }
+            return {size: core.import_model(blob, "CPU", CONFIGURATION | configuration) for size in sizes}
         except RuntimeError as error:
             raise EngineError(
                 f"OpenVINO {openvino.get_version()} cannot load {self._folder}: {error}; "
@@ -168,6 +175,7 @@ class OpenVINOSlot:
         manifest: Manifest,
         models: dict[int, openvino.CompiledModel],
         wide: openvino.CompiledModel | None,
+        blob: mmap.mmap,
     ) -> None:
         self._batch = manifest.batch
         self._requests = {size: model.create_infer_request() for size, model in models.items()}
@@ -177,6 +185,7 @@ class OpenVINOSlot:
         self._logits = np.zeros((manifest.batch.max, classes), np.float32)
         self._probabilities = np.zeros_like(self._logits)
         self._bound: dict[openvino.InferRequest, tuple[int, int]] = {}
+        self._blob = blob  # which the models must not outlive
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
@@ -224,13 +233,10 @@ class OpenVINOSlot:
         self._wide = None
 
 
-def _read(path: Path) -> openvino.Tensor:
-    """The file in memory of OpenVINO's, which all models made of it go on to share."""
-    blob = openvino.Tensor(openvino.Type.u8, [path.stat().st_size])
+def _map(path: Path) -> mmap.mmap:
+    """The file as memory that all models made of it share, and that must outlive them."""
     with path.open("rb") as file:
-        if file.readinto(blob.data) != blob.byte_size:
-            raise EngineError(f"{path} changed while it was read")
-    return blob
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # OpenVINO takes no read-only memory
 
 
 def _shared(rows: NDArray[Any]) -> openvino.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import socket
@@ -16,6 +17,7 @@ import pytest
 from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
 
+from server.exchange import Exchange
 from server.settings import Settings
 
 Encode = Callable[..., bytes]
@@ -249,3 +251,15 @@ def test_the_short_way_and_the_long_one_answer_alike(
     with caplog.at_level(logging.INFO, "trimrt.access"):
         assert ask() == short
         wait_until(lambda: any(record.name == "trimrt.access" for record in caplog.records))
+
+
+def test_an_answered_request_is_garbage_for_no_collector(server: Running, encode: Encode) -> None:
+    """Its body would be held in memory until one came by."""
+    gc.collect()
+    gc.disable()
+    try:
+        for body in (encode(1), b"no image"):
+            server.predict(body)
+        wait_until(lambda: not any(isinstance(it, Exchange) for it in gc.get_objects()), timeout=5)
+    finally:
+        gc.enable()

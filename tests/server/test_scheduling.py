@@ -232,7 +232,7 @@ def two_cores(engine_dir: Path, gate: Gate) -> Iterator[Running]:
 def test_cores_share_what_waits(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
-    """Each takes as many; a quarter waits, so that whoever is done first has something to go on with."""
+    """Each takes as many; half wait, so that whoever is done first has something to go on with."""
     wait_until(lambda: len(two_cores.app.state.registry.get(None)._sleeping) == 2)
     form = pool.submit(
         httpx.post,
@@ -240,11 +240,11 @@ def test_cores_share_what_waits(
         files=[("file", (f"{n}.png", encode(n), "image/png")) for n in range(8)],
     )
     gate.wait_for_arrivals(2)
-    assert gate.batches == [3, 3]
+    assert gate.batches == [2, 2]
     gate.open()
     sizes = [result["batch_size"] for result in form.result().json()["results"]]
-    assert sizes[:6] == [3] * 6
-    assert sum(1 / size for size in sizes[6:]) in (1, 2)  # in one batch or two: the last are under way
+    assert sizes[:6] == [2] * 6
+    assert sizes[6:] in ([2, 2], [1, 1])  # by whether the images before them are still under way
 
 
 def test_what_comes_while_a_batch_is_decoded_joins_it(
@@ -262,12 +262,12 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
     with running(settings, load_gated(gate, slots=1, on_cpu=True)) as server:
         futures = _send(pool, server, [encode(0)])
         assert decoding.wait(30)
-        futures += _send(pool, server, [encode(n) for n in range(1, 4)])
-        wait_until(lambda: server.app.state.registry.get(None).pending == 4)
+        futures += _send(pool, server, [encode(n) for n in range(1, 6)])
+        wait_until(lambda: server.app.state.registry.get(None).pending == 6)
         may_go_on.set()
         sizes = [future.result().json()["results"][0]["batch_size"] for future in futures]
     assert sizes[0] == 3
-    assert sorted(sizes) == [1, 3, 3, 3]
+    assert sizes.count(3) in (3, 6)  # by whether the first three are still under way
 
 
 def test_an_image_alone_may_use_every_core(
