@@ -1,21 +1,22 @@
 """What TrimRT is to reach beside its peers and the limit, and whether a run shows it.
 
-Every ratio is to the TrimRT runs next to the other one, and "the best peer" is the one that TrimRT does
-worst against.
+Every ratio is of TrimRT to what it took turns with, and "the best peer" is the one that TrimRT does worst
+against.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 from typing import Final, Literal
 
-from benchmarks.limit import Limit
-from benchmarks.measurements import LARGE, LARGE_CONNECTIONS, SMALL, Measurement, Results, Run
+from benchmarks.measurements import LARGE, LARGE_CONNECTIONS, SMALL, Limit, Measurement, Results, Run
 
 _START_SECONDS: Final = 2
 _MEMORY_MB: Final = 300
+_SERVER_CPU_MS: Final = 0.5
+_AGREEMENT: Final = 0.99
 
 
 @dataclass(frozen=True)
@@ -51,64 +52,49 @@ def goals(results: Results) -> list[Goal]:
 
 
 def _against_the_limit(results: Results) -> Iterator[Goal]:
-    for index, limit in enumerate(results.runs):
-        if not isinstance(limit, Limit) or limit.photograph != SMALL:
+    for comparison in results.comparisons:
+        if not isinstance(comparison.other, Limit):
             continue
         for count in (8, 32):
-            mine = _mine(results, index, SMALL, count, _throughput)
-            if mine is not None:
-                ratio = mine / limit.throughput
+            ratio = comparison.ratio(SMALL, count, _throughput)
+            if ratio is not None:
                 yield Goal(f"throughput at {count} connections to the limit's", 0.9, None, ratio)
-        mine = _mine(results, index, SMALL, 1, lambda measured: measured.load.p50)
-        if mine is not None:
-            ratio = mine / limit.latency_ms
+        ratio = comparison.ratio(SMALL, 1, lambda measured: measured.load.p50)
+        if ratio is not None:
             yield Goal("latency at 1 connection to decoding and inference alone", None, 1.2, ratio)
 
 
 def _against_peers(
     results: Results, form: Literal["usual", "trimrt"], whom: str, *, throughput: float, p99: float
 ) -> Iterator[Goal]:
+    def ratios(photograph: str, connections: int, of: Callable[[Measurement], float]) -> list[float]:
+        found = [
+            comparison.ratio(photograph, connections, of)
+            for comparison in results.comparisons
+            if isinstance(comparison.other, Run) and comparison.other.form == form
+        ]
+        return [ratio for ratio in found if ratio is not None]
+
     for count in (8, 32):
-        ratios = _ratios(results, form, SMALL, count, _throughput)
-        if ratios:
-            yield Goal(f"throughput at {count} connections to {whom}", throughput, None, min(ratios))
-    ratios = _ratios(results, form, SMALL, 8, lambda measured: measured.load.p99)
-    if ratios:
-        yield Goal(f"p99 at 8 connections to {whom}", None, p99, max(ratios))
-    ratios = _ratios(results, form, LARGE, LARGE_CONNECTIONS, _throughput)
-    if ratios and form == "usual":
-        yield Goal(f"throughput of {LARGE} JPEGs to {whom}", 4, None, min(ratios))
+        if found := ratios(SMALL, count, _throughput):
+            yield Goal(f"throughput at {count} connections to {whom}", throughput, None, min(found))
+    if found := ratios(SMALL, 8, lambda measured: measured.load.p99):
+        yield Goal(f"p99 at 8 connections to {whom}", None, p99, max(found))
+    if form == "usual" and (found := ratios(LARGE, LARGE_CONNECTIONS, _throughput)):
+        yield Goal(f"throughput of {LARGE} JPEGs to {whom}", 4, None, min(found))
 
 
 def _by_itself(results: Results) -> Iterator[Goal]:
-    ours = [run for run in results.runs if isinstance(run, Run) and run.name == "trimrt"]
-    if ours:
-        yield Goal(
-            "seconds to the first answer", None, _START_SECONDS, fmean(run.start_seconds for run in ours)
-        )
-        yield Goal("megabytes after all loads", None, _MEMORY_MB, fmean(run.loaded_mb for run in ours))
-
-
-def _ratios(
-    results: Results, form: str, photograph: str, connections: int, of: Callable[[Measurement], float]
-) -> list[float]:
-    """TrimRT's figure over each peer's."""
-    ratios = []
-    for index, run in enumerate(results.runs):
-        if isinstance(run, Run) and run.name != "trimrt" and run.form == form:
-            theirs, mine = run.at(photograph, connections), _mine(results, index, photograph, connections, of)
-            if theirs is not None and mine is not None and of(theirs) > 0:
-                ratios.append(mine / of(theirs))
-    return ratios
-
-
-def _mine(
-    results: Results, index: int, photograph: str, connections: int, of: Callable[[Measurement], float]
-) -> float | None:
-    """The mean of TrimRT's figures next to the run at `index`."""
-    found = [run.at(photograph, connections) for run in results.neighbours(index)]
-    values = [of(measured) for measured in found if measured is not None]
-    return fmean(values) if values else None
+    if ours := results.ours:
+        starts = median(run.start_seconds for run in ours)
+        yield Goal("seconds to the first answer", None, _START_SECONDS, starts)
+        yield Goal("megabytes after all loads", None, _MEMORY_MB, median(run.loaded_mb for run in ours))
+    if results.server_cpu_ms is not None:
+        what = "processor ms of the server itself for one request"
+        yield Goal(what, None, _SERVER_CPU_MS, results.server_cpu_ms)
+    if results.agreement is not None:
+        what = f"share of labels that scaled decoding of {LARGE} JPEGs leaves as they are"
+        yield Goal(what, _AGREEMENT, None, results.agreement)
 
 
 def _throughput(measured: Measurement) -> float:

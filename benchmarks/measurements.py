@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final, Literal
@@ -10,8 +11,8 @@ from typing import Final, Literal
 import psutil
 from pydantic import BaseModel, Field
 
-from benchmarks.limit import Limit
-from benchmarks.load import Load
+from benchmarks.limit import Settings
+from benchmarks.load import Load, Round, cpu_milliseconds, merge
 
 SMALL: Final = "640x427"
 LARGE: Final = "12 MP"
@@ -19,15 +20,38 @@ LARGE_CONNECTIONS: Final = 8
 
 
 class Measurement(BaseModel):
-    """One load on one server."""
+    """All rounds of one load."""
 
     photograph: str = Field(description="`640x427` or `12 MP`")
     connections: int
-    load: Load
+    load: Load = Field(description="of all rounds together")
+    rounds: list[float] = Field(description="throughput of each round")
     cpu_ms: float = Field(description="processor time of the whole process tree for one image")
 
+    @classmethod
+    def of(cls, photograph: str, connections: int, rounds: Sequence[Round]) -> Measurement:
+        """What the rounds measured."""
+        return cls(
+            photograph=photograph,
+            connections=connections,
+            load=merge(rounds),
+            rounds=[one.throughput for one in rounds],
+            cpu_ms=cpu_milliseconds(rounds),
+        )
 
-class Run(BaseModel):
+
+class _Measured(BaseModel):
+    measurements: list[Measurement]
+
+    def at(self, photograph: str, connections: int) -> Measurement | None:
+        """The measurement of that load, if it was made."""
+        for measurement in self.measurements:
+            if (measurement.photograph, measurement.connections) == (photograph, connections):
+                return measurement
+        return None
+
+
+class Run(_Measured):
     """One start of one server, and the loads on it."""
 
     name: str
@@ -37,14 +61,35 @@ class Run(BaseModel):
     idle_mb: float = Field(description="memory after that answer, in megabytes")
     loaded_mb: float = Field(description="memory after the last load")
     installed_mb: float
-    measurements: list[Measurement]
 
-    def at(self, photograph: str, connections: int) -> Measurement | None:
-        """The measurement of that load, if it was made."""
-        for measurement in self.measurements:
-            if (measurement.photograph, measurement.connections) == (photograph, connections):
-                return measurement
-        return None
+
+class Limit(_Measured):
+    """The loop without a server; `connections` are those of the server that it took turns with.
+
+    Beside one connection it works on one image after the other with all threads, and beside several as is
+    best for throughput; a latency is then that of a whole batch.
+    """
+
+    settings: dict[str, Settings] = Field(description="by photograph")
+
+
+class Comparison(BaseModel):
+    """TrimRT and another, loaded in turns."""
+
+    other: Run | Limit
+    trimrt: Run
+
+    def ratio(self, photograph: str, connections: int, of: Callable[[Measurement], float]) -> float | None:
+        """TrimRT's figure over the other's, if both were measured."""
+        mine, theirs = self.trimrt.at(photograph, connections), self.other.at(photograph, connections)
+        return of(mine) / of(theirs) if mine and theirs and of(theirs) else None
+
+    def round_ratios(self, photograph: str, connections: int) -> list[float]:
+        """TrimRT's throughput over the other's, round by round."""
+        mine, theirs = self.trimrt.at(photograph, connections), self.other.at(photograph, connections)
+        if mine is None or theirs is None:
+            return []
+        return [ours / other for ours, other in zip(mine.rounds, theirs.rounds, strict=True) if other]
 
 
 class Machine(BaseModel):
@@ -62,17 +107,30 @@ class Results(BaseModel):
 
     started_at: datetime
     machine: Machine
-    seconds: float = Field(description="of each load")
-    runs: list[Run | Limit] = []
+    seconds: float = Field(description="of each load, in all its rounds")
+    comparisons: list[Comparison] = []
+    server_cpu_ms: float | None = Field(
+        default=None, description="processor time of TrimRT for one request, less decoding and inference"
+    )
+    agreement: float | None = Field(
+        default=None, description="share of labels that are the same after scaled and after full decoding"
+    )
     failures: list[str] = Field(default=[], description="servers that could not be measured, and why")
 
-    def neighbours(self, index: int) -> list[Run]:
-        """TrimRT's runs just before and just after the one at `index`."""
-        ours = [isinstance(run, Run) and run.name == "trimrt" for run in self.runs]
-        before = max((place for place in range(index) if ours[place]), default=None)
-        after = min((place for place in range(index + 1, len(ours)) if ours[place]), default=None)
-        found = [self.runs[place] for place in (before, after) if place is not None]
-        return [run for run in found if isinstance(run, Run)]
+    @property
+    def ours(self) -> list[Run]:
+        """All runs of TrimRT."""
+        return [comparison.trimrt for comparison in self.comparisons]
+
+    @property
+    def peers(self) -> list[Run]:
+        """The runs of the other servers."""
+        return [each.other for each in self.comparisons if isinstance(each.other, Run)]
+
+    @property
+    def limit(self) -> Limit | None:
+        """The loop without a server, if it was measured."""
+        return next((each.other for each in self.comparisons if isinstance(each.other, Limit)), None)
 
 
 def this_machine() -> Machine:

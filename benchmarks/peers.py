@@ -1,17 +1,18 @@
 """TrimRT beside other model servers, and beside the limit: `python -m benchmarks.peers`.
 
-Every server answers the same photographs with the same INT8 network. They run one at a time, TrimRT
-between any two of them, so that each is compared with the TrimRT of the same minutes. A server is
-measured only after its answers proved right.
+Every server answers the same photographs with the same INT8 network. Each runs side by side with a TrimRT
+of its own and is loaded in turns with it; while one is at work, the other's processes are stopped. A
+server is measured only after its answers proved right.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import click
 from rich.console import Console
@@ -19,12 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from benchmarks.answers import Labels, expected_labels
 from benchmarks.contenders import BUILD, PEERS, REPOSITORY, TRIMRT, Contender, Form
-from benchmarks.engine import INT8, prepare
-from benchmarks.limit import Limit
+from benchmarks.engine import INT8, prepare, usable
+from benchmarks.load import Round
 from benchmarks.measurements import (
     LARGE,
     LARGE_CONNECTIONS,
     SMALL,
+    Comparison,
+    Limit,
     Measurement,
     Results,
     Run,
@@ -34,9 +37,17 @@ from benchmarks.measurements import (
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
 from benchmarks.report import write_report
-from benchmarks.serving import Serving, serving
+from benchmarks.scaled_decoding import agreeing_labels
+from benchmarks.serving import ServerError, Serving, serving
+from benchmarks.stages import serve_nothing
+from benchmarks.turns import take_turns
+from benchmarks.unserved import Unserved, unserved
+from models.datasets import open_dataset
 
-_WARM_UP_SECONDS: Final = 2
+_FIRST_WARM_UP: Final = 2.0
+_WARM_UP: Final = 1.0
+_TRAINED: Final = REPOSITORY / "engines" / "digits-resnet18-int8-openvino"  # of `make demo`
+_DIGITS: Final = 300
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,57 @@ class Photographs:
     labels: Mapping[Form, list[Labels]]
 
 
+class Side(Protocol):
+    """What is loaded in turns with something else."""
+
+    def turn(self, photographs: Photographs, connections: int, seconds: float) -> Round:
+        """Load it for so many seconds."""
+
+
+@dataclass
+class Contestant:
+    """A server that is stopped but for its turns.
+
+    Attributes:
+        server: what it is.
+        idle_bytes: its memory before the first load.
+    """
+
+    server: Serving
+    idle_bytes: int
+
+    def turn(self, photographs: Photographs, connections: int, seconds: float) -> Round:
+        """Load it for so many seconds."""
+        with self.server.awake():
+            return self.server.round(photographs.files, connections, seconds)
+
+    def run(self, measurements: list[Measurement]) -> Run:
+        """What was measured of it, once nothing more will be."""
+        contender = self.server.contender
+        return Run(
+            name=contender.name,
+            title=contender.title,
+            form=self.server.form,
+            start_seconds=self.server.start_seconds,
+            idle_mb=self.idle_bytes / 1e6,
+            loaded_mb=self.server.tree.memory_bytes() / 1e6,
+            installed_mb=contender.installed_bytes() / 1e6,
+            measurements=measurements,
+        )
+
+
+@dataclass
+class Unhindered:
+    """The limit: a loop for each kind of photograph, by its name."""
+
+    loops: Mapping[str, Unserved]
+
+    def turn(self, photographs: Photographs, connections: int, seconds: float) -> Round:
+        """Let it work as is best for one image after the other, or for many at once."""
+        what: Final = "latency" if connections == 1 else "throughput"
+        return self.loops[photographs.name].round(what, seconds)
+
+
 @dataclass
 class Benchmark:
     """One run of the benchmark.
@@ -63,7 +125,7 @@ class Benchmark:
     Attributes:
         engines: folder from `benchmarks.engine.prepare`.
         kinds: photographs to load servers with.
-        seconds: length of each load.
+        seconds: length of each load, in all its rounds.
     """
 
     engines: Path
@@ -76,70 +138,66 @@ class Benchmark:
     def __post_init__(self) -> None:
         self.results = Results(started_at=now(), machine=this_machine(), seconds=self.seconds)
 
-    def measure(self, contender: Contender, form: Form) -> None:
-        """Start the contender, check its answers, load it, end it.
+    def compare(self, contender: Contender, form: Form) -> None:
+        """Load a contender and TrimRT in turns.
 
         Raises:
-            click.ClickException: it does not start, or answers wrongly.
+            ServerError: one of them does not start, answers wrongly, or failed.
         """
+        title = f"{contender.title} ({form})"
+        with self._started(TRIMRT, "trimrt") as ours:
+            with self._started(contender, form) as theirs:
+                mine, others = self._loads(title, ours, theirs)
+                other = theirs.run(others)
+            self.results.comparisons.append(Comparison(other=other, trimrt=ours.run(mine)))
+
+    def compare_limit(self) -> None:
+        """The same with what is possible without a server, in the environment that TrimRT serves from.
+
+        Raises:
+            click.ClickException: TrimRT or the limit's process failed.
+        """
+        with ExitStack() as stack:
+            loops = {}
+            for kind in self.kinds:
+                self._say(f"limit, {kind.name}: best settings")
+                python = TRIMRT.environment / "bin" / "python"
+                log = BUILD / f"limit-{kind.name.replace(' ', '')}.log"
+                loops[kind.name] = stack.enter_context(unserved(python, self.engines / INT8, kind.files, log))
+            ours = stack.enter_context(self._started(TRIMRT, "trimrt"))
+            mine, others = self._loads("limit", ours, Unhindered(loops))
+            settings = {name: loop.settings for name, loop in loops.items()}
+            limit = Limit(measurements=others, settings=settings)
+            self.results.comparisons.append(Comparison(other=limit, trimrt=ours.run(mine)))
+
+    @contextmanager
+    def _started(self, contender: Contender, form: Form) -> Iterator[Contestant]:
+        """The contender, its answers checked, and stopped."""
         self._say(f"{contender.title} ({form}): starting")
         first = self.kinds[0].files[0].read_bytes()
         with serving(contender, form, self.engines, first) as server:
-            self._check(server, form)
-            idle = server.tree.memory_bytes()
-            measurements = list(self._loads(server, form))
-            loaded = server.tree.memory_bytes()
-        self.results.runs.append(
-            Run(
-                name=contender.name,
-                title=contender.title,
-                form=form,
-                start_seconds=server.start_seconds,
-                idle_mb=idle / 1e6,
-                loaded_mb=loaded / 1e6,
-                installed_mb=contender.installed_bytes() / 1e6,
-                measurements=measurements,
-            )
-        )
+            for kind in self.kinds:
+                for file, expected in zip(kind.files, kind.labels[form], strict=True):
+                    server.check(file, expected)
+            contestant = Contestant(server, server.tree.memory_bytes())
+            server.tree.pause()
+            yield contestant
 
-    def measure_limit(self) -> None:
-        """What is possible without a server, in the environment that TrimRT serves from."""
-        python = str(TRIMRT.environment / "bin" / "python")
-        for kind in self.kinds:
-            self._say(f"limit, {kind.name}")
-            command = [
-                python,
-                "-m",
-                "benchmarks.limit",
-                str(self.engines / INT8),
-                kind.name,
-                str(self.seconds),
-            ]
-            result = subprocess.run(
-                [*command, *map(str, kind.files)], cwd=REPOSITORY, capture_output=True, text=True, check=False
-            )
-            if result.returncode:
-                raise click.ClickException(f"benchmarks.limit failed:\n{result.stderr.strip()}")
-            self.results.runs.append(Limit.model_validate_json(result.stdout.splitlines()[-1]))
-            self.progress.advance(self.task)
-
-    def _check(self, server: Serving, form: Form) -> None:
-        for kind in self.kinds:
-            for file, expected in zip(kind.files, kind.labels[form], strict=True):
-                answer = server.ask(file.read_bytes())
-                if answer != expected:
-                    raise click.ClickException(
-                        f"wrong labels for {file.name}: {', '.join(answer)} instead of {', '.join(expected)}"
-                    )
-
-    def _loads(self, server: Serving, form: Form) -> Iterator[Measurement]:
+    def _loads(self, title: str, ours: Side, theirs: Side) -> tuple[list[Measurement], list[Measurement]]:
+        """Every load on both."""
+        mine: list[Measurement] = []
+        others: list[Measurement] = []
         for kind in self.kinds:
             for connections in kind.connections:
-                self._say(f"{server.contender.title} ({form}): {kind.name}, {connections} connections")
-                server.load(kind.files, connections, min(_WARM_UP_SECONDS, self.seconds))
-                load, cpu_ms = server.load(kind.files, connections, self.seconds)
-                yield Measurement(photograph=kind.name, connections=connections, load=load, cpu_ms=cpu_ms)
+                self._say(f"{title}: {kind.name}, {connections} connections")
+                our_turn = partial(ours.turn, kind, connections)
+                their_turn = partial(theirs.turn, kind, connections)
+                warm_up = _WARM_UP if mine else _FIRST_WARM_UP
+                rounds = take_turns(our_turn, their_turn, self.seconds, warm_up)
+                for done, found in zip(rounds, (mine, others), strict=True):
+                    found.append(Measurement.of(kind.name, connections, done))
                 self.progress.advance(self.task)
+        return mine, others
 
     def _say(self, text: str) -> None:
         self.progress.update(self.task, description=text)
@@ -156,10 +214,19 @@ def store_photographs(
     return Photographs(name, paths, connections, labels)
 
 
-def schedule(contenders: Sequence[tuple[Contender, Form]]) -> list[tuple[Contender, Form]]:
-    """`contenders` in their order, with TrimRT before, between and after them."""
-    ours: tuple[Contender, Form] = (TRIMRT, "trimrt")
-    return [ours, *(turn for contender in contenders for turn in (contender, ours))]
+def measure_by_itself(results: Results, engines: Path, files: Sequence[Path], console: Console) -> None:
+    """What the server costs with a network that costs nothing."""
+    console.print("TrimRT with a network that costs nothing", highlight=False)
+    whole, alone = serve_nothing(engines, files, results.seconds)
+    results.server_cpu_ms = whole - alone
+
+
+def measure_agreement(results: Results, console: Console) -> None:
+    """Labels of large photographs, by the demonstration's trained engine if it is there and runs here."""
+    if usable(_TRAINED):
+        console.print(f"labels after scaled decoding, by {_TRAINED.name}", highlight=False)
+        paths = open_dataset("digits").test.paths[:_DIGITS]
+        results.agreement = agreeing_labels(_TRAINED, paths, megapixels=12) / len(paths)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -173,11 +240,9 @@ def schedule(contenders: Sequence[tuple[Contender, Form]]) -> list[tuple[Contend
 @click.option(
     "--form", "forms", multiple=True, type=click.Choice(["usual", "trimrt"]), help="Only peers of this form."
 )
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each load.")
+@click.option("--seconds", default=8.0, show_default=True, help="Length of each load, in rounds.")
 @click.option("--connections", default="1,8,32", show_default=True, help="Connections, with commas.")
-@click.option(
-    "--large/--no-large", default=True, show_default=True, help="Also load with 12-megapixel JPEGs."
-)
+@click.option("--large/--no-large", default=True, show_default=True, help="Also 12-megapixel JPEGs.")
 @click.option("--limit/--no-limit", default=True, show_default=True, help="Also measure without a server.")
 @click.option(
     "--output",
@@ -215,22 +280,28 @@ def main(
         ]
         if large:
             kinds.append(store_photographs(LARGE, photographs(12), [LARGE_CONNECTIONS], engines))
-        turns = schedule(
-            [(peer, form) for peer in peers for form in peer.forms if not forms or form in forms]
-        )
-        loads = len(turns) * sum(len(kind.connections) for kind in kinds) + limit * len(kinds)
-        progress.update(task, total=loads)
+        pairs = [(peer, form) for peer in peers for form in peer.forms if not forms or form in forms]
+        loads = sum(len(kind.connections) for kind in kinds)
+        progress.update(task, total=(len(pairs) + limit) * loads)
         benchmark = Benchmark(engines, kinds, seconds, progress, task)
-        for index, (contender, form) in enumerate(turns):
+        for index, (contender, form) in enumerate(pairs):
+            if limit and index == len(pairs) // 2:
+                benchmark.compare_limit()
             try:
-                benchmark.measure(contender, form)
-            except click.ClickException as error:
-                if contender is TRIMRT:
+                benchmark.compare(contender, form)
+            except ServerError as error:
+                if error.contender is TRIMRT:
                     raise
                 benchmark.results.failures.append(error.message)
-            if limit and index == len(turns) // 2:
-                benchmark.measure_limit()
-    write_report(benchmark.results, output, console)
+            done = index + 1 + (limit and index >= len(pairs) // 2)
+            progress.update(task, completed=done * loads)
+    try:
+        if limit:
+            measure_by_itself(benchmark.results, engines, kinds[0].files, console)
+        if large:
+            measure_agreement(benchmark.results, console)
+    finally:
+        write_report(benchmark.results, output, console)
     if benchmark.results.failures:
         raise click.ClickException("not every server was measured")
 

@@ -87,7 +87,7 @@ class Setup(Contender):
         deadline = time.monotonic() + _START_SECONDS
         while len(seen) < (self.replicas or 0):
             if time.monotonic() > deadline:
-                raise click.ClickException(f"{len(seen)} of {self.replicas} replicas answer")
+                raise click.ClickException(f"{self.title}: {len(seen)} of {self.replicas} replicas answer")
             with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
                 connection.request("GET", "/health/live")
                 response = connection.getresponse()

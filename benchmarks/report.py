@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Final
@@ -10,8 +9,16 @@ from typing import Final
 from rich.console import Console
 
 from benchmarks.goals import goals
-from benchmarks.limit import Limit
-from benchmarks.measurements import LARGE, LARGE_CONNECTIONS, SMALL, Measurement, Results, Run
+from benchmarks.measurements import (
+    LARGE,
+    LARGE_CONNECTIONS,
+    SMALL,
+    Comparison,
+    Limit,
+    Measurement,
+    Results,
+    Run,
+)
 
 _FORMS: Final = {"usual": "as usual", "trimrt": "TrimRT's preprocessing"}
 
@@ -29,9 +36,7 @@ def write_report(results: Results, folder: Path, console: Console) -> None:
 def markdown(results: Results) -> str:
     """The tables: throughput and latency, cost, and what TrimRT gains."""
     machine = results.machine
-    counts = sorted(
-        {m.connections for run in _servers(results) for m in run.measurements if m.photograph == SMALL}
-    )
+    counts = _counts(results)
     lines = [
         f"{machine.processor}, {machine.cores} cores, {machine.memory_gb:g} GB, Python {machine.python}; "
         f"{results.seconds:g} s a load, {results.started_at:%Y-%m-%d %H:%M} UTC. "
@@ -44,21 +49,18 @@ def markdown(results: Results) -> str:
     head += [f"{count}" for count in counts]
     head += [f"p50, {count}" for count in counts] + [f"p99, {count}" for count in counts]
     head += [f"{LARGE}, {LARGE_CONNECTIONS}"]
-    rows = [
-        _limit_row(results, run, counts)
-        for run in results.runs
-        if isinstance(run, Limit) and run.photograph == SMALL
-    ]
+    rows = [_limit_row(results.limit, counts)] if results.limit else []
     rows += [_speed_row(runs, counts) for runs in _grouped(results)]
     lines += markdown_table(head, rows)
     lines += ["", "What it costs:", ""]
     head = ["server", "form", "CPU ms an image", "ready after s", "memory MB, idle", "loaded", "installed MB"]
     lines += markdown_table(head, [_cost_row(runs, counts) for runs in _grouped(results)])
-    gains = list(_gain_rows(results, counts))
+    gains = [_gain_row(comparison, counts) for comparison in results.comparisons]
     if gains:
         lines += [
             "",
-            "TrimRT over each, from TrimRT's runs next to it (throughput: more is better; p99: less is):",
+            "TrimRT over each that it took turns with (throughput: more is better, in brackets the rounds' "
+            "least and most; p99: less is):",
             "",
         ]
         head = ["server", "form"]
@@ -77,14 +79,16 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _servers(results: Results) -> list[Run]:
-    return [run for run in results.runs if isinstance(run, Run)]
+def _counts(results: Results) -> list[int]:
+    """Numbers of connections."""
+    runs = [*results.ours, *results.peers]
+    return sorted({m.connections for run in runs for m in run.measurements if m.photograph == SMALL})
 
 
 def _grouped(results: Results) -> list[list[Run]]:
     """Runs of the same server in the same form together, best throughput first."""
     groups: dict[tuple[str, str], list[Run]] = {}
-    for run in _servers(results):
+    for run in (*results.ours, *results.peers):
         groups.setdefault((run.name, run.form), []).append(run)
     return sorted(groups.values(), key=lambda runs: -max(_throughputs(runs)))
 
@@ -107,12 +111,18 @@ def _speed_row(runs: list[Run], counts: list[int]) -> list[str]:
     return [*row, _mean([m.load.throughput for m in _at(runs, LARGE, LARGE_CONNECTIONS)], 1)]
 
 
-def _limit_row(results: Results, limit: Limit, counts: list[int]) -> list[str]:
-    large = [run.throughput for run in results.runs if isinstance(run, Limit) and run.photograph == LARGE]
-    row = ["no server", f"best loop: {limit.setting}"]
-    row += [f"{limit.throughput:.0f}"] * len(counts)
-    row += [f"{limit.latency_ms:.1f}" if count == 1 else "" for count in counts]
-    return [*row, *[""] * len(counts), _mean(large, 1)]
+def _limit_row(limit: Limit, counts: list[int]) -> list[str]:
+    row = ["no server", f"best loop: {_setting(limit)}"]
+    loads = [limit.at(SMALL, count) for count in counts]
+    row += [f"{m.load.throughput:.0f}" if m else "" for m in loads]
+    row += [f"{m.load.p50:.1f}" if m and m.connections == 1 else "" for m in loads]
+    large = limit.at(LARGE, LARGE_CONNECTIONS)
+    return [*row, *[""] * len(counts), f"{large.load.throughput:.1f}" if large else ""]
+
+
+def _setting(limit: Limit) -> str:
+    best = limit.settings[SMALL].throughput
+    return f"{best.slots} x batch {best.batch}, {best.threads} OpenVINO threads"
 
 
 def _cost_row(runs: list[Run], counts: list[int]) -> list[str]:
@@ -127,38 +137,28 @@ def _cost_row(runs: list[Run], counts: list[int]) -> list[str]:
     ]
 
 
-def _gain_rows(results: Results, counts: list[int]) -> Iterator[list[str]]:
-    for index, run in enumerate(results.runs):
-        ours = results.neighbours(index)
-        if isinstance(run, Limit):
-            if run.photograph == SMALL:
-                yield _limit_gains(ours, run, counts)
-        elif run.name != "trimrt":
-            row = [run.title, _FORMS[run.form]]
-            row += [_ratio(ours, run, SMALL, count, "throughput") for count in counts]
-            row += [_ratio(ours, run, SMALL, count, "p99") for count in counts]
-            yield [*row, _ratio(ours, run, LARGE, LARGE_CONNECTIONS, "throughput")]
+def _gain_row(comparison: Comparison, counts: list[int]) -> list[str]:
+    other = comparison.other
+    if isinstance(other, Run):
+        row = [other.title, _FORMS[other.form]]
+        latencies = [_number(comparison.ratio(SMALL, count, lambda m: m.load.p99)) for count in counts]
+    else:
+        row = ["no server", "best loop"]
+        alone = _number(comparison.ratio(SMALL, 1, lambda m: m.load.p50))
+        latencies = [f"{alone} (p50)" if count == 1 and alone else "" for count in counts]
+    row += [_gain(comparison, SMALL, count) for count in counts]
+    return [*row, *latencies, _gain(comparison, LARGE, LARGE_CONNECTIONS)]
 
 
-def _limit_gains(ours: list[Run], limit: Limit, counts: list[int]) -> list[str]:
-    row = ["no server", "best loop"]
-    row += [
-        _quotient([m.load.throughput for m in _at(ours, SMALL, count)], limit.throughput) for count in counts
-    ]
-    alone = _quotient([m.load.p50 for m in _at(ours, SMALL, 1)], limit.latency_ms)
-    return [*row, *(f"{alone} (p50)" if count == 1 and alone else "" for count in counts), ""]
+def _gain(comparison: Comparison, photograph: str, connections: int) -> str:
+    """Ratio of throughput, with the range of its rounds."""
+    whole = _number(comparison.ratio(photograph, connections, lambda m: m.load.throughput))
+    rounds = comparison.round_ratios(photograph, connections)
+    return f"{whole} ({min(rounds):.2f}-{max(rounds):.2f})" if whole and len(rounds) > 1 else whole
 
 
-def _ratio(ours: list[Run], theirs: Run, photograph: str, connections: int, what: str) -> str:
-    other = theirs.at(photograph, connections)
-    if other is None:
-        return ""
-    mine = [getattr(m.load, what) for m in _at(ours, photograph, connections)]
-    return _quotient(mine, getattr(other.load, what))
-
-
-def _quotient(values: list[float], divisor: float) -> str:
-    return f"{fmean(values) / divisor:.2f}" if values and divisor else ""
+def _number(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _mean(values: list[float], digits: int) -> str:
@@ -179,9 +179,7 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     groups = _grouped(results)
-    counts = sorted(
-        {m.connections for run in _servers(results) for m in run.measurements if m.photograph == SMALL}
-    )
+    counts = _counts(results)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.8 + 0.45 * len(groups)), sharey=True)
     names = [f"{runs[0].title}\n{_FORMS[runs[0].form]}" for runs in groups]
     height = 0.8 / len(counts)
@@ -192,9 +190,9 @@ def plot(results: Results, path: Path) -> None:
                 fmean([getattr(m.load, what) for m in _at(runs, SMALL, count)] or [0]) for runs in groups
             ]
             axis.barh(places, widths, height, label=f"{count} connections" if axis is left else None)
-    limits = [run.throughput for run in results.runs if isinstance(run, Limit) and run.photograph == SMALL]
-    if limits:
-        left.axvline(max(limits), color="black", linestyle="--", linewidth=1, label="no server")
+    if limit := results.limit:
+        fastest = max(m.load.throughput for m in limit.measurements if m.photograph == SMALL)
+        left.axvline(fastest, color="black", linestyle="--", linewidth=1, label="no server")
     left.set_yticks(range(len(groups)), names, fontsize=7)
     left.invert_yaxis()
     left.set_xlabel("images a second")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from PIL import Image
 from rich.progress import track
 
 from models.datasets import open_dataset
-from models.preprocessing import load_pixels
+from models.preprocessing import Pixels, load_pixels
 from server.engines import load_engine
+from server.engines.base import cores
 from server.manifest import EngineError
 
 
@@ -28,23 +31,35 @@ from server.manifest import EngineError
 @click.option("--megapixels", default=12.0, show_default=True, help="Size that they are enlarged to.")
 def main(package: Path, data: str, images: int, megapixels: float) -> None:
     """Compare the labels that PACKAGE gives to reduced-scale and to full decoding."""
+    paths = open_dataset(data).test.paths[:images]
     try:
-        engine = load_engine(package)
+        agreeing = agreeing_labels(package, paths, megapixels)
     except EngineError as error:
         raise click.ClickException(str(error)) from error
-    spec = engine.manifest.preprocessing
-    exact = spec.model_copy(update={"scaled_decoding": False})
-    paths = open_dataset(data).test.paths[:images]
-    agreeing = 0
-    with closing(engine), closing(engine.open_slot()) as slot:
-        for path in track(paths, "labelling"):
-            file = enlarged(path, megapixels)
-            labels = []
-            for how in (spec, exact):
-                slot.pixels[0] = load_pixels(file, how)
-                labels.append(int(slot.infer(1).logits.argmax()))
-            agreeing += labels[0] == labels[1]
     click.echo(f"{agreeing} of {len(paths)} labels agree ({agreeing / len(paths):.2%})")
+
+
+def agreeing_labels(package: Path, paths: Sequence[Path], megapixels: float) -> int:
+    """How many of the images, enlarged to so many million pixels, get the same label either way.
+
+    Raises:
+        EngineError: the engine does not load, or failed.
+    """
+    with closing(load_engine(package)) as engine, closing(engine.open_slot()) as slot:
+        spec = engine.manifest.preprocessing
+        exact = spec.model_copy(update={"scaled_decoding": False})
+
+        def decode(path: Path) -> list[Pixels]:
+            file = enlarged(path, megapixels)
+            return [load_pixels(file, how) for how in (spec, exact)]
+
+        def label(pixels: Pixels) -> int:
+            slot.pixels[0] = pixels
+            return int(slot.infer(1).logits.argmax())
+
+        with ThreadPoolExecutor(cores()) as pool:
+            both = track(pool.map(decode, paths), "labelling", total=len(paths), transient=True)
+            return sum(label(scaled) == label(full) for scaled, full in both)
 
 
 def enlarged(path: Path, megapixels: float) -> bytes:

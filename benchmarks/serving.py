@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import click
 
-from benchmarks.answers import ask, wait_for_answer
+from benchmarks.answers import Labels, ask, wait_for_answer
 from benchmarks.contenders import BUILD, Contender, Form
-from benchmarks.load import Load, run_wrk
+from benchmarks.load import Load, Round, cpu_milliseconds, merge, run_wrk
 from benchmarks.processes import ProcessTree, running
+
+_SETTLE_SECONDS: Final = 1.0  # at most
+_LOOK_SECONDS: Final = 0.1
+_AT_REST: Final = 0.3  # cores
+
+
+class ServerError(click.ClickException):
+    """A contender did not start, or did not do what it was asked; the message names it and its log."""
+
+    def __init__(self, contender: Contender, form: Form, message: str) -> None:
+        super().__init__(f"{contender.title} ({form}): {message}; see {_log(contender, form)}")
+        self.contender = contender
 
 
 @dataclass(frozen=True)
@@ -23,26 +37,69 @@ class Serving:
 
     Attributes:
         contender: what it is.
+        form: see `classifier.py`.
         port: where it listens.
         tree: its processes.
         start_seconds: from the start of its process to its first answer.
     """
 
     contender: Contender
+    form: Form
     port: int
     tree: ProcessTree
     start_seconds: float
 
-    def ask(self, file: bytes) -> tuple[str, ...]:
-        """The labels of one photograph, best first."""
-        return ask(self.port, self.contender.path, self.contender.headers, file)
+    def check(self, file: Path, expected: Labels) -> None:
+        """Ask for the labels of one photograph.
 
-    def load(self, files: list[Path], connections: int, seconds: float) -> tuple[Load, float]:
-        """What `wrk` saw, and the processor milliseconds of the server for one request."""
+        Raises:
+            ServerError: they are not those expected, best first, or there was no answer.
+        """
+        with _named(self.contender, self.form):
+            answer = ask(self.port, self.contender.path, self.contender.headers, file.read_bytes())
+            if answer != expected:
+                raise click.ClickException(
+                    f"wrong labels for {file.name}: {', '.join(answer)} instead of {', '.join(expected)}"
+                )
+
+    def round(self, files: Sequence[Path], connections: int, seconds: float) -> Round:
+        """Load it once.
+
+        Raises:
+            ServerError: `wrk` failed.
+        """
         url = f"http://127.0.0.1:{self.port}{self.contender.path}"
-        cpu = self.tree.cpu_seconds()
-        load = run_wrk(url, files, connections=connections, seconds=seconds, headers=self.contender.headers)
-        return load, 1000 * (self.tree.cpu_seconds() - cpu) / max(1, load.requests)
+        with _named(self.contender, self.form):
+            return run_wrk(
+                url,
+                files,
+                connections=connections,
+                seconds=seconds,
+                headers=self.contender.headers,
+                cpu_seconds=self.tree.cpu_seconds,
+            )
+
+    def load(self, files: Sequence[Path], connections: int, seconds: float) -> tuple[Load, float]:
+        """What `wrk` saw, and the processor milliseconds of the server for one request."""
+        rounds = [self.round(files, connections, seconds)]
+        return merge(rounds), cpu_milliseconds(rounds)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let the paused server run until the block ends, and until it has done what is left to do."""
+        self.tree.resume()
+        yield
+        self._settle()
+        self.tree.pause()
+
+    def _settle(self) -> None:
+        """Wait until it has done with the requests that `wrk` did not wait for: no work for its next turn."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        rest = False
+        while not rest and time.monotonic() < deadline:
+            before = self.tree.cpu_seconds()
+            time.sleep(_LOOK_SECONDS)
+            rest = self.tree.cpu_seconds() - before < _AT_REST * _LOOK_SECONDS
 
 
 @contextmanager
@@ -56,19 +113,30 @@ def serving(
     """The contender, from its first answer (to the photograph `first`) until the block ends.
 
     Raises:
-        click.ClickException: it does not start, or whatever click raises inside the block; the message
-            names the server and its log.
+        ServerError: it does not start.
     """
     port = free_port()
-    log = BUILD / f"{contender.name}-{form}.log"
     variables = contender.variables(form, engines, port) | dict(settings or {})
     started = time.perf_counter()
-    try:
-        with running(contender.command(engines, port), variables, log) as tree:
+    with running(contender.command(engines, port), variables, _log(contender, form)) as tree:
+        with _named(contender, form):
             wait_for_answer(tree, port, contender.path, contender.headers, first)
-            yield Serving(contender, port, tree, time.perf_counter() - started)
+        yield Serving(contender, form, port, tree, time.perf_counter() - started)
+
+
+@contextmanager
+def _named(contender: Contender, form: Form) -> Iterator[None]:
+    """Say in the block's errors which server they are of."""
+    try:
+        yield
     except click.ClickException as error:
-        raise click.ClickException(f"{contender.title} ({form}): {error.message}; see {log}") from error
+        raise ServerError(contender, form, error.message) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(contender, form, f"no answer: {error}") from error
+
+
+def _log(contender: Contender, form: Form) -> Path:
+    return BUILD / f"{contender.name}-{form}.log"
 
 
 def free_port() -> int:

@@ -2,7 +2,7 @@
 
 The stages are timed one by one on one thread, in turns. What the server itself costs is found with a
 network that costs nothing: processor time for a request, less that of the same decoding and inference
-in a loop.
+in a loop, in turns with it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import http.client
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import click
 import numpy as np
 import orjson
-import simplejpeg
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -26,14 +26,16 @@ from rich.table import Table
 
 from benchmarks.contenders import BUILD, TRIMRT, TrimRT
 from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
+from benchmarks.limit import loaded
+from benchmarks.load import cpu_milliseconds
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
 from benchmarks.serving import Serving, serving
-from models.preprocessing import load_pixels
+from benchmarks.turns import take_turns
+from models.preprocessing import decode_jpeg, load_pixels
 from server.engines import load_engine
 from server.engines.base import Options, Slot
 from server.engines.tuned import Setting
-from server.tuning import throughput
 
 _BATCH: Final = 8
 _CONNECTIONS: Final = 8
@@ -52,7 +54,7 @@ def stage_milliseconds(slot: Slot, answer: bytes, file: bytes, repeats: int) -> 
     content = orjson.loads(answer)
 
     def decode() -> None:
-        simplejpeg.decode_jpeg(file, "RGB", min_height=SPEC.resize, min_width=SPEC.resize)
+        decode_jpeg(file, SPEC.resize)
 
     def assemble() -> None:
         for row in range(_BATCH):
@@ -81,20 +83,21 @@ def stage_milliseconds(slot: Slot, answer: bytes, file: bytes, repeats: int) -> 
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
-def serve_nothing(engines: Path, files: list[Path], seconds: float) -> dict[str, float]:
-    """Processor milliseconds a request, with a network that costs nothing."""
+def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple[float, float]:
+    """Processor milliseconds a request with a network that costs nothing, and of the same without a server.
+
+    Raises:
+        click.ClickException: the server does not start.
+    """
     contender = TrimRT("trimrt", "TrimRT", TRIMRT.path, package=NEXT_TO_NOTHING)
-    with serving(contender, "trimrt", engines, files[0].read_bytes()) as server:
-        server.load(files, _CONNECTIONS, min(2, seconds))
-        _, whole = server.load(files, _CONNECTIONS, seconds)
     setting = Setting(slots=1, threads=1, batch=1)
     encoded = [file.read_bytes() for file in files]
-    _, alone = throughput(engines / NEXT_TO_NOTHING, setting, encoded, seconds)
-    return {
-        "a request, network that costs nothing": whole,
-        "the same without a server": alone,
-        "what the server costs": whole - alone,
-    }
+    with (
+        loaded(engines / NEXT_TO_NOTHING, setting, encoded) as loop,
+        serving(contender, "trimrt", engines, encoded[0]) as server,
+    ):
+        served, alone = take_turns(partial(server.round, files, _CONNECTIONS), loop.run, seconds)
+    return cpu_milliseconds(served), cpu_milliseconds(alone)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -115,7 +118,11 @@ def main(seconds: float, repeats: int) -> None:
         times = stage_milliseconds(slot, answer, file, repeats)
     table = Table("stage", box=SIMPLE_HEAD, title="ms for one image, one thread")
     table.add_column("ms", justify="right")
-    for name, milliseconds in {**times, **serve_nothing(engines, files, seconds)}.items():
+    whole, alone = serve_nothing(engines, files, seconds)
+    times["a request, network that costs nothing"] = whole
+    times["the same without a server"] = alone
+    times["what the server costs"] = whole - alone
+    for name, milliseconds in times.items():
         table.add_row(name, f"{milliseconds:.3f}")
     Console().print(table)
 

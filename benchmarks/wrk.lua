@@ -1,4 +1,5 @@
--- Posts the files named on the command line in turn, and prints the result as one line of JSON.
+-- Posts the files named on the command line in turn. Prints the result as one line of JSON, and then as
+-- another the latencies: pairs of microseconds and how many requests took them.
 
 local requests = {}
 local turn = 0
@@ -19,10 +20,14 @@ end
 function done(summary, latency)
    local errors = summary.errors
    print(string.format(
-      '{"requests": %d, "seconds": %.6f, "failed": %d, "refused": %d,' ..
-      ' "p50": %.3f, "p90": %.3f, "p99": %.3f, "longest": %.3f}',
+      '{"requests": %d, "seconds": %.6f, "failed": %d, "refused": %d}',
       summary.requests, summary.duration / 1e6,
-      errors.connect + errors.read + errors.write + errors.timeout, errors.status,
-      latency:percentile(50) / 1e3, latency:percentile(90) / 1e3, latency:percentile(99) / 1e3,
-      latency.max / 1e3))
+      errors.connect + errors.read + errors.write + errors.timeout, errors.status))
+   io.flush() -- whoever measures the server is to know at once that the load is over
+   local counts = {}
+   for index = 1, #latency do
+      local microseconds, count = latency(index)
+      counts[index] = string.format("[%d, %d]", microseconds, count)
+   end
+   print("[" .. table.concat(counts, ", ") .. "]")
 end
