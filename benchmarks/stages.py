@@ -90,11 +90,13 @@ def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple
         click.ClickException: the server does not start.
     """
     contender = TrimRT("trimrt", "TrimRT", TRIMRT.path, package=NEXT_TO_NOTHING)
-    setting = Setting(slots=1, threads=1, batch=1)
+    # Of two slots one would often be alone, and have the other core spin for it.
+    setting = Setting(slots=1, threads=1, batch=_CONNECTIONS // 2)
+    settings = {"TRIMRT_SLOTS": "1", "TRIMRT_INFERENCE_THREADS": "1"}
     encoded = [file.read_bytes() for file in files]
     with (
         loaded(engines / NEXT_TO_NOTHING, setting, encoded) as loop,
-        serving(contender, "trimrt", engines, encoded[0]) as server,
+        serving(contender, "trimrt", engines, encoded[0], settings) as server,
     ):
         served, alone = take_turns(partial(server.round, files, _CONNECTIONS), loop.run, seconds)
     return cpu_milliseconds(served), cpu_milliseconds(alone)
