@@ -463,9 +463,10 @@ class Scheduler:
     def _late_images(self, taken: int) -> list[_Image]:
         """What may still join a batch of `taken` images, now that these are decoded."""
         with self._lock:
-            if not self._waiting or self._sleeping or taken >= self._batch_size():
+            room = self._batch_size() - taken
+            if room <= 0 or not self._waiting or self._sleeping:
                 return []
-            return collate(self._waiting, time.monotonic(), self._batch_size() - taken)[0]
+            return collate(self._waiting, time.monotonic(), room)[0]
 
     def _run_batch(self, slot: Slot, batch: list[_Image]) -> None:
         ready: list[_Image] = []
