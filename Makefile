@@ -37,7 +37,7 @@ serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:80
 	@$(BIN)/trimrt serve --engine $(ENGINE)
 
 test: $(VENV)/.install-dev  ## Run the test suite and print its coverage.
-	@$(BIN)/python -m pytest -m "not slow" --cov
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov
 
 test-load: $(VENV)/.install-dev  ## Run the long tests of the server: overload, abuse, thousands of requests.
 	@$(BIN)/python -m pytest -m slow tests/load
