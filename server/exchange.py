@@ -61,8 +61,8 @@ class Exchange:
     __slots__ = (
         "_began",
         "_chunks",
-        "_content_type",
         "_deadline",
+        "_form",
         "_job",
         "_observed",
         "_over",
@@ -133,8 +133,8 @@ class Exchange:
         seconds = request_timeout(None if timeout is None else timeout.decode("latin-1"), settings)
         self._deadline = self._began + seconds
         service.registry.get(self._query.get("engine")).check_room()
-        self._content_type = headers.get(b"content-type", b"").decode("latin-1")
-        _media_type(self._content_type)
+        content_type = headers.get(b"content-type", b"").decode("latin-1")
+        self._form = content_type if _media_type(content_type) == _FORM else None
         declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > settings.max_body_bytes:
             raise body_too_large(settings.max_body_bytes)
@@ -151,7 +151,7 @@ class Exchange:
     def _submit(self) -> None:
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
-        self._parts = _images(self._content_type, body, self._service.settings)
+        self._parts = _images(self._form, body, self._service.settings)
         # Engines may have been switched since the request came.
         self._scheduler: Scheduler = self._service.registry.get(self._query.get("engine"))
         self._observed.manifest = manifest = self._scheduler.engine.manifest
@@ -268,10 +268,11 @@ def _media_type(content_type: str) -> str:
     return media_type
 
 
-def _images(content_type: str, body: bytes, settings: Settings) -> Sequence[Part]:
-    if _media_type(content_type) != _FORM:
+def _images(form: str | None, body: bytes, settings: Settings) -> Sequence[Part]:
+    """The files of a form, of which `form` is the content type, or the body as the only one."""
+    if form is None:
         return [Part("file", None, body)]
-    images = [part for part in parse_multipart(content_type, body) if part.name == "file"]
+    images = [part for part in parse_multipart(form, body) if part.name == "file"]
     if not images:
         raise Problem("invalid-parameter", "the form has no field `file`")
     if len(images) > settings.max_images:
