@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.preprocessing import ImageError, Pixels, load_pixels
-from server.batching import collate
+from server.batching import Shares, collate
 from server.decoding import DecodePool
 from server.engines.base import Engine, Slot
 from server.manifest import BatchSizes
 from server.problems import Problem, image_problem
 from server.stats import EngineStats
-from server.threads import run_in_engine_thread
+from server.threads import give_way, run_in_engine_thread
 
 log = logging.getLogger("trimrt.scheduler")
 
@@ -170,6 +170,7 @@ class Scheduler:
         self._max_pixels = max_pixels
         self._max_batch = engine.best_batch
         self._decodes_in_slot = engine.on_cpu
+        self._shares = Shares(engine.slots, engine.run_sizes, engine.best_batch)
         self._delay = max_batch_delay
         self._waiting: deque[_Image] = deque()
         self._lock = threading.Lock()
@@ -419,6 +420,8 @@ class Scheduler:
             self._loop.call_soon_threadsafe(opened.set_exception, error)
         else:
             self._loop.call_soon_threadsafe(opened.set_result, None)
+            if self._decodes_in_slot:
+                give_way()
             asleep = threading.Lock()
             asleep.acquire()
             while self._run_next_batch(slot, asleep):
@@ -438,8 +441,9 @@ class Scheduler:
         while True:
             with self._lock:
                 now = time.monotonic()
-                batch, _, wake_at = collate(self._waiting, now, self._batch_size(), self._delay)
+                batch, _, wake_at = collate(self._waiting, now, self._batch_size(now), self._delay)
                 if batch or self._closing:
+                    self._shares.begin(self.pending)
                     return batch
                 self._sleeping.append(asleep)
             if not asleep.acquire(timeout=-1 if wake_at == math.inf else max(0.0, wake_at - now)):
@@ -449,24 +453,26 @@ class Scheduler:
                     else:  # woken at the same moment
                         asleep.acquire()
 
-    def _batch_size(self) -> int:
-        """The most images that a slot may take now."""
-        if self._decodes_in_slot and not self._delay:
-            # Half of what is under way is divided among the cores, and half goes on waiting: clients that
-            # send their next image after an answer leave a core nothing to go on with otherwise. But two
-            # images together take less than one after the other.
-            slots = self.engine.slots
-            share = max(math.ceil(self.pending / 2 / slots), min(2, self.pending // slots), 1)
-            return min(self._max_batch, share)
-        return self._max_batch
+    def _batch_size(self, now: float, batch: Sequence[_Image] = ()) -> int:
+        """The most images that a slot may take now, with those of its `batch`."""
+        if not self._decodes_in_slot or self._delay:
+            return self._max_batch
+        oldest = batch or self._waiting
+        waited = now - oldest[0].ready_at if oldest else 0.0
+        # By Little's law an image takes as long as all that are under way take one after the other.
+        usual = self.pending * self._seconds_per_image
+        return self._shares.size(
+            self.pending, len(self._waiting) + len(batch), waited / usual if usual else 0.0
+        )
 
-    def _late_images(self, taken: int) -> list[_Image]:
-        """What may still join a batch of `taken` images, now that these are decoded."""
+    def _late_images(self, batch: Sequence[_Image]) -> list[_Image]:
+        """What may still join a `batch`, now that its images are decoded."""
         with self._lock:
-            room = self._batch_size() - taken
-            if room <= 0 or not self._waiting or self._sleeping:
+            if not self._waiting or self._sleeping:
                 return []
-            return collate(self._waiting, time.monotonic(), room)[0]
+            now = time.monotonic()
+            room = self._batch_size(now, batch) - len(batch)
+            return collate(self._waiting, now, room)[0] if room > 0 else []
 
     def _run_batch(self, slot: Slot, batch: list[_Image]) -> None:
         ready: list[_Image] = []
@@ -481,7 +487,7 @@ class Scheduler:
                             row[:] = pixels
                         ready.append(image)
                 # Decoding takes a while, in which those just answered may have sent their next image.
-                late = self._late_images(len(batch))
+                late = self._late_images(batch)
                 batch += late
             if not ready:
                 return

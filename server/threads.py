@@ -8,15 +8,20 @@ is being freed at that very moment. A thread that goes on to the next engine nev
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Final, TypeVar
 
 _Task = Callable[[], None]
 _Result = TypeVar("_Result")
+
+_NICER: Final = 10
 
 _idle: list[SimpleQueue[_Task]] = []  # of every thread that waits; a list's append and pop are atomic
 
@@ -59,6 +64,19 @@ class EngineThread:
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
+
+
+def give_way() -> None:
+    """Let the process's other threads run before the calling one, which computes, and never stop them for it.
+
+    Otherwise the event loop often waits for a processor, and threads that need the interpreter's lock wait
+    for a thread that holds it and waits for a processor. On other systems than Linux nothing changes.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # some sandboxes
+            nice = os.getpriority(os.PRIO_PROCESS, os.getpid())  # the main thread's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, nice + _NICER))
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _work(inbox: SimpleQueue[_Task]) -> None:

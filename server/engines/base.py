@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -100,6 +100,10 @@ class Engine(Protocol):
     @property
     def best_batch(self) -> int:
         """Images beyond which a larger batch gains nothing."""
+
+    @property
+    def run_sizes(self) -> Sequence[int]:
+        """Sizes of batches that are computed in one run, ascending; others take several."""
 
     @property
     def on_cpu(self) -> bool:

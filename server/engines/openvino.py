@@ -6,6 +6,7 @@ import mmap
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +22,11 @@ from server.manifest import Compatibility, EngineError, Manifest, check_artefact
 CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 # A loaded model prepares its kernels anew whenever the batch size changes, which takes longer than a
-# small network's inference. So each slot has a model for each of a few sizes, and runs a batch of 7 as
-# 4 + 2 + 1. Sizes in order of what they gain: as many as fit the memory, for each has weights of its own.
-_SIZES: Final = (1, 2, 4, 8, 16, 32)
-_LEAST_SIZES: Final = 2
+# small network's inference, and a tenth of a large one's. So each slot has models for a few sizes, and runs a
+# batch of 7 as 4 + 2 + 1. A small network has one for each size. Each has weights of its own, though: in a
+# large one, the sizes that seldom follow each other share one.
+_SMALL_NETWORK: Final = ((1,), (2,), (4,), (8,), (16,), (32,))
+_LARGE_NETWORK: Final = ((1, 2), (4,))
 _BEST_BATCH: Final = 8  # about: beyond it throughput grows no more
 _MOST_SLOTS: Final = 8  # by default, for each has models of its own; more cores are shared among them
 _MEMORY_BYTES: Final = 150 << 20
@@ -87,9 +89,9 @@ class OpenVINOEngine:
         self._slots = options.slots or min(self._threads, _MOST_SLOTS)
         # The file's size tells too little of a loaded model, but loading one to see takes a while.
         self._blob = _map(check_artefact(folder, manifest))
-        loaded = _LOADED_FACTOR * len(self._blob) * self._slots
-        self._sizes = _sizes(manifest, max(_LEAST_SIZES, _MEMORY_BYTES // loaded))
-        largest = max(self._sizes)
+        loaded = _LOADED_FACTOR * len(self._blob) * self._slots * len(_SMALL_NETWORK)
+        self._models = _models(manifest, small=loaded <= _MEMORY_BYTES)
+        largest = max(self.run_sizes)
         self._best_batch = options.batch or min(
             largest * max(1, round(_BEST_BATCH / largest)), manifest.batch.max
         )
@@ -97,7 +99,7 @@ class OpenVINOEngine:
         # core: a virtual machine's system takes a sleeping core for a busy one, and would wake them all on
         # the same.
         self._wide = (
-            self._load([1], self._threads, pinning=self._pinning or self._threads == os.cpu_count())[1]
+            self._load(self._threads, pinning=self._pinning or self._threads == os.cpu_count())
             if self._slots > 1 and manifest.batch.min == 1
             else None
         )
@@ -118,6 +120,11 @@ class OpenVINOEngine:
         return self._best_batch
 
     @property
+    def run_sizes(self) -> list[int]:
+        """Those that have a model."""
+        return [size for sizes in self._models for size in sizes]
+
+    @property
     def on_cpu(self) -> bool:
         """True."""
         return True
@@ -129,10 +136,13 @@ class OpenVINOEngine:
             EngineError: refused by OpenVINO.
         """
         # By default off: each model and each process would pin its first thread to the same core.
-        models = self._load(self._sizes, max(1, self._threads // self._slots), pinning=self._pinning)
+        threads = max(1, self._threads // self._slots)
+        models: dict[int, openvino.CompiledModel] = {}
+        for sizes in self._models:
+            models |= dict.fromkeys(sizes, self._load(threads, pinning=self._pinning))
         slot = OpenVINOSlot(self._manifest, models, self._wide, self._blob)
         slot.infer(self._manifest.batch.min, alone=True)
-        for size in self._sizes:
+        for size in self.run_sizes:
             slot.infer(size)
         # By now each model has made its own order of the weights, and needs the file's no more.
         if sys.platform == "linux":
@@ -142,17 +152,15 @@ class OpenVINOEngine:
     def close(self) -> None:
         """Nothing to do: models are freed with the last reference to them."""
 
-    def _load(self, sizes: list[int], threads: int, *, pinning: bool) -> dict[int, openvino.CompiledModel]:
-        """A model for each of `sizes`."""
+    def _load(self, threads: int, *, pinning: bool) -> openvino.CompiledModel:
         configuration = {
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
             "ENABLE_CPU_PINNING": pinning,
         }
-        core = openvino.Core()
         blob = _shared(np.frombuffer(self._blob, np.uint8))
         try:
-            return {size: core.import_model(blob, "CPU", CONFIGURATION | configuration) for size in sizes}
+            return openvino.Core().import_model(blob, "CPU", CONFIGURATION | configuration)
         except RuntimeError as error:
             raise EngineError(
                 f"OpenVINO {openvino.get_version()} cannot load {self._folder}: {error}; "
@@ -160,11 +168,16 @@ class OpenVINOEngine:
             ) from error
 
 
-def _sizes(manifest: Manifest, count: int) -> list[int]:
-    """Batch sizes that get a model, largest first; runs of them make up any other."""
-    if manifest.batch.min > 1:
-        return [manifest.batch.max]
-    return sorted([size for size in _SIZES if size <= manifest.batch.max][:count], reverse=True)
+def _models(manifest: Manifest, *, small: bool) -> list[tuple[int, ...]]:
+    """The batch sizes of each model that a slot loads, ascending; runs of them make up any other size."""
+    batch = manifest.batch
+    if batch.min > 1:
+        return [(batch.max,)]
+    models = [
+        tuple(size for size in sizes if size <= batch.max)
+        for sizes in (_SMALL_NETWORK if small else _LARGE_NETWORK)
+    ]
+    return [sizes for sizes in models if sizes]
 
 
 class OpenVINOSlot:
@@ -173,12 +186,12 @@ class OpenVINOSlot:
     def __init__(
         self,
         manifest: Manifest,
-        models: dict[int, openvino.CompiledModel],
+        models: Mapping[int, openvino.CompiledModel],
         wide: openvino.CompiledModel | None,
         blob: mmap.mmap,
     ) -> None:
         self._batch = manifest.batch
-        self._requests = {size: model.create_infer_request() for size, model in models.items()}
+        self._requests = {size: models[size].create_infer_request() for size in sorted(models, reverse=True)}
         self._wide = wide and wide.create_infer_request()
         self._pixels = np.zeros((manifest.batch.max, *manifest.input.shape[1:]), np.uint8)
         classes = len(manifest.labels)

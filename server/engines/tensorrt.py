@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -148,6 +148,11 @@ class TensorRTEngine:
     def best_batch(self) -> int:
         """What was asked for, or all that it takes: kernels are launched once for a batch."""
         return self._options.batch or self._manifest.batch.max
+
+    @property
+    def run_sizes(self) -> Sequence[int]:
+        """All that the profile allows."""
+        return range(self._manifest.batch.min, self._manifest.batch.max + 1)
 
     @property
     def on_cpu(self) -> bool:

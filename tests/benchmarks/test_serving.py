@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # or the client waits 40 ms for the second packet
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))

@@ -1,4 +1,4 @@
-"""The collate step: which of the waiting images run now."""
+"""The collate step: which of the waiting images run now, and how many."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching import collate
+from server.batching import Shares, collate
 from server.manifest import BatchSizes
 from server.scheduler import warmup_sizes
 
@@ -89,3 +90,59 @@ def test_every_power_of_two_in_the_profile_is_warmed() -> None:
 
 def test_or_every_size() -> None:
     assert warmup_sizes(BatchSizes(min=2, opt=4, max=5), every=True) == [2, 3, 4, 5]
+
+
+class TestShares:
+    """Two slots that run 1, 2 or 4 images at once, unless a test says otherwise."""
+
+    @staticmethod
+    def shares(load: int = 8, slots: int = 2, runs: tuple[int, ...] = (1, 2, 4), most: int = 8) -> Shares:
+        shares = Shares(slots, runs, most)
+        shares.begin(load)
+        return shares
+
+    @pytest.mark.parametrize(
+        ("pending", "images"),
+        [(1, 1), (2, 1), (3, 1), (4, 2), (8, 2), (12, 2), (16, 4), (20, 4), (32, 8), (64, 8)],
+    )
+    def test_half_of_what_is_under_way_waits_and_runs_are_whole(self, pending: int, images: int) -> None:
+        assert self.shares(pending).size(pending, at_hand=0, age=0.0) == images
+
+    def test_young_images_run_in_a_larger_batch(self) -> None:
+        assert self.shares().size(8, at_hand=4, age=0.1) == 4
+        assert self.shares().size(8, at_hand=3, age=0.1) == 2
+
+    def test_those_that_waited_for_long_do_not_run_for_long_too(self) -> None:
+        assert self.shares().size(8, at_hand=4, age=0.5) == 2
+
+    def test_but_they_do_once_in_a_while_so_that_a_rhythm_begins(self) -> None:
+        shares = self.shares()
+        sizes = []
+        for _ in range(40):
+            sizes.append(shares.size(8, at_hand=6, age=0.5))
+            shares.begin(8)
+        assert sizes.count(4) == 2
+
+    @pytest.mark.parametrize("load", [4, 5, 6])
+    def test_no_slot_takes_what_the_others_would_lack(self, load: int) -> None:
+        assert self.shares(load).size(load, at_hand=4, age=0.0) == 2
+
+    def test_clients_that_were_just_answered_count_as_under_way(self) -> None:
+        assert self.shares(load=8).size(5, at_hand=4, age=0.0) == 4
+
+    def test_an_engine_of_one_size_gets_what_there_is(self) -> None:
+        assert self.shares(runs=(4,)).size(8, at_hand=3, age=0.0) == 2
+
+    @given(
+        st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.floats(0, 5)), max_size=20),
+        st.integers(1, 8),
+        st.sampled_from([(1,), (1, 2, 4), (1, 2, 4, 8, 16, 32), (4,)]),
+        st.integers(1, 32),
+    )
+    def test_it_is_always_an_image_at_least_and_never_more_than_allowed(
+        self, calls: list[tuple[int, int, float]], slots: int, runs: tuple[int, ...], most: int
+    ) -> None:
+        shares = Shares(slots, runs, most)
+        for pending, at_hand, age in calls:
+            assert 1 <= shares.size(pending, at_hand, age) <= most
+            shares.begin(pending)

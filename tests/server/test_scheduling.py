@@ -237,14 +237,14 @@ def test_cores_share_what_waits(
     form = pool.submit(
         httpx.post,
         f"{two_cores.url}/predict",
-        files=[("file", (f"{n}.png", encode(n), "image/png")) for n in range(8)],
+        files=[("file", (f"{n}.png", encode(n), "image/png")) for n in range(16)],
     )
     gate.wait_for_arrivals(2)
-    assert gate.batches == [2, 2]
+    assert gate.batches == [4, 4]
+    assert len(two_cores.app.state.registry.get(None)._waiting) == 8
     gate.open()
     sizes = [result["batch_size"] for result in form.result().json()["results"]]
-    assert sizes[:6] == [2] * 6
-    assert sizes[6:] in ([2, 2], [1, 1])  # by whether the images before them are still under way
+    assert sizes[:8] == [4] * 8
 
 
 def test_what_comes_while_a_batch_is_decoded_joins_it(
@@ -266,8 +266,8 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
         wait_until(lambda: server.app.state.registry.get(None).pending == 6)
         may_go_on.set()
         sizes = [future.result().json()["results"][0]["batch_size"] for future in futures]
-    assert sizes[0] == 3
-    assert sizes.count(3) in (3, 6)  # by whether the first three are still under way
+    assert sizes[0] == 2  # the engine runs no three at once
+    assert sizes.count(2) >= 2
 
 
 def test_an_image_alone_may_use_every_core(

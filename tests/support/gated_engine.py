@@ -85,6 +85,7 @@ class GatedEngine:
         self.slots = slots
         self.on_cpu = on_cpu
         self.best_batch = engine.manifest.batch.max
+        self.run_sizes = engine.run_sizes
 
     @property
     def manifest(self) -> Manifest:

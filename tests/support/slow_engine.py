@@ -36,6 +36,7 @@ class SlowEngine:
         self._seconds = seconds
         self.slots = 1
         self.best_batch = engine.manifest.batch.max
+        self.run_sizes = engine.run_sizes
         self.on_cpu = False  # decoding does not wait for the slot
 
     @property

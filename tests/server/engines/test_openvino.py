@@ -14,6 +14,7 @@ import openvino
 import pytest
 from tiny_engine import write_package
 
+import server.engines.openvino
 from server.engines import load_engine
 from server.engines.base import Options
 from server.engines.openvino import OpenVINOEngine
@@ -107,6 +108,14 @@ def test_blob_that_openvino_itself_refuses(copy: Path) -> None:
         load_engine(copy)
 
 
+@pytest.fixture(params=["small", "large"])
+def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network counts as small or large, whatever it is."""
+    if request.param == "large":
+        monkeypatch.setattr(server.engines.openvino, "_MEMORY_BYTES", 0)
+
+
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_batch_gives_what_its_graph_gives(package: Path, count: int) -> None:
     graph = openvino.Core().compile_model(package / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -121,6 +130,7 @@ def test_batch_gives_what_its_graph_gives(package: Path, count: int) -> None:
     np.testing.assert_allclose(outputs.probabilities, probabilities, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("network")
 def test_an_image_gives_the_same_in_every_batch(package: Path) -> None:
     slot = load_engine(package).open_slot()
     slot.pixels[:] = np.random.default_rng(0).integers(0, 256, slot.pixels.shape, np.uint8)
@@ -159,11 +169,19 @@ def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
 def test_streams_and_threads_are_what_was_asked_for(package: Path) -> None:
     engine = load_engine(package, Options(slots=2, threads=2))
     assert isinstance(engine, OpenVINOEngine)
-    (own,), wide = engine._load([1], threads=1, pinning=False).values(), engine._wide
+    own, wide = engine._load(threads=1, pinning=False), engine._wide
     assert wide is not None
     for model, threads in ((own, 1), (wide, 2)):
         assert model.get_property("NUM_STREAMS") == 1
         assert model.get_property("INFERENCE_NUM_THREADS") == threads
+
+
+def test_a_large_network_has_fewer_models(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_engine(package).run_sizes == [1, 2, 4, 8]
+    monkeypatch.setattr(server.engines.openvino, "_MEMORY_BYTES", 0)
+    engine = load_engine(package)
+    assert engine.run_sizes == [1, 2, 4]
+    assert engine.best_batch == 8
 
 
 def test_many_cores_are_shared_among_few_slots(package: Path) -> None:
