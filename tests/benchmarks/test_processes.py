@@ -117,7 +117,8 @@ def test_a_tree_that_grows_is_paused_whole(tmp_path: Path) -> None:
         wait_for(lambda: len(tree.members()) > 1)
         tree.pause()
 
-        still = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}  # one that has ended waits for its parent
+        # One that has ended waits for its parent; one that was starting another (vfork) waits for that.
+        still = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DISK_SLEEP}
         wait_for(lambda: {member.status() for member in tree.members()} <= still)
         members = {member.pid for member in tree.members()}
         time.sleep(0.3)
