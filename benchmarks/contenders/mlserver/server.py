@@ -46,7 +46,7 @@ if __name__ == "__main__":
     settings = Settings(
         host="127.0.0.1",
         http_port=PORT,
-        grpc_port=PORT + 1,
+        grpc_port=0,  # any that is free
         metrics_endpoint=None,
         parallel_workers=0,
         debug=False,
