@@ -64,6 +64,8 @@ class DrainingServer(uvicorn.Server):
         """See `uvicorn.Server`; not recording the signal makes the exit code 0."""
         if self._drain is not None or not self.started:
             self.should_exit = self.force_exit = True
+            # uvicorn would report with a traceback that it cut off the application's end.
+            logging.getLogger("uvicorn.error").disabled = True
         else:
             self._loop.call_soon_threadsafe(self._start_drain)
 

@@ -82,6 +82,15 @@ def test_a_signal_under_load_answers_what_was_accepted_and_exits_with_0(
     assert outcomes.count(200) > 20
 
 
+def test_a_second_signal_stops_it_at_once_without_a_traceback(start: Start, tmp_path: Path) -> None:
+    server = start("--drain-delay-s", "60")
+    server.process.send_signal(signal.SIGINT)
+    wait_until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
+    server.process.send_signal(signal.SIGINT)
+    server.process.wait(timeout=20)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_settings_come_from_the_environment_and_the_command_line_wins(start: Start) -> None:
     url = start("--max-images", "3", TRIMRT_MAX_IMAGES="2", TRIMRT_MAX_BODY_BYTES="1000").url
     form = [("file", (f"{n}.png", b"x")) for n in range(4)]
