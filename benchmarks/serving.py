@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ class ServerError(click.ClickException):
     """A contender did not start, or did not do what it was asked; the message names it and its log."""
 
     def __init__(self, contender: Contender, form: Form, message: str) -> None:
-        super().__init__(f"{contender.title} ({form}): {message}; see {_log(contender, form)}")
+        log = os.path.relpath(_log(contender, form))
+        super().__init__(f"{contender.title} ({form}): {message}; see {log}")
         self.contender = contender
 
 

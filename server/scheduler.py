@@ -493,10 +493,12 @@ class Scheduler:
                 return
             started = time.monotonic()
             alone = len(self._sleeping) == self.engine.slots - 1 and not self._waiting
-            outputs = slot.infer(len(ready), alone=alone)
+            count = len(ready)
+            # An engine may take no fewer than so many: the rest is what the slot held before.
+            outputs = slot.infer(max(count, self.engine.manifest.batch.min), alone=alone)
             finished = time.monotonic()
             # The slot's arrays are overwritten by its next batch.
-            probabilities, logits = outputs.probabilities.copy(), outputs.logits.copy()
+            probabilities, logits = outputs.probabilities[:count].copy(), outputs.logits[:count].copy()
             # By the logits: probabilities of a sure network round to ties. Here, for sorting lets other
             # threads run, and the event loop would wait long to go on.
             order = np.argsort(-logits, axis=1, kind="stable")

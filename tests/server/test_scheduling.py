@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
+from tiny_engine import write_package
 
 from models.preprocessing import load_pixels
 from server.settings import Settings
@@ -303,3 +304,18 @@ def test_a_damaged_image_leaves_the_others_of_its_batch_alone(
         assert best["probability"] == pytest.approx(reference(image).max(), abs=1e-5)
     assert [future.result().status_code for future in busy] == [200, 200]
     assert _pending(two_cores) == 0
+
+
+def test_an_engine_that_takes_no_fewer_images_gets_them(tmp_path: Path, encode: Encode) -> None:
+    """The rest of its batch is whatever was there before."""
+    probabilities = []
+    for least in (1, 3):
+        write_package(tmp_path / str(least), min_batch=least)
+        settings = Settings(engine="tiny", engine_dir=tmp_path / str(least), port=0)
+        with running(settings) as server:
+            response = server.predict(encode(0))
+        assert response.status_code == 200, response.text
+        (result,) = response.json()["results"]
+        assert result["batch_size"] == 1
+        probabilities.append([entry["probability"] for entry in result["predictions"]])
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)

@@ -64,6 +64,7 @@ def write_package(
     version: str = "1",
     precision: Precision = "fp32",
     seed: int = 0,
+    min_batch: int = 1,
     max_batch: int = 8,
 ) -> Path:
     """A new engine package in `directory`; `seed` chooses the weights."""
@@ -71,7 +72,7 @@ def write_package(
     folder.mkdir(parents=True)
     graph = folder / "source.onnx"
     write_graph(graph, seed)
-    batch = BatchSizes(min=1, opt=min(4, max_batch), max=max_batch)
+    batch = BatchSizes(min=min_batch, opt=max(min_batch, min(4, max_batch)), max=max_batch)
     artefact = OpenVINOTarget().compile(graph, folder, batch, lambda _step: None)
     manifest = Manifest(
         name=name,
