@@ -87,7 +87,7 @@ class Shares:
         self._loads.append(pending)
 
     def size(self, pending: int, at_hand: int, age: float) -> int:
-        """The most images that a slot may take now.
+        """The most images that a slot may take now. If they are more than its share, it must take them.
 
         Args:
             pending: images under way, waiting or running.
