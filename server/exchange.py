@@ -281,10 +281,10 @@ def _images(form: str | None, body: bytes, settings: Settings) -> Sequence[Part]
 
 
 def _predictions(result: Result, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
-    order = result.order[:top_k]
+    probability = result.probabilities.item  # picking a few together would take longer
     return [
-        {"label": labels[index], "index": index, "probability": probability}
-        for index, probability in zip(order.tolist(), result.probabilities[order].tolist(), strict=True)
+        {"label": labels[index], "index": index, "probability": probability(index)}
+        for index in result.order[:top_k].tolist()
     ]
 
 

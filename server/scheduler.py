@@ -27,6 +27,7 @@ from server.decoding import DecodePool
 from server.engines.base import Engine, Slot
 from server.manifest import BatchSizes
 from server.problems import Problem, image_problem
+from server.ranking import ranked
 from server.stats import EngineStats
 from server.threads import give_way, run_in_engine_thread
 
@@ -422,31 +423,44 @@ class Scheduler:
             self._loop.call_soon_threadsafe(opened.set_result, None)
             if self._decodes_in_slot:
                 give_way()
-            asleep = threading.Lock()
-            asleep.acquire()
-            while self._run_next_batch(slot, asleep):
-                pass
+            self._work(slot)
         finally:
             slot.close()
 
-    def _run_next_batch(self, slot: Slot, asleep: threading.Lock) -> bool:
-        # Nothing of the batch stays in memory while the next one is waited for.
-        batch = self._next_batch(asleep)
-        if batch:
-            self._run_batch(slot, batch)
-        return bool(batch)
+    def _work(self, slot: Slot) -> None:
+        """Run batches until the scheduler is closing."""
+        asleep = threading.Lock()
+        asleep.acquire()
+        batch = self._wait_for_batch(asleep)
+        while batch:
+            tell = self._run_batch(slot, batch)
+            # Once told, the event loop takes the interpreter's lock for a while, and this slot, with its next
+            # batch in hand, can decode meanwhile. Of the last one nothing stays in memory.
+            batch, _ = self._take_batch()
+            if tell is not None:
+                self._loop.call_soon_threadsafe(tell)
+                del tell
+            batch = batch or self._wait_for_batch(asleep)
 
-    def _next_batch(self, asleep: threading.Lock) -> list[_Image]:
-        """Wait for work; empty once the scheduler is closing. The slot's lock `asleep` is held."""
-        while True:
-            with self._lock:
-                now = time.monotonic()
-                batch, _, wake_at = collate(self._waiting, now, self._batch_size(now), self._delay)
-                if batch or self._closing:
-                    self._shares.begin(self.pending)
-                    return batch
+    def _take_batch(self, asleep: threading.Lock | None = None) -> tuple[list[_Image], float]:
+        """The next batch, if there is one, and else when to ask again; until then a slot may be `asleep`."""
+        with self._lock:
+            now = time.monotonic()
+            batch, _, wake_at = collate(self._waiting, now, self._batch_size(now), self._delay)
+            if batch:
+                self._shares.begin(self.pending)
+            elif asleep is not None and not self._closing:
                 self._sleeping.append(asleep)
-            if not asleep.acquire(timeout=-1 if wake_at == math.inf else max(0.0, wake_at - now)):
+            return batch, wake_at
+
+    def _wait_for_batch(self, asleep: threading.Lock) -> list[_Image]:
+        """The next batch; empty once the scheduler is closing. The slot's lock `asleep` is held."""
+        while True:
+            batch, wake_at = self._take_batch(asleep)
+            if batch or self._closing:
+                return batch
+            seconds = -1 if wake_at == math.inf else max(0.0, wake_at - time.monotonic())
+            if not asleep.acquire(timeout=seconds):
                 with self._lock:
                     if asleep in self._sleeping:
                         self._sleeping.remove(asleep)
@@ -474,7 +488,8 @@ class Scheduler:
             room = self._batch_size(now, batch) - len(batch)
             return collate(self._waiting, now, room)[0] if room > 0 else []
 
-    def _run_batch(self, slot: Slot, batch: list[_Image]) -> None:
+    def _run_batch(self, slot: Slot, batch: list[_Image]) -> Callable[[], None] | None:
+        """Decode and infer. What is returned tells those who wait, on the event loop's thread."""
         ready: list[_Image] = []
         try:
             late = batch
@@ -490,7 +505,7 @@ class Scheduler:
                 late = self._late_images(batch)
                 batch += late
             if not ready:
-                return
+                return None
             started = time.monotonic()
             alone = len(self._sleeping) == self.engine.slots - 1 and not self._waiting
             count = len(ready)
@@ -499,15 +514,11 @@ class Scheduler:
             finished = time.monotonic()
             # The slot's arrays are overwritten by its next batch.
             probabilities, logits = outputs.probabilities[:count].copy(), outputs.logits[:count].copy()
-            # By the logits: probabilities of a sure network round to ties. Here, for sorting lets other
-            # threads run, and the event loop would wait long to go on.
-            order = np.argsort(-logits, axis=1, kind="stable")
+            # Here, for sorting lets other threads run, and the event loop would wait long to go on.
+            order = ranked(logits)
             device = {stage: milliseconds / 1000 for stage, milliseconds in outputs.timings_ms.items()}
         except Exception as error:
             log.exception("a batch of %d images failed", len(batch))
             problem = Problem("inference-failed", f"the engine failed: {error}")
-            self._loop.call_soon_threadsafe(self._deliver_failure, batch, problem)
-            return
-        self._loop.call_soon_threadsafe(
-            self._deliver, ready, probabilities, logits, order, started, finished, device
-        )
+            return partial(self._deliver_failure, batch, problem)
+        return partial(self._deliver, ready, probabilities, logits, order, started, finished, device)

@@ -19,6 +19,7 @@ from models.preprocessing import ImageError, Pixels, load_pixels
 from server.engines import load_engine
 from server.engines.base import Engine, Options, Slot
 from server.predict.sources import Item
+from server.ranking import ranked
 from server.threads import start_in_engine_thread
 
 
@@ -163,8 +164,7 @@ class Scorer:
                 slot.pixels[row] = decoded[number]
             # A plan may have a least batch size; what lies in the rows beyond is ignored.
             outputs = slot.infer(max(len(good), self._engine.manifest.batch.min))
-            # By the logits: probabilities of a sure network round to ties.
-            order = np.argsort(-outputs.logits[: len(good)], axis=1, kind="stable")[:, : self._top_k]
+            order = ranked(outputs.logits[: len(good)])[:, : self._top_k]
             indices[good] = order
             probabilities[good] = np.take_along_axis(outputs.probabilities[: len(good)], order, axis=1)
         return Rows([item.path for item in items], indices, probabilities, errors)
