@@ -62,8 +62,9 @@ class Shares:
 
     Half of what is under way is divided among the slots, and half goes on waiting: clients that send their
     next image after an answer leave a core nothing to go on with otherwise. But two images together take
-    less time than one after the other, and four less than two and two. So a slot takes the next larger run
-    of the engine's if as many are there, and are young: what has waited for long should not run for long too.
+    less time than one after the other, and four less than two and two. So a slot takes four where the others
+    may have four too and something still waits. Where that is not so, it takes the next larger run of the
+    engine's if as many are there, and are young: what has waited for long should not run for long too.
     That falls into a rhythm, with two slots and eight clients of 2, 2, 4: a slot takes what is old, and the
     other then all that has come since. For the rhythm to begin, old ones are taken too once in a while.
 
@@ -96,11 +97,14 @@ class Shares:
         """
         two = min(2, pending // self._slots)
         share = max(math.ceil(pending / 2 / self._slots), two, 1)
+        # Just after an answer its client's next image is not there yet: what was under way lately tells more.
+        lately = max(pending, *self._loads, 0)
+        if lately > self._slots * self._enough:
+            share = max(share, self._enough)
         if share >= self._enough:
             return min(self._most, share - share % self._enough)
         larger = min(size for size in self._runs if size > share)
-        # Just after an answer its client's next image is not there yet: what was under way lately tells more.
-        spare = max(self._loads, default=0) - larger - (self._slots - 1) * share
+        spare = lately - larger - (self._slots - 1) * share
         if at_hand >= larger and spare > 0 and (age < _YOUNG or self._since > _PATIENCE):
             self._since = 0
             return min(self._most, larger)

@@ -103,10 +103,19 @@ class TestShares:
 
     @pytest.mark.parametrize(
         ("pending", "images"),
-        [(1, 1), (2, 1), (3, 1), (4, 2), (8, 2), (12, 2), (16, 4), (20, 4), (32, 8), (64, 8)],
+        [(1, 1), (2, 1), (3, 1), (4, 2), (8, 2), (16, 4), (20, 4), (32, 8), (64, 8)],
     )
     def test_half_of_what_is_under_way_waits_and_runs_are_whole(self, pending: int, images: int) -> None:
         assert self.shares(pending).size(pending, at_hand=0, age=0.0) == images
+
+    @pytest.mark.parametrize(("slots", "pending", "images"), [(2, 9, 4), (2, 12, 4), (4, 16, 2), (4, 17, 4)])
+    def test_less_than_half_waits_where_each_slot_gets_four(
+        self, slots: int, pending: int, images: int
+    ) -> None:
+        assert self.shares(pending, slots).size(pending, at_hand=0, age=1.0) == images
+
+    def test_clients_that_were_just_answered_count_as_waiting(self) -> None:
+        assert self.shares(9).size(5, at_hand=1, age=1.0) == 4
 
     def test_young_images_run_in_a_larger_batch(self) -> None:
         assert self.shares().size(8, at_hand=4, age=0.1) == 4

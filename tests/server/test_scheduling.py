@@ -267,8 +267,8 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
         wait_until(lambda: server.app.state.registry.get(None).pending == 6)
         may_go_on.set()
         sizes = [future.result().json()["results"][0]["batch_size"] for future in futures]
-    assert sizes[0] == 2  # the engine runs no three at once
-    assert sizes.count(2) >= 2
+    assert sizes[0] == 4
+    assert sizes.count(4) == 4
 
 
 def test_an_image_alone_may_use_every_core(

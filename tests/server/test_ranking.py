@@ -1,0 +1,33 @@
+"""The order of the classes: by falling logit, equal ones by number."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
+from server.ranking import ranked
+
+# Few values, so that many are equal; and any others.
+LOGITS = st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1.0, 1e-45, -1e-45]) | st.floats(width=32, allow_nan=False)
+
+
+@given(
+    arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=LOGITS),
+)
+def test_it_is_the_stable_order_of_falling_logits(logits: NDArray[np.float32]) -> None:
+    before = logits.copy()
+    np.testing.assert_array_equal(ranked(logits), np.argsort(-logits, axis=1, kind="stable"))
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_a_thousand_classes_of_a_batch() -> None:
+    logits = np.random.default_rng(0).normal(size=(8, 1000)).astype(np.float32).round(1)
+    np.testing.assert_array_equal(ranked(logits), np.argsort(-logits, axis=1, kind="stable"))
+
+
+def test_rows_of_a_larger_array_may_be_given() -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+    np.testing.assert_array_equal(ranked(logits[::2, :6]), np.argsort(-logits[::2, :6], axis=1))
