@@ -53,20 +53,14 @@ def collate(
 
 
 _ENOUGH: Final = 4  # images in a run, beyond which one more takes no less
-_YOUNG: Final = 0.35  # waited less than this part of the time that an image takes on average
-_PATIENCE: Final = 16  # batches
 
 
 class Shares:
     """How many images a slot takes, where slots decode what they compute and share the cores.
 
-    Half of what is under way is divided among the slots, and half goes on waiting: clients that send their
-    next image after an answer leave a core nothing to go on with otherwise. But two images together take
-    less time than one after the other, and four less than two and two. So a slot takes four where the others
-    may have four too and something still waits. Where that is not so, it takes the next larger run of the
-    engine's if as many are there, and are young: what has waited for long should not run for long too.
-    That falls into a rhythm, with two slots and eight clients of 2, 2, 4: a slot takes what is old, and the
-    other then all that has come since. For the rhythm to begin, old ones are taken too once in a while.
+    What is under way is divided among the slots, for images that run together take less time than one after
+    the other. Of more than four for each slot, half goes on waiting: larger runs gain no more, and a slot
+    that is done has its next batch at once, without waiting for clients.
 
     Args:
         slots: of the engine.
@@ -79,33 +73,17 @@ class Shares:
         self._runs = runs
         self._most = most
         self._enough = min(_ENOUGH, runs[-1])
-        self._since = 0  # the last batch that was enlarged
         self._loads: deque[int] = deque(maxlen=2 * slots)
 
     def begin(self, pending: int) -> None:
         """A slot begins a batch while so many images are under way, waiting or running."""
-        self._since += 1
         self._loads.append(pending)
 
-    def size(self, pending: int, at_hand: int, age: float) -> int:
-        """The most images that a slot may take now. If they are more than its share, it must take them.
-
-        Args:
-            pending: images under way, waiting or running.
-            at_hand: those that wait or that the slot has taken already.
-            age: how long the oldest of these has waited, as a part of what an image takes on average.
-        """
-        two = min(2, pending // self._slots)
-        share = max(math.ceil(pending / 2 / self._slots), two, 1)
+    def size(self, pending: int) -> int:
+        """The most images that a slot may take now, while so many are under way."""
         # Just after an answer its client's next image is not there yet: what was under way lately tells more.
-        lately = max(pending, *self._loads, 0)
-        if lately > self._slots * self._enough:
-            share = max(share, self._enough)
-        if share >= self._enough:
+        share = max(1, max(pending, *self._loads, 0) // self._slots)
+        if share > self._enough:
+            share = max(share // 2, self._enough)
             return min(self._most, share - share % self._enough)
-        larger = min(size for size in self._runs if size > share)
-        spare = lately - larger - (self._slots - 1) * share
-        if at_hand >= larger and spare > 0 and (age < _YOUNG or self._since > _PATIENCE):
-            self._since = 0
-            return min(self._most, larger)
         return min(self._most, max((size for size in self._runs if size <= share), default=share))

@@ -25,6 +25,7 @@ from models.preprocessing import ImageError, Pixels, load_pixels
 from server.batching import Shares, collate
 from server.decoding import DecodePool
 from server.engines.base import Engine, Slot
+from server.mailbox import Mailbox
 from server.manifest import BatchSizes
 from server.problems import Problem, image_problem
 from server.ranking import ranked
@@ -180,6 +181,7 @@ class Scheduler:
         self._closing = False  # the slots are to end
         self._slots: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop
+        self._mailbox: Mailbox  # of the slots
         self._idle: asyncio.Event  # set once retired and empty
         self._seconds_per_image = 0.0
         self._last_delivery = 0.0
@@ -193,6 +195,7 @@ class Scheduler:
             Exception: whatever the engine raised; the slots that did open are closed again.
         """
         self._loop = asyncio.get_running_loop()
+        self._mailbox = Mailbox(self._loop)
         self._idle = asyncio.Event()
         opened: list[asyncio.Future[None]] = [self._loop.create_future() for _ in range(self.engine.slots)]
         self._slots = [
@@ -295,6 +298,7 @@ class Scheduler:
             self._closing = True
             self._wake(len(self._sleeping))
         await asyncio.gather(*self._slots)
+        self._mailbox.close()
         await run_in_engine_thread(self.engine.close)
 
     def _leave(self, job: Job) -> None:
@@ -438,7 +442,7 @@ class Scheduler:
             # batch in hand, can decode meanwhile. Of the last one nothing stays in memory.
             batch, _ = self._take_batch()
             if tell is not None:
-                self._loop.call_soon_threadsafe(tell)
+                self._mailbox.leave(tell)
                 del tell
             batch = batch or self._wait_for_batch(asleep)
 
@@ -446,7 +450,7 @@ class Scheduler:
         """The next batch, if there is one, and else when to ask again; until then a slot may be `asleep`."""
         with self._lock:
             now = time.monotonic()
-            batch, _, wake_at = collate(self._waiting, now, self._batch_size(now), self._delay)
+            batch, _, wake_at = collate(self._waiting, now, self._batch_size(), self._delay)
             if batch:
                 self._shares.begin(self.pending)
             elif asleep is not None and not self._closing:
@@ -467,17 +471,11 @@ class Scheduler:
                     else:  # woken at the same moment
                         asleep.acquire()
 
-    def _batch_size(self, now: float, batch: Sequence[_Image] = ()) -> int:
-        """The most images that a slot may take now, with those of its `batch`."""
+    def _batch_size(self) -> int:
+        """The most images that a slot may take now."""
         if not self._decodes_in_slot or self._delay:
             return self._max_batch
-        oldest = batch or self._waiting
-        waited = now - oldest[0].ready_at if oldest else 0.0
-        # By Little's law an image takes as long as all that are under way take one after the other.
-        usual = self.pending * self._seconds_per_image
-        return self._shares.size(
-            self.pending, len(self._waiting) + len(batch), waited / usual if usual else 0.0
-        )
+        return self._shares.size(self.pending)
 
     def _late_images(self, batch: Sequence[_Image]) -> list[_Image]:
         """What may still join a `batch`, now that its images are decoded."""
@@ -485,7 +483,7 @@ class Scheduler:
             if not self._waiting or self._sleeping:
                 return []
             now = time.monotonic()
-            room = self._batch_size(now, batch) - len(batch)
+            room = self._batch_size() - len(batch)
             return collate(self._waiting, now, room)[0] if room > 0 else []
 
     def _run_batch(self, slot: Slot, batch: list[_Image]) -> Callable[[], None] | None:

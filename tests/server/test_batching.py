@@ -96,62 +96,47 @@ class TestShares:
     """Two slots that run 1, 2 or 4 images at once, unless a test says otherwise."""
 
     @staticmethod
-    def shares(load: int = 8, slots: int = 2, runs: tuple[int, ...] = (1, 2, 4), most: int = 8) -> Shares:
-        shares = Shares(slots, runs, most)
-        shares.begin(load)
-        return shares
+    def shares(slots: int = 2, runs: tuple[int, ...] = (1, 2, 4), most: int = 8) -> Shares:
+        return Shares(slots, runs, most)
 
     @pytest.mark.parametrize(
-        ("pending", "images"),
-        [(1, 1), (2, 1), (3, 1), (4, 2), (8, 2), (16, 4), (20, 4), (32, 8), (64, 8)],
+        ("pending", "images"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2), (7, 2), (8, 4), (9, 4)]
     )
-    def test_half_of_what_is_under_way_waits_and_runs_are_whole(self, pending: int, images: int) -> None:
-        assert self.shares(pending).size(pending, at_hand=0, age=0.0) == images
+    def test_what_is_under_way_is_divided_into_whole_runs(self, pending: int, images: int) -> None:
+        assert self.shares().size(pending) == images
 
-    @pytest.mark.parametrize(("slots", "pending", "images"), [(2, 9, 4), (2, 12, 4), (4, 16, 2), (4, 17, 4)])
-    def test_less_than_half_waits_where_each_slot_gets_four(
-        self, slots: int, pending: int, images: int
-    ) -> None:
-        assert self.shares(pending, slots).size(pending, at_hand=0, age=1.0) == images
+    @pytest.mark.parametrize(("pending", "images"), [(10, 4), (16, 4), (20, 4), (31, 4), (32, 8), (64, 8)])
+    def test_half_waits_where_each_slot_has_its_largest_run(self, pending: int, images: int) -> None:
+        assert self.shares().size(pending) == images
 
-    def test_clients_that_were_just_answered_count_as_waiting(self) -> None:
-        assert self.shares(9).size(5, at_hand=1, age=1.0) == 4
-
-    def test_young_images_run_in_a_larger_batch(self) -> None:
-        assert self.shares().size(8, at_hand=4, age=0.1) == 4
-        assert self.shares().size(8, at_hand=3, age=0.1) == 2
-
-    def test_those_that_waited_for_long_do_not_run_for_long_too(self) -> None:
-        assert self.shares().size(8, at_hand=4, age=0.5) == 2
-
-    def test_but_they_do_once_in_a_while_so_that_a_rhythm_begins(self) -> None:
-        shares = self.shares()
-        sizes = []
-        for _ in range(40):
-            sizes.append(shares.size(8, at_hand=6, age=0.5))
-            shares.begin(8)
-        assert sizes.count(4) == 2
-
-    @pytest.mark.parametrize("load", [4, 5, 6])
-    def test_no_slot_takes_what_the_others_would_lack(self, load: int) -> None:
-        assert self.shares(load).size(load, at_hand=4, age=0.0) == 2
+    @pytest.mark.parametrize(("slots", "pending", "images"), [(1, 4, 4), (4, 8, 2), (4, 15, 2), (4, 16, 4)])
+    def test_among_all_slots(self, slots: int, pending: int, images: int) -> None:
+        assert self.shares(slots).size(pending) == images
 
     def test_clients_that_were_just_answered_count_as_under_way(self) -> None:
-        assert self.shares(load=8).size(5, at_hand=4, age=0.0) == 4
+        shares = self.shares()
+        shares.begin(8)
+        assert shares.size(4) == 4
+
+    def test_but_not_for_long(self) -> None:
+        shares = self.shares()
+        for pending in (8, 2, 2, 2, 2):
+            shares.begin(pending)
+        assert shares.size(2) == 1
 
     def test_an_engine_of_one_size_gets_what_there_is(self) -> None:
-        assert self.shares(runs=(4,)).size(8, at_hand=3, age=0.0) == 2
+        assert self.shares(runs=(4,)).size(6) == 3
 
     @given(
-        st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.floats(0, 5)), max_size=20),
+        st.lists(st.integers(1, 300), max_size=20),
         st.integers(1, 8),
         st.sampled_from([(1,), (1, 2, 4), (1, 2, 4, 8, 16, 32), (4,)]),
         st.integers(1, 32),
     )
     def test_it_is_always_an_image_at_least_and_never_more_than_allowed(
-        self, calls: list[tuple[int, int, float]], slots: int, runs: tuple[int, ...], most: int
+        self, loads: list[int], slots: int, runs: tuple[int, ...], most: int
     ) -> None:
         shares = Shares(slots, runs, most)
-        for pending, at_hand, age in calls:
-            assert 1 <= shares.size(pending, at_hand, age) <= most
+        for pending in loads:
+            assert 1 <= shares.size(pending) <= most
             shares.begin(pending)

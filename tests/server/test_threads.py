@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import struct
 import sys
 import threading
 
@@ -27,3 +30,19 @@ def test_a_thread_that_computes_gives_way_to_all_others() -> None:
     once, twice = start_in_engine_thread(compute).result()
     assert once == twice == (min(19, nice + 10), os.SCHED_BATCH)
     assert priority() == (nice, policy)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or tuple(map(int, platform.release().split(".")[:2])) < (6, 12),
+    reason="threads have no time slice of their own before Linux 6.12",
+)
+def test_no_other_thread_waits_for_the_end_of_its_time_slice() -> None:
+    def compute() -> float:
+        give_way()
+        attributes = ctypes.create_string_buffer(48)
+        number = {"x86_64": 315, "aarch64": 275}[platform.machine()]  # sched_getattr
+        assert ctypes.CDLL(None).syscall(number, 0, attributes, 48, 0) == 0
+        runtime_ns = struct.unpack("=IIQiIQQQ", attributes.raw)[5]
+        return float(runtime_ns / 1e9)
+
+    assert start_in_engine_thread(compute).result() == 0.1
