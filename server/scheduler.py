@@ -442,9 +442,16 @@ class Scheduler:
             # batch in hand, can decode meanwhile. Of the last one nothing stays in memory.
             batch, _ = self._take_batch()
             if tell is not None:
-                self._mailbox.leave(tell)
+                self._tell(tell)
                 del tell
             batch = batch or self._wait_for_batch(asleep)
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        """Have the event loop make `call`."""
+        if len(self._sleeping) < self.engine.slots - 1:
+            self._mailbox.leave(call)
+        else:  # no other slot computes: the event loop had better run on a core of its own
+            self._loop.call_soon_threadsafe(call)
 
     def _take_batch(self, asleep: threading.Lock | None = None) -> tuple[list[_Image], float]:
         """The next batch, if there is one, and else when to ask again; until then a slot may be `asleep`."""
