@@ -80,7 +80,8 @@ def give_way() -> None:
     """
     if sys.platform == "linux":
         with suppress(OSError):  # some sandboxes
-            nice = min(19, os.getpriority(os.PRIO_PROCESS, os.getpid()) + _NICER)  # than the main thread
+            main_thread = os.getpriority(os.PRIO_PROCESS, os.getpid())
+            nice = min(19, main_thread + _NICER)
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             _set_slice(nice)
