@@ -156,7 +156,8 @@ class Exchange:
         self._scheduler: Scheduler = self._service.registry.get(self._query.get("engine"))
         self._observed.manifest = manifest = self._scheduler.engine.manifest
         self._top_k = _top_k(self._query.get("top_k"), len(manifest.labels))
-        self._job = self._scheduler.submit([part.data for part in self._parts], self._deadline, self._done)
+        images = [part.data for part in self._parts]
+        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top_k)
 
     def _done(self, outcome: list[Result] | Problem) -> None:
         if isinstance(outcome, Problem):

@@ -43,7 +43,8 @@ class Result(NamedTuple):
     Attributes:
         probabilities: `float32` of shape `(classes,)`.
         logits: same shape and dtype.
-        order: `int64` of shape `(classes,)`, the classes by falling logit, equal ones by number.
+        order: `int64`, the classes by falling logit, equal ones by number: as many as the request asked for,
+            or more.
         batch_size: images in the batch it rode in.
         admitted: when the request was.
         decoding: when a thread began to decode it.
@@ -102,14 +103,15 @@ Done: TypeAlias = "Callable[[list[Result] | Problem], None]"
 class Job:
     """The images of one request."""
 
-    __slots__ = ("admitted", "deadline", "done", "over", "remaining", "results")
+    __slots__ = ("admitted", "deadline", "done", "over", "remaining", "results", "top")
 
-    def __init__(self, count: int, admitted: float, deadline: float, done: Done) -> None:
+    def __init__(self, count: int, admitted: float, deadline: float, done: Done, top: int) -> None:
         self.admitted = admitted
         self.deadline = deadline
         self.done = done
         self.results: list[Result | None] = [None] * count
         self.remaining = count
+        self.top = top
         self.over = False  # answered or dropped; also read by the decoding and slot threads
 
 
@@ -222,7 +224,7 @@ class Scheduler:
                 headers={"Retry-After": str(seconds)},
             )
 
-    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done) -> Job:
+    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done, *, top: int = 0) -> Job:
         """Admit `images`, to run them through the engine in as many batches as it takes.
 
         Args:
@@ -232,6 +234,7 @@ class Scheduler:
             done: called once, on the event loop's thread and never from within `submit`, with one result per
                 image in their order, or with the problem: `image-damaged`, `unsupported-media-type` or
                 `image-too-large` for an image that cannot be decoded, or `inference-failed`.
+            top: how many classes of each image to rank.
 
         Raises:
             Problem: `queue-full` or `not-ready`; nothing was admitted.
@@ -241,7 +244,7 @@ class Scheduler:
                 "not-ready", "the engine is being unloaded; try again", headers={"Retry-After": "1"}
             )
         self.check_room(len(images))
-        job = Job(len(images), time.monotonic(), deadline, done)
+        job = Job(len(images), time.monotonic(), deadline, done, top)
         self.pending += len(images)
         ready = []
         for index, data in enumerate(images):
@@ -259,7 +262,7 @@ class Scheduler:
             self.stats.drop(reason, job.remaining)
             self._leave(job)
 
-    async def infer(self, images: Sequence[bytes | Pixels], timeout: float) -> list[Result]:
+    async def infer(self, images: Sequence[bytes | Pixels], timeout: float, *, top: int = 0) -> list[Result]:
         """Run `images` through the engine.
 
         Cancelling the call drops its images.
@@ -267,6 +270,7 @@ class Scheduler:
         Args:
             images: see `submit`.
             timeout: seconds until the answer is of no use.
+            top: how many classes of each image to rank.
 
         Returns:
             One result per image, in their order.
@@ -275,7 +279,7 @@ class Scheduler:
             Problem: those of `submit` and of its `done`, and `deadline-exceeded`.
         """
         future: asyncio.Future[list[Result] | Problem] = self._loop.create_future()
-        job = self.submit(images, time.monotonic() + timeout, partial(_settle, future))
+        job = self.submit(images, time.monotonic() + timeout, partial(_settle, future), top=top)
         timer = self._loop.call_later(timeout, lambda: _settle(future, deadline_exceeded()))
         try:
             outcome = await future
@@ -439,8 +443,9 @@ class Scheduler:
         while batch:
             tell = self._run_batch(slot, batch)
             # Once told, the event loop takes the interpreter's lock for a while, and this slot, with its next
-            # batch in hand, can decode meanwhile. Of the last one nothing stays in memory.
-            batch, _ = self._take_batch()
+            # batch in hand, can decode meanwhile. Where none waits, those just answered are to know at once.
+            # Of the last batch nothing stays in memory.
+            batch = self._take_batch()[0] if self._waiting else []
             if tell is not None:
                 self._tell(tell)
                 del tell
@@ -519,8 +524,8 @@ class Scheduler:
             finished = time.monotonic()
             # The slot's arrays are overwritten by its next batch.
             probabilities, logits = outputs.probabilities[:count].copy(), outputs.logits[:count].copy()
-            # Here, for sorting lets other threads run, and the event loop would wait long to go on.
-            order = ranked(logits)
+            # Here, for NumPy lets other threads run meanwhile, and the event loop would wait long to go on.
+            order = ranked(logits, max(image.job.top for image in ready))
             device = {stage: milliseconds / 1000 for stage, milliseconds in outputs.timings_ms.items()}
         except Exception as error:
             log.exception("a batch of %d images failed", len(batch))

@@ -164,7 +164,7 @@ class Scorer:
                 slot.pixels[row] = decoded[number]
             # A plan may have a least batch size; what lies in the rows beyond is ignored.
             outputs = slot.infer(max(len(good), self._engine.manifest.batch.min))
-            order = ranked(outputs.logits[: len(good)])[:, : self._top_k]
+            order = ranked(outputs.logits[: len(good)], self._top_k)
             indices[good] = order
             probabilities[good] = np.take_along_axis(outputs.probabilities[: len(good)], order, axis=1)
         return Rows([item.path for item in items], indices, probabilities, errors)

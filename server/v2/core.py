@@ -49,6 +49,11 @@ class InferRequest:
         default_factory=lambda: [RequestedOutput(name) for name in OUTPUTS]
     )
 
+    @property
+    def top(self) -> int:
+        """How many classes of each image are to be ranked."""
+        return max((output.classification for output in self.outputs), default=0)
+
 
 def find_model(registry: Registry, name: str, version: str = "") -> Scheduler:
     """The loaded engine of that name and, unless empty, version.

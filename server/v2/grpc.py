@@ -123,7 +123,7 @@ class _Service:
             timeout = min(context.time_remaining() or longest, longest)
             # A client that goes away cancels this coroutine, and with it the images.
             observed.manifest = manifest
-            observed.results = results = await scheduler.infer(images, timeout)
+            observed.results = results = await scheduler.infer(images, timeout, top=asked.top)
             outputs = core.outputs_of(asked, results, manifest.labels)
             return pb.ModelInferResponse(
                 model_name=manifest.name,

@@ -202,7 +202,8 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
         core.check_outputs(asked, len(manifest.labels))
         images = core.images_of(asked, manifest, settings.max_images)
         with CancelOnDisconnect(request.receive):
-            observed.results = results = await scheduler.infer(images, deadline - time.monotonic())
+            seconds = deadline - time.monotonic()
+            observed.results = results = await scheduler.infer(images, seconds, top=asked.top)
         outputs = core.outputs_of(asked, results, manifest.labels)
         answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
         if header.id:
