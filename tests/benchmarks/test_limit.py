@@ -11,7 +11,7 @@ import click
 import pytest
 from tiny_engine import write_package
 
-from benchmarks.limit import best_for_latency, loaded
+from benchmarks.limit import best_for_latency, best_for_throughput, loaded
 from benchmarks.load import cpu_milliseconds, merge
 from benchmarks.photos import photographs, store
 from benchmarks.unserved import unserved
@@ -69,6 +69,20 @@ def test_larger_photographs_take_longer(package: Path) -> None:
 
     small, large = medians
     assert large > 2 * small > 0
+
+
+def test_no_slow_moment_chooses_the_setting(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours slow the machine during the first trial of every setting but one, for batches of one."""
+    tried: set[Setting] = set()
+
+    def trial(_package: Path, setting: Setting, _files: list[bytes], _seconds: float) -> tuple[float, float]:
+        slowed = bool(tried) and setting not in tried
+        tried.add(setting)
+        return setting.batch * (0.01 if slowed else 1.0), 0.0
+
+    monkeypatch.setattr("benchmarks.limit.throughput", trial)
+
+    assert best_for_throughput(package, []).batch > 1
 
 
 def test_one_image_after_the_other_gets_every_thread(package: Path) -> None:
