@@ -132,7 +132,7 @@ def run(console: Console) -> Results:
                 results.published.append(calibration.method)
                 layers = profile_layers(package.folder, batch=1, runs=1)
                 kernels = [layer.kernel for layer in layers if layer.kind == "Convolution"]
-                results.int8_convolutions = sum(kernel.endswith("I8") for kernel in kernels)
+                results.int8_convolutions = sum(kernel.endswith(("I8", "i8")) for kernel in kernels)
                 results.convolutions = len(kernels)
             results.rows += _rows(prepared)
     usage = resource.getrusage(resource.RUSAGE_SELF)
