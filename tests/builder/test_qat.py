@@ -121,7 +121,7 @@ def test_with_it_an_engine_passes_that_is_int8_throughout(built: Built) -> None:
         if layer.kind == "Convolution"
     ]
     assert len(kernels) == 20
-    # "i8" where the processor has AMX.
+    # OpenVINO writes "I8" for unsigned inputs, "i8" for signed ones, which it chooses with AMX.
     assert all(kernel.endswith(("I8", "i8")) for kernel in kernels), kernels
 
 
