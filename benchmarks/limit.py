@@ -27,11 +27,11 @@ from server.engines.base import Engine, Options, Slot, cores
 from server.engines.tuned import Setting
 from server.manifest import read_manifest
 from server.threads import EngineThread
-from server.tuning import throughput
+from server.tuning import best_rates
 
 _TRIAL_SECONDS: Final = 0.5
 _LATENCY_SECONDS: Final = 2.0
-_ROUNDS: Final = 3  # of every trial: neighbours slow the machine for seconds, and never make it faster
+_ROUNDS: Final = 3
 
 
 class Settings(BaseModel):
@@ -115,12 +115,8 @@ def best_for_throughput(package: Path, files: Sequence[bytes]) -> Setting:
         for batch in (1, 2, 4, 8, 16)
         if batch <= most
     ]
-    best = dict.fromkeys(settings, 0.0)
-    for _ in range(_ROUNDS):
-        for setting in settings:
-            rate, _ = throughput(package, setting, files, _TRIAL_SECONDS)
-            best[setting] = max(best[setting], rate)
-    return max(best, key=best.__getitem__)
+    rates = best_rates(package, settings, files, _TRIAL_SECONDS, _ROUNDS)
+    return max(rates, key=rates.__getitem__)
 
 
 def best_for_latency(package: Path, files: Sequence[bytes]) -> Setting:

@@ -71,6 +71,29 @@ def throughput(
         return images / (time.perf_counter() - began), 1000 * (time.process_time() - cpu) / images
 
 
+def best_rates(
+    package: Path,
+    settings: Sequence[Setting],
+    files: Sequence[bytes],
+    seconds: float,
+    rounds: int,
+    progress: Callable[[float], None] = lambda _share: None,
+) -> dict[Setting, float]:
+    """The best `throughput` of each setting in so many rounds of all of them, images a second.
+
+    Neighbours slow the machine for seconds at a time, and never make it faster.
+
+    Raises:
+        EngineError: see `throughput`.
+    """
+    rates = dict.fromkeys(settings, 0.0)
+    for turn in range(rounds):
+        for place, setting in enumerate(settings, start=1):
+            rates[setting] = max(rates[setting], throughput(package, setting, files, seconds)[0])
+            progress((turn + place / len(settings)) / rounds)
+    return rates
+
+
 def _work(
     engine: Engine, files: Sequence[bytes], batch: int, start: threading.Barrier, seconds: float
 ) -> int:
@@ -132,14 +155,13 @@ def tune(
 
     def best(settings: Sequence[Setting]) -> Setting:
         fresh = [setting for setting in settings if setting not in trials]
-        rates: dict[Setting, list[float]] = {setting: [] for setting in fresh}
-        for turn in range(_ROUNDS):
-            for place, setting in enumerate(fresh):
-                rates[setting].append(throughput(package, setting, files, seconds)[0])
-                done = len(trials) + (turn + (place + 1) / len(fresh)) * len(fresh) / _ROUNDS
-                progress(min(1.0, done / expected))
-        for setting in fresh:
-            trials[setting] = Trial(setting=setting, throughput=max(rates[setting]))
+        before = len(trials)
+
+        def report(share: float) -> None:
+            progress(min(1.0, (before + share * len(fresh)) / expected))
+
+        for setting, rate in best_rates(package, fresh, files, seconds, _ROUNDS, report).items():
+            trials[setting] = Trial(setting=setting, throughput=rate)
         return max(settings, key=lambda setting: trials[setting].throughput)
 
     way = best(ways)

@@ -80,7 +80,7 @@ def test_no_slow_moment_chooses_the_setting(package: Path, monkeypatch: pytest.M
         tried.add(setting)
         return setting.batch * (0.01 if slowed else 1.0), 0.0
 
-    monkeypatch.setattr("benchmarks.limit.throughput", trial)
+    monkeypatch.setattr("server.tuning.throughput", trial)
 
     assert best_for_throughput(package, []).batch > 1
 
