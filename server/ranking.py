@@ -33,10 +33,11 @@ def _picked(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     rows = np.arange(len(logits))
     picked = np.empty((len(logits), count), np.int64)
     for place in range(count):
-        best = picked[:, place] = left.argmax(axis=1)
-        left[rows, best] = -np.inf
-    last = logits[rows[:, None], picked[:, -1:]]
-    return picked if (last > -np.inf).all() else _sorted(logits)[:, :count]  # it may have been picked twice
+        if place:
+            left[rows, picked[:, place - 1]] = -np.inf
+        picked[:, place] = left.argmax(axis=1)
+    last = left[rows[:, None], picked[:, -1:]]
+    return picked if (last > -np.inf).all() else _sorted(logits)[:, :count]  # it may have been picked before
 
 
 def _sorted(logits: NDArray[np.float32]) -> NDArray[np.int64]:

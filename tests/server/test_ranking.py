@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from server.ranking import ranked
 
 # Few values, so that many are equal; and any others.
-LOGITS = st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1.0, 1e-45, -1e-45]) | st.floats(width=32, allow_nan=False)
+LOGITS = st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1.0, 1e-45, -1e-45, -np.inf]) | st.floats(width=32, allow_nan=False)
 
 
 @given(
@@ -36,6 +36,7 @@ def test_a_thousand_classes_of_a_batch(count: int) -> None:
 def test_what_is_infinitely_unlikely_is_ranked_too() -> None:
     logits = np.array([[-np.inf, 1, -np.inf, 2], [4, 3, 2, 1]], np.float32)
     np.testing.assert_array_equal(ranked(logits, 4), [[3, 1, 0, 2], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(ranked(np.array([[-2.5, -np.inf]], np.float32), 2), [[0, 1]])
 
 
 @pytest.mark.parametrize("count", [3, 6])
