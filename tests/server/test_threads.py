@@ -32,6 +32,17 @@ def test_a_thread_that_computes_gives_way_to_all_others() -> None:
     assert priority() == (nice, policy)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not round the time of a wait up")
+def test_a_thread_that_computes_waits_for_the_interpreters_lock_no_longer_than_it_says() -> None:
+    def compute() -> int:
+        give_way()
+        get_timer_slack = 30  # prctl(2)
+        return int(ctypes.CDLL(None).prctl(get_timer_slack, 0, 0, 0, 0))
+
+    assert start_in_engine_thread(compute).result() == 1
+    assert sys.getswitchinterval() == pytest.approx(20e-6)
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or tuple(map(int, platform.release().split(".")[:2])) < (6, 12),
     reason="threads have no time slice of their own before Linux 6.12",
