@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,8 @@ class OpenVINOTarget:
         report("reading the graph")
         try:
             model = _keep_fp16_weights(core, core.read_model(graph))
-            fold_normalisation(core, model)
+            machine = this_machine()
+            fold_normalisation(core, model, framed="amx_int8" in machine.cpu_features)
             pixels = model.input(0)
             shape = pixels.partial_shape
             shape[0] = openvino.Dimension(batch.min, batch.max)
@@ -42,19 +44,25 @@ class OpenVINOTarget:
             raise CompileError(f"OpenVINO cannot compile {graph.name}: {error}") from error
         (folder / BLOB_NAME).write_bytes(blob.getbuffer())
         shutil.copyfile(graph, folder / GRAPH_NAME)
-        return Artefact(BLOB_NAME, openvino.get_version(), this_machine(), batch, arithmetic="fp32")
+        return Artefact(BLOB_NAME, openvino.get_version(), machine, batch, arithmetic="fp32")
 
     def missing_device(self) -> str | None:
         """None: every machine that OpenVINO installs on has its CPU plugin."""
         return None
 
 
-def fold_normalisation(core: openvino.Core, model: openvino.Model) -> None:
+def fold_normalisation(core: openvino.Core, model: openvino.Model, *, framed: bool = False) -> None:
     """Let a quantised first convolution read the pixels themselves; any other graph stays as it is.
 
     `(pixels - mean) / std`, rounded to INT8, is a pass over the image of its own, and loses some of it.
     But pixels are 8-bit integers already: the mean, rounded, is their zero point, and what was rounded
     off goes into a bias; the standard deviation goes into the weights.
+
+    Args:
+        core: runs what is constant.
+        model: changed in place.
+        framed: whether the zero point is the same for all channels, as kernels for AMX require. What pads the
+            image must be the mean still, so a frame of it is put around the pixels.
     """
     nodes = {op.get_friendly_name(): op for op in model.get_ordered_ops()}
     layout = nodes.get("pre/layout")
@@ -69,27 +77,49 @@ def fold_normalisation(core: openvino.Core, model: openvino.Model) -> None:
     mean = _constant(core, nodes["pre/centre"].input_value(1)).reshape(1, -1, 1, 1)
     inverse_std = _constant(core, nodes["pre/scale"].input_value(1)).reshape(1, -1, 1, 1)
     weights = _constant(core, convolution.input_value(1)) * inverse_std
-    zero_point = np.round(mean)
-    rest = (weights * (zero_point - mean)).sum(axis=(1, 2, 3)).reshape(1, -1, 1, 1)
-    scale = np.abs(weights).max(axis=(1, 2, 3), keepdims=True) / 127
-    quantised = np.round(weights / np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.int8)
+    scale = np.maximum(np.abs(weights).max(axis=(1, 2, 3), keepdims=True) / 127, np.finfo(np.float32).tiny)
+    quantised = np.round(weights / scale).astype(np.int8)
+    padding = np.round(mean).astype(np.uint8)
+    zero_point = np.full((1, 1, 1, 1), np.round(mean.mean()), np.uint8) if framed else padding
+    rest = (scale * quantised * (zero_point - mean)).sum(axis=(1, 2, 3)).reshape(1, -1, 1, 1)
 
-    pixels = opset13.convert(opset13.transpose(model.input(0), np.array([0, 3, 1, 2])), "f32")
+    attributes = convolution.get_attributes()
+    images, before, after = model.input(0), attributes["pads_begin"], attributes["pads_end"]
+    if framed:
+        images = _frame(images, padding.ravel(), before, after)
+        before = after = [0, 0]
+    pixels = opset13.convert(opset13.transpose(images, np.array([0, 3, 1, 2])), "f32")
     low, high = (np.full((1, 1, 1, 1), value, np.float32) for value in (0, 255))
     pixels = opset13.fake_quantize(pixels, low, high, low, high, levels=256)  # as they are: tells the range
-    pixels = opset13.subtract(pixels, opset13.convert(opset13.constant(zero_point.astype(np.uint8)), "f32"))
+    pixels = opset13.subtract(pixels, opset13.convert(opset13.constant(zero_point), "f32"))
     # A power of two is exact, and one would be optimised away, and with it that this is a quantised input.
     pixels = opset13.multiply(pixels, np.full((1, 1, 1, 1), 2**-8, np.float32))
     folded = opset13.multiply(
         opset13.convert(opset13.constant(quantised), "f32"), (2**8 * scale).astype(np.float32)
     )
     users = convolution.output(0).get_target_inputs()
-    convolution.input(0).replace_source_output(pixels.output(0))
-    convolution.input(1).replace_source_output(folded.output(0))
-    biased = opset13.add(convolution, rest.astype(np.float32))
+    strides, dilations = attributes["strides"], attributes["dilations"]
+    convolved = opset13.convolution(pixels, folded, strides, before, after, dilations)
+    biased = opset13.add(convolved, rest.astype(np.float32))
     for user in users:
         user.replace_source_output(biased.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _frame(
+    images: openvino.Output, colour: NDArray[np.uint8], before: Sequence[int], after: Sequence[int]
+) -> openvino.Output:
+    """Images with so many pixels of that colour above and left of them, and below and right."""
+    count = opset13.gather(opset13.shape_of(images), np.array([0]), np.array(0))
+    for axis in (2, 1):
+        shape = [dimension.get_length() for dimension in list(images.partial_shape)[1:]]
+
+        def strip(width: int, axis: int = axis, shape: list[int] = shape) -> list[openvino.Node]:
+            sizes = np.array([*shape[: axis - 1], width, *shape[axis:]])
+            return [opset13.broadcast(colour, opset13.concat([count, sizes], 0))] if width else []
+
+        images = opset13.concat([*strip(before[axis - 1]), images, *strip(after[axis - 1])], axis).output(0)
+    return images
 
 
 def _only_user(op: openvino.Node) -> openvino.Node | None:

@@ -17,12 +17,12 @@ from builder.int8 import convert_to_int8
 from builder.int8_dynamic import convert_to_dynamic_int8
 from builder.kit import Graph, Kit
 from builder.legality import check_legality
-from builder.openvino import fold_normalisation
+from builder.openvino import OpenVINOTarget, fold_normalisation
 from models.datasets import DataSplit
 from models.preprocessing import Preprocessing
 from server.engines import load_engine
-from server.engines.openvino import CONFIGURATION
-from server.manifest import Precision
+from server.engines.openvino import CONFIGURATION, this_machine
+from server.manifest import BatchSizes, Precision
 
 PIXELS_SPEC = Preprocessing(resize=16, height=16, width=16)
 
@@ -102,11 +102,12 @@ def test_int8_convolutions_run_as_integer_kernels(kit: Kit, precision: Precision
     assert sum(kind in ("i8", "u8") for kind in types) == integer
 
 
-def test_no_pass_over_the_image_comes_before_an_int8_engines_first_convolution(kit: Kit) -> None:
+@pytest.mark.parametrize("framed", [False, True])
+def test_no_arithmetic_comes_before_an_int8_engines_first_convolution(kit: Kit, framed: bool) -> None:
     core = openvino.Core()
     plain = core.read_model(graph_of(kit, "int8")[1])
     folded = plain.clone()
-    fold_normalisation(core, folded)
+    fold_normalisation(core, folded, framed=framed)
 
     def before(model: openvino.Model) -> set[str]:
         nodes = core.compile_model(model, "CPU", CONFIGURATION).get_runtime_model().get_ordered_ops()
@@ -118,19 +119,64 @@ def test_no_pass_over_the_image_comes_before_an_int8_engines_first_convolution(k
     assert not before(folded) & arithmetic
 
 
-def test_folding_the_normalisation_changes_rounding_only(kit: Kit, data: DataSplit) -> None:
+@pytest.mark.parametrize("framed", [False, True])
+def test_folding_the_normalisation_changes_rounding_only(kit: Kit, data: DataSplit, framed: bool) -> None:
     core = openvino.Core()
     path = graph_of(kit, "int8")[1]
     images = data.validation.load_pixels(kit.student.preprocessing)
     images = np.concatenate([images, 255 - images, np.zeros_like(images[:1]), np.full_like(images[:1], 255)])
     folded = core.read_model(path)
-    fold_normalisation(core, folded)
+    fold_normalisation(core, folded, framed=framed)
 
     logits = core.compile_model(folded, "CPU", CONFIGURATION)(images)[0]
     exact = run_onnx(graph_of(kit, "fp32")[1], images)
 
     unfolded = run_onnx(path, images)
     assert np.abs(logits - exact).mean() <= 1.2 * np.abs(unfolded - exact).mean()
+
+
+@pytest.mark.parametrize("padding", [[0, 0, 0, 0], [3, 3, 3, 3], [2, 1, 0, 3]])
+def test_the_frame_is_the_padding_that_the_network_was_trained_with(
+    tmp_path: Path, padding: list[int]
+) -> None:
+    """Not only near the mean of the channels: these differ by much, and the images are their means."""
+    spec = PIXELS_SPEC.model_copy(update={"mean": (0.1, 0.5, 0.9), "std": (1.0, 0.5, 0.25)})
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 7, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+    master, path = tmp_path / "master.onnx", tmp_path / "int8.onnx"
+    export_onnx(network, spec, master)
+    mean = np.array([0.1, 0.5, 0.9]) * 255
+    noise = np.random.default_rng(0).integers(-25, 26, (16, spec.height, spec.width, 3))
+    pixels = np.clip(np.round(mean) + noise, 0, 255).astype(np.uint8)
+    convert_to_int8(master, path, pixels, method="max", rest="fp32")
+    graph = onnx.load(path)
+    (convolution,) = (node for node in graph.graph.node if node.op_type == "Conv")
+    (pads,) = (attribute for attribute in convolution.attribute if attribute.name == "pads")
+    pads.ints[:] = padding
+    onnx.save(graph, path)
+
+    core = openvino.Core()
+    plain, framed = core.read_model(path), core.read_model(path)
+    fold_normalisation(core, plain)
+    fold_normalisation(core, framed, framed=True)
+    found, expected = (
+        core.compile_model(model, "CPU", CONFIGURATION)(pixels)[0] for model in (framed, plain)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.skipif("amx_int8" not in this_machine().cpu_features, reason="needs a processor with AMX")
+def test_the_first_convolution_too_is_computed_by_amx(kit: Kit, tmp_path: Path) -> None:
+    artefact = OpenVINOTarget().compile(
+        graph_of(kit, "int8")[1], tmp_path, BatchSizes(min=1, opt=4, max=4), lambda _step: None
+    )
+    blob = openvino.Tensor(np.fromfile(tmp_path / artefact.file, np.uint8))
+    nodes = openvino.Core().import_model(blob, "CPU", CONFIGURATION).get_runtime_model().get_ordered_ops()
+    kernels = [node.get_rt_info() for node in nodes]
+    first = next(kernel for kernel in kernels if kernel["layerType"].astype(str) == "Convolution")
+    assert "amx" in first["primitiveType"].astype(str)
 
 
 @pytest.fixture(scope="module")
