@@ -100,6 +100,7 @@ def fold_normalisation(core: openvino.Core, model: openvino.Model, *, framed: bo
     users = convolution.output(0).get_target_inputs()
     strides, dilations = attributes["strides"], attributes["dilations"]
     convolved = opset13.convolution(pixels, folded, strides, before, after, dilations)
+    convolved.set_friendly_name(convolution.get_friendly_name())  # reports speak of layers by their names
     biased = opset13.add(convolved, rest.astype(np.float32))
     for user in users:
         user.replace_source_output(biased.output(0))
