@@ -26,7 +26,7 @@ CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 # batch of 7 as 4 + 2 + 1. A small network has one for each size. Each has weights of its own, though: in a
 # large one, the sizes that seldom follow each other share one.
 _SMALL_NETWORK: Final = ((1,), (2,), (4,), (8,), (16,), (32,))
-_LARGE_NETWORK: Final = ((1, 2), (4,))
+_LARGE_NETWORK: Final = ((1, 2, 4), (8,))
 _BEST_BATCH: Final = 8  # about: beyond it throughput grows no more
 _MOST_SLOTS: Final = 8  # by default, for each has models of its own; more cores are shared among them
 _MEMORY_BYTES: Final = 150 << 20
