@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
@@ -120,15 +121,34 @@ def test_a_client_that_waits_for_100_continue_gets_it(wire: Wire, encode: Encode
     assert wire.answer()[0] == 200
 
 
-@pytest.mark.parametrize("headers", [["Connection: close"], []])
-def test_a_connection_is_closed_when_the_client_wants_it(
-    wire: Wire, encode: Encode, headers: list[str]
+@pytest.mark.parametrize(
+    ("version", "headers"),
+    [("1.1", ["Connection: close"]), ("1.0", []), ("1.0", ["Connection: keep-alive"])],
+)
+def test_a_connection_is_closed_when_the_client_wants_it_or_is_old(
+    wire: Wire, encode: Encode, version: str, headers: list[str]
 ) -> None:
     image = encode(4)
-    wire.send(_head(len(image), *headers, version="1.1" if headers else "1.0") + image)
+    wire.send(_head(len(image), *headers, version=version) + image)
     status, answered, _ = wire.answer()
     assert (status, answered["connection"]) == (200, "close")
     assert wire.closed_by_server()
+
+
+def test_a_connection_is_closed_once_it_was_idle_since_the_last_answer(
+    engine_dir: Path, encode: Encode
+) -> None:
+    image = encode(4)
+    with running(Settings(engine="tiny", engine_dir=engine_dir, port=0, keep_alive_s=1)) as server:
+        wire = Wire(server)
+        with wire.socket:
+            first = answered = time.monotonic()
+            while answered - first < 0.5:
+                wire.send(_head(len(image)) + image)
+                assert wire.answer()[0] == 200
+                answered = time.monotonic()
+            assert wire.closed_by_server()
+            assert 0.9 < time.monotonic() - answered < 5
 
 
 def test_a_refusal_does_not_wait_for_the_body_and_the_connection_goes_on(wire: Wire, encode: Encode) -> None:
