@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from running import wait_until
 
 import benchmarks.serving
 from benchmarks.contenders import Contender, Form
@@ -77,7 +78,8 @@ def test_servers_are_loaded_in_turns_while_the_other_is_stopped(file: Path, tmp_
             assert done.failed == 0
             assert done.cpu_seconds > 0
             assert theirs.tree.cpu_seconds() == others
-            assert {member.status() for member in ours.tree.members()} == {psutil.STATUS_STOPPED}
+            # A signal arrives a moment after it is sent.
+            wait_until(lambda: {member.status() for member in ours.tree.members()} == {psutil.STATUS_STOPPED})
 
 
 def test_a_server_that_does_not_start_is_named(file: Path, tmp_path: Path) -> None:
