@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ from running import wait_until
 
 import benchmarks.serving
 from benchmarks.contenders import Contender, Form
-from benchmarks.serving import ServerError, serving
+from benchmarks.serving import ServerError, Serving, serving
 
 ANSWERING = """
 import sys
@@ -62,6 +63,10 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def stopped(server: Serving) -> bool:
+    return {member.status() for member in server.tree.members()} == {psutil.STATUS_STOPPED}
+
+
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
 def test_servers_are_loaded_in_turns_while_the_other_is_stopped(file: Path, tmp_path: Path) -> None:
     with (
@@ -78,8 +83,7 @@ def test_servers_are_loaded_in_turns_while_the_other_is_stopped(file: Path, tmp_
             assert done.failed == 0
             assert done.cpu_seconds > 0
             assert theirs.tree.cpu_seconds() == others
-            # A signal arrives a moment after it is sent.
-            wait_until(lambda: {member.status() for member in ours.tree.members()} == {psutil.STATUS_STOPPED})
+            wait_until(partial(stopped, ours))
 
 
 def test_a_server_that_does_not_start_is_named(file: Path, tmp_path: Path) -> None:
