@@ -13,6 +13,7 @@ import openvino
 from numpy.typing import NDArray
 from openvino import opset13
 
+from builder.channel_padding import pad_channels
 from builder.targets import Artefact, CompileError, Report
 from server.engines.openvino import CONFIGURATION, this_machine
 from server.manifest import Backend, BatchSizes
@@ -33,6 +34,7 @@ class OpenVINOTarget:
         try:
             model = _keep_fp16_weights(core, core.read_model(graph))
             machine = this_machine()
+            model = pad_channels(model)
             fold_normalisation(core, model, framed="amx_int8" in machine.cpu_features)
             pixels = model.input(0)
             shape = pixels.partial_shape
