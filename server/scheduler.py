@@ -26,7 +26,6 @@ from server.batching import Shares, collate
 from server.decoding import DecodePool
 from server.engines.base import Engine, Slot
 from server.mailbox import Mailbox
-from server.manifest import BatchSizes
 from server.problems import Problem, image_problem
 from server.ranking import ranked
 from server.stats import EngineStats
@@ -140,16 +139,6 @@ def deadline_exceeded() -> Problem:
 def _settle(future: asyncio.Future[list[Result] | Problem], outcome: list[Result] | Problem) -> None:
     if not future.done():
         future.set_result(outcome)
-
-
-def warmup_sizes(batch: BatchSizes, *, every: bool = False) -> list[int]:
-    """Batch sizes to run before an engine is ready: powers of two and the profile's own, or every one."""
-    if every:
-        return list(range(batch.min, batch.max + 1))
-    powers = {1 << i for i in range(batch.max.bit_length())}
-    return sorted(
-        size for size in powers | {batch.min, batch.opt, batch.max} if batch.min <= size <= batch.max
-    )
 
 
 class Scheduler:
@@ -420,11 +409,10 @@ class Scheduler:
             self._loop.call_soon_threadsafe(opened.set_exception, error)
             return
         try:
-            manifest = self.engine.manifest
-            # TensorRT sets up an execution context and a CUDA graph for each size.
-            for size in warmup_sizes(manifest.batch, every=not self.engine.on_cpu):
-                slot.infer(size)
-            slot.infer(manifest.batch.min, alone=True)
+            if not self.engine.on_cpu:
+                # TensorRT sets up an execution context and a CUDA graph for each size.
+                for size in self.engine.run_sizes:
+                    slot.infer(size)
         except Exception as error:
             self._loop.call_soon_threadsafe(opened.set_exception, error)
         else:

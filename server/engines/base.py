@@ -110,7 +110,7 @@ class Engine(Protocol):
         """Whether inference takes the cores that decoding needs too."""
 
     def open_slot(self) -> Slot:
-        """A slot for the calling thread."""
+        """A slot for the calling thread; on a CPU it has run batches of all `run_sizes`, and is warm."""
 
     def close(self) -> None:
         """Free the engine; all slots must be closed."""

@@ -11,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.batching import Shares, collate
-from server.manifest import BatchSizes
-from server.scheduler import warmup_sizes
 
 
 @dataclass
@@ -81,15 +79,6 @@ def test_no_image_is_lost_doubled_or_reordered(
     assert wake_at == math.inf or (not batch and now < wake_at <= now + delay)
     if delay == 0:
         assert batch or not waiting, "an idle engine was kept waiting"
-
-
-def test_every_power_of_two_in_the_profile_is_warmed() -> None:
-    assert warmup_sizes(BatchSizes(min=1, opt=6, max=12)) == [1, 2, 4, 6, 8, 12]
-    assert warmup_sizes(BatchSizes(min=4, opt=4, max=4)) == [4]
-
-
-def test_or_every_size() -> None:
-    assert warmup_sizes(BatchSizes(min=2, opt=4, max=5), every=True) == [2, 3, 4, 5]
 
 
 class TestShares:
