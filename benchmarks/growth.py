@@ -50,7 +50,8 @@ class Growth(BaseModel):
 
 def markdown(growth: Growth) -> str:
     """The curves as tables."""
-    lines = [f"JPEGs of so many megapixels, {_SIZE_CONNECTIONS} connections:", ""]
+    lines = [f"{growth.machine}; {growth.seconds:g} s a load.", ""]
+    lines += [f"JPEGs of so many megapixels, {_SIZE_CONNECTIONS} connections:", ""]
     lines += _loads("megapixels", growth.sizes)
     lines += ["", "640x427 JPEGs, so many connections:", ""]
     lines += _loads("connections", growth.connections)

@@ -101,6 +101,10 @@ class Machine(BaseModel):
     system: str
     python: str
 
+    def __str__(self) -> str:
+        """As reports begin."""
+        return f"{self.processor}, {self.cores} cores, {self.memory_gb:g} GB, Python {self.python}"
+
 
 class Results(BaseModel):
     """One run of the benchmark, in the order in which it was measured."""

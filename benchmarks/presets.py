@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.contenders import BUILD
 from benchmarks.engine import PRUNED, build, usable
+from benchmarks.goals import Goal
 from benchmarks.measurements import Machine, this_machine
-from benchmarks.report import markdown_table
+from benchmarks.report import goals_table, markdown_table
 from server.engines import load_engine
 from server.engines.base import Options
 from server.manifest import Precision
@@ -41,7 +42,7 @@ class Speeds(BaseModel):
 
 
 def markdown(speeds: Speeds) -> str:
-    """The timings, and how many times faster each engine is than the unpruned FP32 and INT8 ones."""
+    """The timings, each engine beside the unpruned FP32 and INT8 ones, and the goals."""
     names = list(speeds.engines)
     head = ["engine"]
     for batch in BATCHES:
@@ -49,12 +50,30 @@ def markdown(speeds: Speeds) -> str:
     rows = []
     for name, timings in speeds.engines.items():
         row = [name]
-        for number, timing in enumerate(timings):
-            fp32, int8 = (speeds.engines[other][number].percentiles_ms["p50"] for other in names[:2])
-            median = timing.percentiles_ms["p50"]
+        for number in range(len(timings)):
+            median, fp32, int8 = (_median(speeds, other, number) for other in (name, *names[:2]))
             row += [f"{median:.2f}", f"{fp32 / median:.2f}", f"{int8 / median:.2f}"]
         rows.append(row)
-    return "\n".join(markdown_table(head, rows, left=1)) + "\n"
+    lines = [f"{speeds.machine}; all cores on one batch, median of its runs.", ""]
+    lines += [*markdown_table(head, rows, left=1), *goals_table(goals(speeds))]
+    return "\n".join(lines) + "\n"
+
+
+def goals(speeds: Speeds) -> list[Goal]:
+    """How many times faster than the unpruned network engines are to be, and whether they are."""
+    fp32, int8, *pruned = speeds.engines
+    *_, smallest = pruned
+    pairs = [(int8, fp32, (2.8, 3.3)), *((name, int8, (1, 1)) for name in pruned), (smallest, fp32, (15, 20))]
+    found = []
+    for name, other, bars in pairs:
+        for number, (batch, bar) in enumerate(zip(BATCHES, bars, strict=True)):
+            ratio = _median(speeds, other, number) / _median(speeds, name, number)
+            found.append(Goal(f"{name}, batch {batch}: times as fast as {other}", bar, None, ratio))
+    return found
+
+
+def _median(speeds: Speeds, name: str, number: int) -> float:
+    return speeds.engines[name][number].percentiles_ms["p50"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -185,7 +185,7 @@ def compare(package: str, points: list[Point]) -> Comparison:
 def markdown(results: Results) -> str:
     """The comparisons as tables."""
     few, many = CONNECTIONS
-    lines = []
+    lines = [f"{results.machine}; {results.seconds:g} s a load.", ""]
     for comparison in results.comparisons:
         head = [comparison.package, f"images/s, {many} connections", f"p50 ms, {few}", "CPU ms an image"]
         rows = [

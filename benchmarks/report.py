@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Final
 
 from rich.console import Console
 
-from benchmarks.goals import goals
+from benchmarks.goals import Goal, goals
 from benchmarks.measurements import (
     LARGE,
     LARGE_CONNECTIONS,
@@ -35,11 +36,9 @@ def write_report(results: Results, folder: Path, console: Console) -> None:
 
 def markdown(results: Results) -> str:
     """The tables: throughput and latency, cost, and what TrimRT gains."""
-    machine = results.machine
     counts = _counts(results)
     lines = [
-        f"{machine.processor}, {machine.cores} cores, {machine.memory_gb:g} GB, Python {machine.python}; "
-        f"{results.seconds:g} s a load, {results.started_at:%Y-%m-%d %H:%M} UTC. "
+        f"{results.machine}; {results.seconds:g} s a load, {results.started_at:%Y-%m-%d %H:%M} UTC. "
         "TrimRT: mean of all its runs.",
         "",
         f"Images a second, and milliseconds, for {SMALL} JPEGs at so many connections:",
@@ -67,13 +66,7 @@ def markdown(results: Results) -> str:
         head += [f"throughput, {count}" for count in counts]
         head += [f"p99, {count}" for count in counts] + [f"throughput, {LARGE}"]
         lines += markdown_table(head, gains)
-    rows = [
-        [goal.what, goal.bar, f"{goal.measured:.2f}", "yes" if goal.reached else "no"]
-        for goal in goals(results)
-    ]
-    if rows:
-        lines += ["", "What TrimRT is to reach:", ""]
-        lines += markdown_table(["TrimRT's", "goal", "measured", "reached"], rows)
+    lines += goals_table(goals(results))
     if results.failures:
         lines += ["", "Not measured:", "", *(f"- {failure}" for failure in results.failures)]
     return "\n".join(lines) + "\n"
@@ -163,6 +156,13 @@ def _number(ratio: float | None) -> str:
 
 def _mean(values: list[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f}" if values else ""
+
+
+def goals_table(found: Sequence[Goal]) -> list[str]:
+    """The lines of a table that says which goals were reached, under a heading; none without goals."""
+    rows = [[goal.what, goal.bar, f"{goal.measured:.2f}", "yes" if goal.reached else "no"] for goal in found]
+    head = ["TrimRT's", "goal", "measured", "reached"]
+    return ["", "What TrimRT is to reach:", "", *markdown_table(head, rows)] if rows else []
 
 
 def markdown_table(head: list[str], rows: list[list[str]], left: int = 2) -> list[str]:

@@ -1,8 +1,8 @@
 """Round the channels of a pruned INT8 network up to whole blocks, by zeros that change no result.
 
-oneDNN's INT8 kernels compute 16 channels at a time. With 57 or 115 channels they lay tensors out anew between
-layers, which costs more than pruning gained; with 64 and 128, of which some are zeros, they do not.
-FP32 kernels lose by it (`benchmarks/NOTES.md`).
+oneDNN's INT8 kernels for AMX compute 16 channels at a time. With 57 or 115 channels they lay tensors out anew
+between layers, which costs more than pruning gained; with 64 and 128, of which some are zeros, they do not.
+Kernels without AMX lose by it, and FP32 kernels do not gain (`benchmarks/NOTES.md`).
 """
 
 from __future__ import annotations

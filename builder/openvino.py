@@ -34,8 +34,10 @@ class OpenVINOTarget:
         try:
             model = _keep_fp16_weights(core, core.read_model(graph))
             machine = this_machine()
-            model = pad_channels(model)
-            fold_normalisation(core, model, framed="amx_int8" in machine.cpu_features)
+            amx = "amx_int8" in machine.cpu_features
+            if amx:
+                model = pad_channels(model)
+            fold_normalisation(core, model, framed=amx)
             pixels = model.input(0)
             shape = pixels.partial_shape
             shape[0] = openvino.Dimension(batch.min, batch.max)

@@ -16,7 +16,7 @@ from builder.export import export_onnx
 from builder.int8 import convert_to_int8
 from builder.openvino import OpenVINOTarget
 from models.preprocessing import Preprocessing
-from server.engines.openvino import CONFIGURATION
+from server.engines.openvino import CONFIGURATION, this_machine
 from server.manifest import BatchSizes
 
 SPEC = Preprocessing(resize=16, height=16, width=16)
@@ -165,13 +165,18 @@ def test_other_networks_stay_as_they_are(
 
 
 def test_fp32_networks_stay_as_they_are(tmp_path: Path) -> None:
-    """Their kernels lose by it."""
+    """Their kernels gain nothing by it."""
     export_onnx(classifier().eval(), SPEC, tmp_path / "master.onnx")
     plain = openvino.Core().read_model(tmp_path / "master.onnx")
     assert pad_channels(plain) is plain
 
 
-def test_an_engines_kernels_are_padded_but_not_the_graph_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("features", "channels"), [(["amx_int8"], 32), (["avx512_vnni"], 19)])
+def test_an_engines_kernels_are_padded_for_amx_but_not_the_graph_beside_it(
+    features: list[str], channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = this_machine().model_copy(update={"cpu_features": features})
+    monkeypatch.setattr("builder.openvino.this_machine", lambda: machine)
     graph = int8_graph(classifier(), tmp_path)
     folder = tmp_path / "package"
     folder.mkdir()
@@ -181,5 +186,5 @@ def test_an_engines_kernels_are_padded_but_not_the_graph_beside_it(tmp_path: Pat
     blob = openvino.Tensor(np.fromfile(folder / artefact.file, np.uint8))
     kernels = openvino.Core().import_model(blob, "CPU", CONFIGURATION).get_runtime_model().get_ordered_ops()
     convolutions = [op for op in kernels if op.get_rt_info()["layerType"].astype(str) == "Convolution"]
-    assert [op.get_output_partial_shape(0)[1].get_length() for op in convolutions] == [32]
+    assert [op.get_output_partial_shape(0)[1].get_length() for op in convolutions] == [channels]
     assert (folder / "model.onnx").read_bytes() == graph.read_bytes()
