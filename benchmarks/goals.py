@@ -21,12 +21,21 @@ _AGREEMENT: Final = 0.99
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the table."""
+    """One line of the table.
+
+    Attributes:
+        what: is measured.
+        least: that it is to be.
+        most: the same.
+        measured: what it was.
+        bound: what it would have been, had the server cost nothing: the limit beside the peer.
+    """
 
     what: str
     least: float | None
     most: float | None
     measured: float
+    bound: float | None = None
 
     @property
     def bar(self) -> str:
@@ -52,16 +61,13 @@ def goals(results: Results) -> list[Goal]:
 
 
 def _against_the_limit(results: Results) -> Iterator[Goal]:
-    for comparison in results.comparisons:
-        if not isinstance(comparison.other, Limit):
-            continue
-        for count in (8, 32):
-            ratio = comparison.ratio(SMALL, count, _throughput)
-            if ratio is not None:
-                yield Goal(f"throughput at {count} connections to the limit's", 0.9, None, ratio)
-        ratio = comparison.ratio(SMALL, 1, lambda measured: measured.load.p50)
+    for count in (8, 32):
+        ratio = _to_the_limit(results, SMALL, count)
         if ratio is not None:
-            yield Goal("latency at 1 connection to decoding and inference alone", None, 1.2, ratio)
+            yield Goal(f"throughput at {count} connections to the limit's", 0.9, None, ratio)
+    ratio = _to_the_limit(results, SMALL, 1, lambda measured: measured.load.p50)
+    if ratio is not None:
+        yield Goal("latency at 1 connection to decoding and inference alone", None, 1.2, ratio)
 
 
 def _against_peers(
@@ -75,13 +81,21 @@ def _against_peers(
         ]
         return [ratio for ratio in found if ratio is not None]
 
+    def bound(photograph: str, connections: int, ratio: float) -> float | None:
+        to_limit = _to_the_limit(results, photograph, connections)
+        return ratio / to_limit if to_limit else None
+
     for count in (8, 32):
         if found := ratios(SMALL, count, _throughput):
-            yield Goal(f"throughput at {count} connections to {whom}", throughput, None, min(found))
+            worst = min(found)
+            what = f"throughput at {count} connections to {whom}"
+            yield Goal(what, throughput, None, worst, bound(SMALL, count, worst))
     if found := ratios(SMALL, 8, lambda measured: measured.load.p99):
         yield Goal(f"p99 at 8 connections to {whom}", None, p99, max(found))
     if form == "usual" and (found := ratios(LARGE, LARGE_CONNECTIONS, _throughput)):
-        yield Goal(f"throughput of {LARGE} JPEGs to {whom}", 4, None, min(found))
+        worst = min(found)
+        what = f"throughput of {LARGE} JPEGs to {whom}"
+        yield Goal(what, 4, None, worst, bound(LARGE, LARGE_CONNECTIONS, worst))
 
 
 def _by_itself(results: Results) -> Iterator[Goal]:
@@ -99,3 +113,13 @@ def _by_itself(results: Results) -> Iterator[Goal]:
 
 def _throughput(measured: Measurement) -> float:
     return measured.load.throughput
+
+
+def _to_the_limit(
+    results: Results, photograph: str, connections: int, of: Callable[[Measurement], float] = _throughput
+) -> float | None:
+    """TrimRT's figure over the limit's, if both were measured."""
+    for comparison in results.comparisons:
+        if isinstance(comparison.other, Limit):
+            return comparison.ratio(photograph, connections, of)
+    return None

@@ -162,6 +162,9 @@ def goals_table(found: Sequence[Goal]) -> list[str]:
     """The lines of a table that says which goals were reached, under a heading; none without goals."""
     rows = [[goal.what, goal.bar, f"{goal.measured:.2f}", "yes" if goal.reached else "no"] for goal in found]
     head = ["TrimRT's", "goal", "measured", "reached"]
+    if any(goal.bound is not None for goal in found):
+        head.append("if the server cost nothing")
+        rows = [[*row, _number(goal.bound)] for row, goal in zip(rows, found, strict=True)]
     return ["", "What TrimRT is to reach:", "", *markdown_table(head, rows)] if rows else []
 
 

@@ -135,6 +135,7 @@ def test_goals_are_measured_against_the_limit_and_the_best_peer(results: Results
     assert (alone.measured, alone.reached) == (pytest.approx(1.25), False)
     best = found["throughput at 8 connections to the best peer as its users write it"]
     assert (best.measured, best.reached) == (pytest.approx(1.5), True)  # LitServe; mosec's is 2
+    assert best.bound == pytest.approx(3), "the limit gives twice what TrimRT does"
     p99 = found["p99 at 8 connections to the best peer as its users write it"]
     assert (p99.measured, p99.bar, p99.reached) == (pytest.approx(0.8), "at most 0.7", False)
     starts = found["seconds to the first answer"]
@@ -156,4 +157,13 @@ def test_goals_of_trimrt_by_itself_are_there_once_they_were_measured(results: Re
 
 def test_goals_stand_in_the_report(results: Results) -> None:
     (line,) = rows(markdown(results), "throughput at 8 connections to the limit's")
-    assert line == ["throughput at 8 connections to the limit's", "at least 0.9", "0.50", "no"]
+    assert line == ["throughput at 8 connections to the limit's", "at least 0.9", "0.50", "no", ""]
+    (line,) = rows(markdown(results), "throughput at 8 connections to the best peer as its users write it")
+    assert line[-2:] == ["yes", "3.00"]
+
+
+def test_what_is_possible_is_told_only_beside_the_limit(results: Results) -> None:
+    peers = [comparison for comparison in results.comparisons if isinstance(comparison.other, Run)]
+    without = results.model_copy(update={"comparisons": peers})
+    assert not [goal for goal in goals(without) if goal.bound is not None]
+    assert "cost nothing" not in markdown(without)
