@@ -109,6 +109,9 @@ def plot(growth: Growth, path: Path) -> None:
     axes[2].set_xscale("log", base=2)
     axes[2].set_ylim(bottom=0)
     axes[2].legend(fontsize=7)
+    for axis, ticks in zip(axes, (MEGAPIXELS, CONNECTIONS, BATCHES), strict=True):
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

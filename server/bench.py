@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from models.preprocessing import ImageError
+from models.output import OutputFile, write_output
+from models.preprocessing import ImageError, load_pixels
 from server.engines import load_engine
 from server.engines.base import Engine, Options
 from server.engines.tuned import TUNING_NAME
@@ -87,7 +89,7 @@ def _batches(_context: click.Context, _parameter: click.Parameter, value: str) -
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="An image like those that will be served, to tune with; may be repeated.",
 )
-@click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write JSON here.")
+@click.option("--json", "output", type=OutputFile(), help="Write JSON here.")
 def bench(
     engines: tuple[Path, ...],
     batches: list[int],
@@ -111,7 +113,7 @@ def bench(
         trimrt bench --tune engines/digits-resnet18-int8-openvino
     """
     if tuning:
-        _tune(engines, [photo.read_bytes() for photo in photos], Console())
+        _tune(engines, photos, Console())
         return
     options = Options(slots=slots, threads=threads)
     try:
@@ -122,14 +124,15 @@ def bench(
                 measured.layers = profile_layers(folder, batches[-1], runs=50)
     except EngineError as error:
         raise click.ClickException(str(error)) from error
-    _print(report, Console())
     if output is not None:
-        partial = output.with_name(f".{output.name}.partial")
-        partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(output)
+        write_output(output, report.model_dump_json(indent=2) + "\n")
+    _print(report, Console())
 
 
-def _tune(folders: tuple[Path, ...], photographs: list[bytes], console: Console) -> None:
+def _tune(folders: tuple[Path, ...], photos: tuple[Path, ...], console: Console) -> None:
+    photographs = [photo.read_bytes() for photo in photos] or sample_photographs()
+    for folder in folders:
+        _check_tunable(folder, photos, photographs)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     for folder in folders:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -137,10 +140,10 @@ def _tune(folders: tuple[Path, ...], photographs: list[bytes], console: Console)
             try:
                 tuning = tune(
                     folder,
-                    photographs or sample_photographs(),
+                    photographs,
                     progress=lambda share, task=task: progress.update(task, completed=share),  # type: ignore[misc]
                 )
-            except (EngineError, ImageError) as error:
+            except EngineError as error:
                 raise click.ClickException(str(error)) from error
         table = Table("slots", "threads", "pinned", "largest batch", "images/s", box=SIMPLE_HEAD)
         for trial in sorted(tuning.trials, key=lambda trial: -trial.throughput):
@@ -154,6 +157,21 @@ def _tune(folders: tuple[Path, ...], photographs: list[bytes], console: Console)
             )
         console.print(table)
         console.print(f"{folder / TUNING_NAME} is used from now on, on machines like this", highlight=False)
+
+
+def _check_tunable(folder: Path, photos: tuple[Path, ...], photographs: list[bytes]) -> None:
+    """Find out now that something is wrong, not after minutes of work."""
+    try:
+        spec = read_manifest(folder).preprocessing
+    except EngineError as error:
+        raise click.ClickException(str(error)) from error
+    if not os.access(folder, os.W_OK):
+        raise click.ClickException(f"cannot write {folder / TUNING_NAME}; tune a copy of the package")
+    for photo, photograph in zip(photos, photographs, strict=False):
+        try:
+            load_pixels(photograph, spec)
+        except ImageError as error:
+            raise click.BadParameter(f"{photo}: {error}", param_hint="'--photo'") from error
 
 
 def _check_sizes(folders: tuple[Path, ...], batches: list[int]) -> None:

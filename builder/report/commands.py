@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from builder.report.discovery import ReportError, discover
-from models.files import replace_file
+from models.output import OutputFile, write_output
 from server.manifest import EngineError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class _Command(click.Command):
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(),
     default=Path("report.html"),
     show_default=True,
     help="The page.",
@@ -51,7 +50,7 @@ class _Command(click.Command):
 @click.option(
     "--json",
     "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(),
     help="Write the same figures as JSON here.",
 )
 @click.option(
@@ -87,7 +86,6 @@ def report(
     """
     console = Console(stderr=True)
     with _clear_errors():
-        _check_writable(out, json_file)
         found = discover(paths)
         try:
             from builder.report.measuring import measure
@@ -105,9 +103,9 @@ def report(
             )
             progress("drawing")
             page = render(measured)
-        _write(out, page)
+        write_output(out, page)
         if json_file is not None:
-            _write(json_file, measured.model_dump_json(indent=2) + "\n")
+            write_output(json_file, measured.model_dump_json(indent=2) + "\n")
     _tell(console, measured, out, len(page.encode()))
 
 
@@ -117,32 +115,6 @@ def _clear_errors() -> Iterator[None]:
         yield
     except (EngineError, ReportError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _check_writable(*files: Path | None) -> None:
-    """Find out now that a file cannot be written, not after minutes of work.
-
-    Raises:
-        ReportError: it cannot.
-    """
-    for file in files:
-        if file is None:
-            continue
-        folder = file.absolute().parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ReportError(f"cannot make {folder}: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise ReportError(f"cannot write to {folder}; choose another place")
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        with replace_file(file) as new:
-            new.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ReportError(f"cannot write {file}: {error.strerror}") from error
 
 
 @contextmanager

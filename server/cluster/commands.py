@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from pydantic import ValidationError
 
-from models.files import replace_file
+from models.output import OutputFile, write_output
 from server.cluster import options
 from server.manifest import EngineError
 
@@ -60,9 +60,7 @@ def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) ->
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on, on every node.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="TCP port.")
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write it here, not on the terminal."
-)
+@click.option("--output", type=OutputFile(), help="Write it here, not on the terminal.")
 def config(
     engines: tuple[Path, ...],
     replicas: tuple[options.Replicas, ...],
@@ -105,6 +103,5 @@ def config(
     if output is None:
         click.echo(text, nl=False)
         return
-    with replace_file(output) as new:
-        new.write_text(text, encoding="utf-8")
+    write_output(output, text)
     click.echo(f"wrote {output}; on one machine: serve run {output}; on a cluster: serve deploy {output}")

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from models.output import OutputFile, write_output
+
 
 def _loads(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
     if value is None:
@@ -58,12 +60,8 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
 @click.option(
     "--max-errors", type=click.FloatRange(0, 1), help="Fail if a larger share than this is not answered."
 )
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here."
-)
-@click.option(
-    "--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report here."
-)
+@click.option("--json", "json_file", type=OutputFile(), help="Write the result here.")
+@click.option("--html", "html_file", type=OutputFile(), help="Write a report here.")
 def loadtest(
     scenario: Any,
     loads: tuple[float, ...] | None,
@@ -99,18 +97,12 @@ def loadtest(
     except LoadTestError as error:
         raise click.ClickException(str(error)) from None
     if json_file is not None:
-        _write(json_file, report.model_dump_json(indent=2))
+        write_output(json_file, report.model_dump_json(indent=2))
     if html_file is not None:
-        _write(html_file, render(report))
+        write_output(html_file, render(report))
     _print(report)
     if report.failures:
         raise SystemExit(1)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 class _Display:

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from models.output import OutputFile
 from server.cluster import options
 from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 from server.registry import find_package
@@ -53,7 +54,7 @@ class _Cluster(NamedTuple):
     "--out",
     "output",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     help="Parquet file to write; CSV if its suffix says so.",
 )
 @click.option("--top-k", default=3, show_default=True, type=click.IntRange(min=1), help="Labels per image.")

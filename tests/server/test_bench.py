@@ -97,3 +97,29 @@ def test_layers_of_other_backends_are_not_made_up(packages: list[Path], tmp_path
 
     with pytest.raises(EngineError, match="trtexec"):
         profile_layers(tmp_path, batch=1, runs=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--json", "{file}/report.json"], "cannot make"),
+        (["--json", "{folder}"], "is a directory"),
+        (["--tune", "--photo", "{file}"], "not.jpg: not an image"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_timed(
+    packages: list[Path], tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    file = tmp_path / "not.jpg"
+    file.write_text("no image")
+    filled = [argument.format(file=file, folder=tmp_path) for argument in arguments]
+
+    result = CliRunner().invoke(bench, [str(packages[0]), "--seconds", "3600", *filled])
+
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+
+
+def test_reports_go_to_a_new_folder(packages: list[Path], tmp_path: Path) -> None:
+    run(packages[0], "--json", tmp_path / "new" / "report.json")
+    assert json.loads((tmp_path / "new" / "report.json").read_text())["engines"]
