@@ -24,11 +24,11 @@ class Goal:
     """One line of the table.
 
     Attributes:
-        what: is measured.
-        least: that it is to be.
-        most: the same.
-        measured: what it was.
-        bound: what it would have been, had the server cost nothing: the limit beside the peer.
+        what: of TrimRT's is measured.
+        least: the bar, where more is better.
+        most: the bar, where less is.
+        measured: in this run.
+        bound: what a server that costs nothing would have reached: the limit beside the peer.
     """
 
     what: str

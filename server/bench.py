@@ -171,7 +171,7 @@ def _check_tunable(folder: Path, photos: tuple[Path, ...], photographs: list[byt
         try:
             load_pixels(photograph, spec)
         except ImageError as error:
-            raise click.BadParameter(f"{photo}: {error}", param_hint="'--photo'") from error
+            raise click.ClickException(f"{photo}: {error}") from error
 
 
 def _check_sizes(folders: tuple[Path, ...], batches: list[int]) -> None:

@@ -109,5 +109,5 @@ def test_a_photograph_that_is_none_is_refused(package: Path, tmp_path: Path) -> 
     result = CliRunner().invoke(bench, ["--tune", "--photo", str(photo), str(package)])
 
     assert result.exit_code == 1
-    assert "not an image" in result.output
+    assert "photo.jpg: not an image" in result.output.replace("\n", "")
     assert not (package / TUNING_NAME).exists()
