@@ -130,9 +130,10 @@ def bench(
 
 
 def _tune(folders: tuple[Path, ...], photos: tuple[Path, ...], console: Console) -> None:
-    photographs = [photo.read_bytes() for photo in photos] or sample_photographs()
+    given = [(photo, photo.read_bytes()) for photo in photos]
     for folder in folders:
-        _check_tunable(folder, photos, photographs)
+        _check_tunable(folder, given)
+    photographs = [data for _, data in given] or sample_photographs()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     for folder in folders:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -159,7 +160,7 @@ def _tune(folders: tuple[Path, ...], photos: tuple[Path, ...], console: Console)
         console.print(f"{folder / TUNING_NAME} is used from now on, on machines like this", highlight=False)
 
 
-def _check_tunable(folder: Path, photos: tuple[Path, ...], photographs: list[bytes]) -> None:
+def _check_tunable(folder: Path, photographs: list[tuple[Path, bytes]]) -> None:
     """Find out now that something is wrong, not after minutes of work."""
     try:
         spec = read_manifest(folder).preprocessing
@@ -167,9 +168,9 @@ def _check_tunable(folder: Path, photos: tuple[Path, ...], photographs: list[byt
         raise click.ClickException(str(error)) from error
     if not os.access(folder, os.W_OK):
         raise click.ClickException(f"cannot write {folder / TUNING_NAME}; tune a copy of the package")
-    for photo, photograph in zip(photos, photographs, strict=False):
+    for photo, data in photographs:
         try:
-            load_pixels(photograph, spec)
+            load_pixels(data, spec)
         except ImageError as error:
             raise click.ClickException(f"{photo}: {error}") from error
 

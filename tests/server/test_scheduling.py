@@ -230,6 +230,15 @@ def two_cores(engine_dir: Path, gate: Gate) -> Iterator[Running]:
         gate.open()
 
 
+def test_every_size_that_a_device_runs_is_warmed(gated: Running, gate: Gate) -> None:
+    assert gate.warmed == list(gated.app.state.registry.get(None).engine.run_sizes)
+    assert len(gate.warmed) > 1
+
+
+def test_slots_on_a_cpu_come_warm(two_cores: Running, gate: Gate) -> None:
+    assert gate.warmed == []
+
+
 def test_cores_share_what_waits(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:

@@ -16,6 +16,7 @@ class Gate:
     """Open for the warm-up; then each `infer` takes one permit."""
 
     def __init__(self) -> None:
+        self.warmed: list[int] = []  # batches that ran while it was open
         self.batches: list[int] = []
         self.alone: list[bool] = []
         self.fail_next = False
@@ -46,6 +47,7 @@ class Gate:
     def enter(self, count: int, *, alone: bool) -> None:
         with self._changed:
             if self._open:
+                self.warmed.append(count)
                 return
             self.batches.append(count)
             self.alone.append(alone)

@@ -16,8 +16,8 @@ from tiny_engine import write_package
 
 import server.engines.openvino
 from server.engines import load_engine
-from server.engines.base import Engine, Options
-from server.engines.openvino import OpenVINOEngine
+from server.engines.base import Engine, Options, Outputs
+from server.engines.openvino import OpenVINOEngine, OpenVINOSlot
 from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 from server.threads import start_in_engine_thread
 
@@ -143,6 +143,21 @@ def test_an_image_gives_the_same_in_every_batch(package: Path) -> None:
 def test_batch_outside_the_limits_is_refused(package: Path, count: int) -> None:
     with pytest.raises(ValueError, match=r"outside 1\.\.8"):
         load_engine(package).open_slot().infer(count)
+
+
+@pytest.mark.usefixtures("network")
+def test_a_slot_is_opened_warm(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has run once in every way that a batch may run, and no more."""
+    ran: list[tuple[int, bool]] = []
+    infer = OpenVINOSlot.infer
+
+    def record(slot: OpenVINOSlot, count: int, *, alone: bool = False) -> Outputs:
+        ran.append((count, alone))
+        return infer(slot, count, alone=alone)
+
+    monkeypatch.setattr(OpenVINOSlot, "infer", record)
+    load_engine(package, Options(slots=2)).open_slot()
+    assert ran == [(1, True), (1, False), (2, False), (4, False), (8, False)]
 
 
 def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:

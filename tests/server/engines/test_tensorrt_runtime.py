@@ -174,6 +174,10 @@ def test_a_graph_is_captured_once_for_each_size_after_one_plain_run(machine, pac
     assert machine.trt.contexts == 2, "each captured graph has a context of its own"
 
 
+def test_every_size_of_the_profile_is_run_as_it_is(machine, package):
+    assert list(load_engine(package).run_sizes) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_only_the_batch_is_copied(machine, package):
     slot = load_engine(package).open_slot()
     check_batch(slot, 3, 0)
