@@ -150,7 +150,7 @@ _HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     default="int8",
     show_default=True,
     help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the faster one of "
-    "fp16 and int8 that passes the gate.",
+    "int8 and fp16 (fp32 for OpenVINO) that passes the gate.",
 )
 @click.option(
     "--target",
@@ -354,6 +354,8 @@ class _Display:
         self.note(f"[green]published[/] {escape(str(package.folder))} (version {package.manifest.version})")
         if package.unverified is not None:
             self.note(f"[yellow]NOT verified[/]: {escape(package.unverified)}")
+        if package.slower is not None:
+            self.note(f"[yellow]{package.manifest.precision}[/] is {package.slower}")
 
 
 def _table(packages: Sequence[Package]) -> Table:

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.export import INPUT, quiet
+from builder.weights import LEVELS, quantise
 from models.preprocessing import Pixels
 
 Method = Literal["entropy", "max"]
 METHODS: Final[tuple[Method, ...]] = ("entropy", "max")
 
 _STEP: Final = 8  # images in one calibration step
-_LEVELS: Final = 127  # symmetric: -128 is not used
 
 
 def convert_to_int8(
@@ -89,14 +89,13 @@ def _quantise_first_layer(path: Path, exclude: Sequence[str]) -> None:
     mean, inverse_std = (numpy_helper.to_array(tensors[f"pre/{name}"]) for name in ("mean", "inverse_std"))
     reach = np.max(np.maximum(mean, 255 - mean) * inverse_std)
     weights = numpy_helper.to_array(tensors[layer.input[1]])
-    scale = np.abs(weights).max(axis=(1, 2, 3)) / _LEVELS
-    scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
+    integers, scale = quantise(weights)
     name = layer.input[1]
     constants: dict[str, NDArray[Any]] = {
-        f"{pixels}_scale": np.array(reach / _LEVELS, np.float32),
+        f"{pixels}_scale": np.array(reach / LEVELS, np.float32),
         f"{pixels}_zero_point": np.array(0, np.int8),
-        f"{name}_int8": np.rint(weights / scale.reshape(-1, 1, 1, 1)).astype(np.int8),
-        f"{name}_scale": scale,
+        f"{name}_int8": integers,
+        f"{name}_scale": scale.ravel(),
         f"{name}_zero_point": np.zeros(len(scale), np.int8),
     }
 

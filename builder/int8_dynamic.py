@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from builder.weights import LEVELS, quantise
+
 if TYPE_CHECKING:
     import onnx
 
-_LEVELS: Final = 127  # symmetric: -128 is not used
-_SMALLEST: Final = np.float32(1e-12)  # an all-zero image or channel has a range to divide by
+_SMALLEST: Final = np.float32(1e-12)  # an all-zero image has a range to divide by
 
 _SCALE, _ZERO, _FLOOR = "dynamic/scale", "dynamic/zero", "dynamic/smallest_range"
 
@@ -72,7 +73,7 @@ class _Conversion:
         self._nodes: list[onnx.NodeProto] = []
 
     def run(self) -> None:
-        self._add_constant(_SCALE, np.float32(1 / _LEVELS))
+        self._add_constant(_SCALE, np.float32(1 / LEVELS))
         self._add_constant(_ZERO, np.int8(0))
         self._add_constant(_FLOOR, _SMALLEST)
         for node in list(self._graph.node):
@@ -120,14 +121,11 @@ class _Conversion:
     def _quantise_weights(self, name: str) -> str:
         quantised = f"{name}/dequantized"
         if f"{name}/int8" not in self._constants:
-            values = self._values(name)
-            largest = np.abs(values).reshape(len(values), -1).max(axis=1)
-            scale = np.maximum(largest, _SMALLEST) / np.float32(_LEVELS)
-            steps = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1)))
+            integers, scale = quantise(self._values(name))
             inputs = [
-                self._add_constant(f"{name}/int8", steps.clip(-_LEVELS, _LEVELS).astype(np.int8)),
-                self._add_constant(f"{name}/scale", scale),
-                self._add_constant(f"{name}/zero", np.zeros(len(values), np.int8)),
+                self._add_constant(f"{name}/int8", integers),
+                self._add_constant(f"{name}/scale", scale.ravel()),
+                self._add_constant(f"{name}/zero", np.zeros(len(integers), np.int8)),
             ]
             self._add_node("DequantizeLinear", inputs, quantised, axis=0)
         return quantised

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Final
 
 import numpy as np
@@ -18,6 +19,7 @@ from server.threads import start_in_engine_thread
 WARM_UP_RUNS: Final = 5
 _MAX_RUNS: Final = 1000
 _MIN_ROUNDS: Final = 3
+_MEASURE_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Speed:
     throughput: float
 
 
-def measure(engine: Engine, seconds: float = 0.5) -> Speed:
+def measure(engine: Engine, seconds: float = _MEASURE_SECONDS) -> Speed:
     """Time `engine` on random pixels, `seconds` for each of the two figures.
 
     Raises:
@@ -44,6 +46,25 @@ def measure(engine: Engine, seconds: float = 0.5) -> Speed:
     runs = [start_in_engine_thread(partial(_run, engine, batch.max, seconds)) for _ in range(engine.slots)]
     throughput = sum(batch.max * len(times) / sum(times) for times in (run.result() for run in runs))
     return Speed(latency_ms=float(np.median(latencies)) * 1000, throughput=throughput)
+
+
+def measure_in_turns(engines: Sequence[Engine], rounds: int = 3) -> list[Speed]:
+    """Time each engine several times, in turns, so that a busy moment of the machine slows none for good.
+
+    Returns:
+        The medians of each engine.
+
+    Raises:
+        EngineError: an engine failed.
+    """
+    speeds = [[measure(engine, _MEASURE_SECONDS / rounds) for engine in engines] for _ in range(rounds)]
+    return [
+        Speed(
+            latency_ms=median(speed.latency_ms for speed in found),
+            throughput=median(speed.throughput for speed in found),
+        )
+        for found in zip(*speeds, strict=True)
+    ]
 
 
 def time_in_turns(

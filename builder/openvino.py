@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from openvino import opset13
 
 from builder.channel_padding import pad_channels
+from builder.graph_constants import constants
+from builder.saturation import SAFE_LEVELS, make_safe, sums_saturate
 from builder.targets import Artefact, CompileError, Report
+from builder.weights import LEVELS, quantise
 from server.engines.openvino import CONFIGURATION, this_machine
 from server.manifest import Backend, BatchSizes
 
@@ -37,7 +40,10 @@ class OpenVINOTarget:
             amx = "amx_int8" in machine.cpu_features
             if amx:
                 model = pad_channels(model)
-            fold_normalisation(core, model, framed=amx)
+            limited = _is_quantised(model) and sums_saturate()
+            fold_normalisation(core, model, framed=amx, levels=SAFE_LEVELS if limited else LEVELS)
+            if limited:
+                make_safe(core, model)
             pixels = model.input(0)
             shape = pixels.partial_shape
             shape[0] = openvino.Dimension(batch.min, batch.max)
@@ -48,14 +54,27 @@ class OpenVINOTarget:
             raise CompileError(f"OpenVINO cannot compile {graph.name}: {error}") from error
         (folder / BLOB_NAME).write_bytes(blob.getbuffer())
         shutil.copyfile(graph, folder / GRAPH_NAME)
-        return Artefact(BLOB_NAME, openvino.get_version(), machine, batch, arithmetic="fp32")
+        return Artefact(
+            BLOB_NAME,
+            openvino.get_version(),
+            machine,
+            batch,
+            arithmetic="fp32",
+            weight_bits=7 if limited else 8,
+        )
 
     def missing_device(self) -> str | None:
         """None: every machine that OpenVINO installs on has its CPU plugin."""
         return None
 
 
-def fold_normalisation(core: openvino.Core, model: openvino.Model, *, framed: bool = False) -> None:
+def _is_quantised(model: openvino.Model) -> bool:
+    return any(op.get_type_name() == "FakeQuantize" for op in model.get_ordered_ops())
+
+
+def fold_normalisation(
+    core: openvino.Core, model: openvino.Model, *, framed: bool = False, levels: int = LEVELS
+) -> None:
     """Let a quantised first convolution read the pixels themselves; any other graph stays as it is.
 
     `(pixels - mean) / std`, rounded to INT8, is a pass over the image of its own, and loses some of it.
@@ -67,25 +86,31 @@ def fold_normalisation(core: openvino.Core, model: openvino.Model, *, framed: bo
         model: changed in place.
         framed: whether the zero point is the same for all channels, as kernels for AMX require. What pads the
             image must be the mean still, so a frame of it is put around the pixels.
+        levels: of the weights, on either side of zero.
     """
     nodes = {op.get_friendly_name(): op for op in model.get_ordered_ops()}
     layout = nodes.get("pre/layout")
     convolution = layout and _only_user(layout)
-    if convolution is None or convolution.get_type_name() != "FakeQuantize":
-        return
-    while convolution is not None and convolution.get_type_name() != "Convolution":
-        convolution = _only_user(convolution)
-    if convolution is None:
+    # A QuantizeLinear and its DequantizeLinear, and nothing else, may stand before the convolution.
+    for kind in ("FakeQuantize", "Convert", "Convert", "Subtract", "Multiply"):
+        if convolution is not None and convolution.get_type_name() == kind:
+            convolution = _only_user(convolution)
+        elif kind == "FakeQuantize":
+            return
+    if convolution is None or convolution.get_type_name() != "Convolution":
         return
 
-    mean = _constant(core, nodes["pre/centre"].input_value(1)).reshape(1, -1, 1, 1)
-    inverse_std = _constant(core, nodes["pre/scale"].input_value(1)).reshape(1, -1, 1, 1)
-    weights = _constant(core, convolution.input_value(1)) * inverse_std
-    scale = np.maximum(np.abs(weights).max(axis=(1, 2, 3), keepdims=True) / 127, np.finfo(np.float32).tiny)
-    quantised = np.round(weights / scale).astype(np.int8)
+    mean, inverse_std, weights = constants(
+        core,
+        [nodes["pre/centre"].input_value(1), nodes["pre/scale"].input_value(1), convolution.input_value(1)],
+    )
+    mean, inverse_std = mean.reshape(1, -1, 1, 1), inverse_std.reshape(1, -1, 1, 1)
+    quantised, scale = quantise(weights * inverse_std, levels=levels)
     padding = np.round(mean).astype(np.uint8)
     zero_point = np.full((1, 1, 1, 1), np.round(mean.mean()), np.uint8) if framed else padding
-    rest = (scale * quantised * (zero_point - mean)).sum(axis=(1, 2, 3)).reshape(1, -1, 1, 1)
+    rest = (
+        (scale.astype(np.float64) * quantised * (zero_point - mean)).sum(axis=(1, 2, 3)).reshape(1, -1, 1, 1)
+    )
 
     attributes = convolution.get_attributes()
     images, before, after = model.input(0), attributes["pads_begin"], attributes["pads_end"]
@@ -98,14 +123,12 @@ def fold_normalisation(core: openvino.Core, model: openvino.Model, *, framed: bo
     pixels = opset13.subtract(pixels, opset13.convert(opset13.constant(zero_point), "f32"))
     # A power of two is exact, and one would be optimised away, and with it that this is a quantised input.
     pixels = opset13.multiply(pixels, np.full((1, 1, 1, 1), 2**-8, np.float32))
-    folded = opset13.multiply(
-        opset13.convert(opset13.constant(quantised), "f32"), (2**8 * scale).astype(np.float32)
-    )
+    folded = opset13.multiply(opset13.convert(opset13.constant(quantised), "f32"), 2**8 * scale)
     users = convolution.output(0).get_target_inputs()
     strides, dilations = attributes["strides"], attributes["dilations"]
     convolved = opset13.convolution(pixels, folded, strides, before, after, dilations)
     convolved.set_friendly_name(convolution.get_friendly_name())  # reports speak of layers by their names
-    biased = opset13.add(convolved, rest.astype(np.float32))
+    biased = opset13.add(convolved, rest.reshape(1, -1, 1, 1).astype(np.float32))
     for user in users:
         user.replace_source_output(biased.output(0))
     model.validate_nodes_and_infer_types()
@@ -130,12 +153,6 @@ def _frame(
 def _only_user(op: openvino.Node) -> openvino.Node | None:
     users = op.output(0).get_target_inputs()
     return users.pop().get_node() if len(users) == 1 else None
-
-
-def _constant(core: openvino.Core, output: openvino.Output) -> NDArray[np.float64]:
-    """The value of a part of a graph that depends on no input."""
-    value: NDArray[np.float32] = core.compile_model(openvino.Model([output], []), "CPU", CONFIGURATION)([])[0]
-    return value.astype(np.float64)
 
 
 def _keep_fp16_weights(core: openvino.Core, model: openvino.Model) -> openvino.Model:

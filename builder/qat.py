@@ -23,6 +23,7 @@ from torch.fx.experimental.optimization import fuse, remove_dropout
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
 from builder.export import OPSET, ExportError, quiet, trace_onnx
+from builder.weights import LEVELS, quantise
 from models.distillation import TeacherViews, label_views
 from models.evaluation import normalise, to_float
 from models.inputs import PHOTO_SIDE
@@ -50,7 +51,7 @@ _LAYERS: Final[list[dict[str, Any]]] = [
     ),
 ]
 _SUMS: Final = (operator.add, operator.iadd, torch.add)
-_LARGEST: Final = 127
+_SMALLEST_SCALE: Final = 2**-24  # FP16 makes 0 of anything smaller
 _BATCH: Final = 256
 
 
@@ -236,11 +237,10 @@ class _Quantised(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, amax: Tensor) -> None:
+    def __init__(self, scale: Tensor) -> None:
         super().__init__()
-        # Never so small that FP16 makes it 0.
-        self.register_buffer("scale", (amax.detach().float() / _LARGEST).clamp(min=2**-24))
-        self.register_buffer("zero_point", torch.zeros_like(self.scale, dtype=torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int8))
 
     def operator(self, name: str, values: Tensor, dtype: torch.dtype, axis: int = 1) -> Tensor:
         """QuantizeLinear or DequantizeLinear of `values`; `axis` matters for one scale a channel."""
@@ -259,7 +259,7 @@ class _Activation(_Quantised):
     """An activation's quantiser."""
 
     def __init__(self, amax: Tensor) -> None:
-        super().__init__(amax.reshape(()))
+        super().__init__((amax.detach().float() / LEVELS).clamp(min=_SMALLEST_SCALE).reshape(()))
 
     def forward(self, values: Tensor) -> Tensor:
         """QuantizeLinear and DequantizeLinear."""
@@ -274,11 +274,9 @@ class _Weight(_Quantised):
     integers: Tensor
 
     def __init__(self, weight: Tensor) -> None:
-        weight = weight.detach()
-        super().__init__(weight.abs().flatten(1).amax(1))
-        steps = self.scale.reshape(-1, *[1] * (weight.ndim - 1))
-        integers = torch.clamp(torch.round(weight / steps), -_LARGEST, _LARGEST)
-        self.register_buffer("integers", integers.to(torch.int8))
+        integers, scale = quantise(weight.detach().float().numpy(), smallest_scale=_SMALLEST_SCALE)
+        super().__init__(torch.from_numpy(scale.ravel()))
+        self.register_buffer("integers", torch.from_numpy(integers))
 
     def forward(self, _: Tensor) -> Tensor:
         """The weight; what the layer itself holds is not looked at."""

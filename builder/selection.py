@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from builder.kit import GraphSource
+from builder.measurement import measure_in_turns
 from builder.packages import Package, build_package
 from builder.publication import staging
 from builder.targets import CompileError, Report, Target
 from builder.verification import Gate, GateError
-from server.manifest import BatchSizes, Candidate, Evidence, Precision
+from server.engines import load_engine
+from server.manifest import Backend, BatchSizes, Candidate, Evidence, Precision
 
-COMPARED: Final[tuple[Precision, ...]] = ("fp16", "int8")
+# CPUs compute FP16 graphs in FP32, so that there is nothing to choose between these two.
+COMPARED: Final[dict[Backend, tuple[Precision, ...]]] = {
+    "openvino": ("fp32", "int8"),
+    "tensorrt": ("fp16", "int8"),
+    "tensorrt-rtx": ("fp16", "int8"),
+}
 
 
 def build_best(
@@ -29,7 +38,7 @@ def build_best(
     command: str,
     report: Report,
 ) -> Package:
-    """Build FP16 and INT8, measure both, and publish the one with the lower latency of a single batch.
+    """Build INT8 and the best precision beside it, time them in turns, and publish the one with less latency.
 
     The published manifest says what was compared. Arguments as for `build_package`.
 
@@ -45,21 +54,35 @@ def build_best(
         build = partial(build_package, source, target, batch=batch, gate=gate, command=command, report=report)
         packages: list[Package] = []
         candidates: list[Candidate] = []
-        for precision in COMPARED:
+        for precision in COMPARED[target.backend]:
             try:
                 package = build(precision, Path(scratch))
             except GateError as error:
                 candidates.append(Candidate(precision=precision, refused=str(error)))
             else:
                 packages.append(package)
-                candidates.append(_measured(package))
         if not packages:
             raise GateError("; ".join(str(candidate.refused) for candidate in candidates))
+        report("comparing speeds")
+        packages = _timed_in_turns(packages)
+        candidates += [_measured(package) for package in packages]
         best = min(packages, key=lambda package: _evidence(package).latency_ms)
         with staging(output / best.manifest.name) as stage:
             shutil.copytree(best.folder, stage.folder, dirs_exist_ok=True)
             manifest = stage.publish(best.manifest.model_copy(update={"candidates": candidates}))
     return replace(best, folder=output / best.manifest.name, manifest=manifest)
+
+
+def _timed_in_turns(packages: Sequence[Package]) -> list[Package]:
+    """The packages with new latencies and throughputs in their evidence."""
+    with ExitStack() as stack:
+        engines = [stack.enter_context(closing(load_engine(package.folder))) for package in packages]
+        speeds = measure_in_turns(engines)
+    found = []
+    for package, speed in zip(packages, speeds, strict=True):
+        evidence = _evidence(package).model_copy(update=asdict(speed))
+        found.append(replace(package, manifest=package.manifest.model_copy(update={"evidence": evidence})))
+    return found
 
 
 def _measured(package: Package) -> Candidate:

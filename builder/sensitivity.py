@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.export import INPUT, LOGITS
+from builder.weights import LEVELS
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:
     import onnx
 
 LARGEST_SHARE: Final = 0.5  # of the layers in higher precision; beyond it INT8 is not worth its name
-LEVELS: Final = 127  # of INT8 on either side of zero
 
 
 @dataclass(frozen=True)

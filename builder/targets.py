@@ -32,6 +32,7 @@ class Artefact:
         batch: sizes it was compiled for.
         profiles: TensorRT's optimisation profiles, which `batch` spans; empty elsewhere.
         arithmetic: what the backend computes in where not in INT8; None: what the graph says.
+        weight_bits: of the weights, where the graph is INT8.
     """
 
     file: str
@@ -40,6 +41,7 @@ class Artefact:
     batch: BatchSizes
     profiles: tuple[BatchSizes, ...] = ()
     arithmetic: Literal["fp32"] | None = None
+    weight_bits: Literal[7, 8] = 8
 
 
 class Target(Protocol):

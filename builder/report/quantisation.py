@@ -12,7 +12,8 @@ import numpy as np
 from builder.openvino import GRAPH_NAME
 from builder.report.discovery import EnginePackage, ReportError
 from builder.report.results import LayerError, LayerRange
-from builder.sensitivity import LEVELS, layer_scales, rank_layers
+from builder.sensitivity import layer_scales, rank_layers
+from builder.weights import LEVELS
 from models.datasets import DataSplit
 from server.manifest import sha256_of
 

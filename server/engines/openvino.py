@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import openvino
 from numpy.typing import NDArray
 
 from server.engines.base import Options, Outputs, cores
-from server.engines.processor import processor
+from server.engines.processor import WIDE_SUMS, processor
 from server.manifest import Compatibility, EngineError, Manifest, check_artefact
 
 # Left to itself the CPU plugin computes FP32 graphs in BF16 where the processor has it.
@@ -66,9 +67,24 @@ def _check_machine(folder: Path, manifest: Manifest) -> None:
             f"for {built.cpu_name or 'a processor'} with {', '.join(missing)}, "
             f"which {here.cpu_name or 'this processor'} does not have"
         )
+    elif _saturates(manifest, here):
+        difference = (
+            "with 8-bit weights, whose sums overflow here: "
+            f"{here.cpu_name or 'this processor'} has no VNNI (or may not use it)"
+        )
     else:
         return
     raise EngineError(f"{folder} was built {difference}. Rebuild it here: {manifest.build_command}")
+
+
+def _saturates(manifest: Manifest, here: Compatibility) -> bool:
+    """Whether this machine would add products of INT8 weights in 16 bits, where they need more."""
+    return (
+        manifest.precision in ("int8", "int8-dynamic")
+        and manifest.weight_bits != 7
+        and here.cpu_architecture in ("x86_64", "AMD64")
+        and not WIDE_SUMS.intersection(here.cpu_features)
+    )
 
 
 class OpenVINOEngine:
@@ -162,10 +178,12 @@ class OpenVINOEngine:
         try:
             return openvino.Core().import_model(blob, "CPU", CONFIGURATION | configuration)
         except RuntimeError as error:
-            raise EngineError(
-                f"OpenVINO {openvino.get_version()} cannot load {self._folder}: {error}; "
-                f"rebuild it: {self._manifest.build_command}"
-            ) from error
+            kernels = re.findall(r"\bisa=(.+)", str(error))
+            if len(kernels) == 2:
+                reason = f"{self._folder} was built for {kernels[0]}; OpenVINO uses {kernels[1]} here"
+            else:
+                reason = f"OpenVINO {openvino.get_version()} cannot load {self._folder}: {error}"
+            raise EngineError(f"{reason}. Rebuild it here: {self._manifest.build_command}") from error
 
 
 def _models(manifest: Manifest, *, small: bool) -> list[tuple[int, ...]]:
