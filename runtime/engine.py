@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from server.manifest import Manifest
+from runtime.manifest import Manifest
 
 
 def cores() -> int:

@@ -1,4 +1,4 @@
-"""Engine runtimes: one module a backend, imported only when an engine of that kind is loaded."""
+"""Loads an engine package. Each backend has a module, imported only when an engine of its kind is loaded."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import importlib
 from pathlib import Path
 from typing import Final
 
-from server.engines.base import Engine, Options
-from server.engines.tuned import with_tuning
-from server.manifest import Backend, EngineError, read_manifest
+from runtime.engine import Engine, Options
+from runtime.manifest import Backend, EngineError, read_manifest
+from runtime.tuning import with_tuning
 
 # Each module has `load(folder, manifest, options) -> Engine`.
 _RUNTIMES: Final[dict[Backend, str]] = {
-    "openvino": "server.engines.openvino",
-    "tensorrt": "server.engines.tensorrt",
-    "tensorrt-rtx": "server.engines.tensorrt",
+    "openvino": "runtime.openvino",
+    "tensorrt": "runtime.tensorrt.engine",
+    "tensorrt-rtx": "runtime.tensorrt.engine",
 }
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from server.engines.base import Options, Outputs, cores
-from server.engines.processor import processor
-from server.manifest import Compatibility, EngineError, Manifest, check_artefact
+from runtime.engine import Options, Outputs, cores
+from runtime.manifest import Compatibility, EngineError, Manifest, check_artefact
+from runtime.processor import processor
 
 # Left to itself the CPU plugin computes FP32 graphs in BF16 where the processor has it.
 CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}

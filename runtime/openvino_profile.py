@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-from server.engines.openvino import CONFIGURATION
-from server.manifest import EngineError, Manifest, check_artefact
-from server.profiling import Layer
+from runtime.manifest import EngineError, Manifest, check_artefact
+from runtime.openvino import CONFIGURATION
+from runtime.profiling import Layer
 
 _WARM_UP_RUNS = 5
 

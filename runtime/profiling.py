@@ -8,7 +8,7 @@ from typing import Final
 
 from pydantic import BaseModel, Field
 
-from server.manifest import Backend, EngineError, read_manifest
+from runtime.manifest import Backend, EngineError, read_manifest
 
 
 class Layer(BaseModel):
@@ -21,7 +21,7 @@ class Layer(BaseModel):
 
 
 # Each module has `profile(folder, manifest, batch, runs) -> list[Layer]`.
-_PROFILERS: Final[dict[Backend, str]] = {"openvino": "server.engines.openvino_profile"}
+_PROFILERS: Final[dict[Backend, str]] = {"openvino": "runtime.openvino_profile"}
 
 
 def profile_layers(folder: Path, batch: int, runs: int) -> list[Layer]:

@@ -10,8 +10,8 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from server.engines.base import Options, cores
-from server.engines.processor import processor
+from runtime.engine import Options, cores
+from runtime.processor import processor
 
 log = logging.getLogger("trimrt.engines")
 
@@ -19,7 +19,7 @@ TUNING_NAME: Final = "tuning.json"
 
 
 class Setting(BaseModel):
-    """How an engine uses the machine; see `server.engines.base.Options`."""
+    """How an engine uses the machine; see `runtime.engine.Options`."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.manifest import (
+from runtime.manifest import (
     Calibration,
     EngineError,
     Evidence,

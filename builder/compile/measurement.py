@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from server.engines.base import Engine
-from server.threads import start_in_engine_thread
+from runtime.engine import Engine
+from runtime.threads import start_in_engine_thread
 
 WARM_UP_RUNS: Final = 5
 _MAX_RUNS: Final = 1000

@@ -10,15 +10,15 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from builder.export import INPUT, LOGITS, PROBABILITIES
-from builder.kit import Graph, GraphSource, KitError
-from builder.measurement import measure
-from builder.publication import staging, write_manifest
-from builder.targets import INT8_REST, Artefact, Report, Target, open_target
-from builder.verification import Gate, GateError, VerificationSet, compare
-from server.engines import load_engine
-from server.engines.base import Engine
-from server.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
+from builder.compile.measurement import measure
+from builder.compile.publication import staging, write_manifest
+from builder.compile.targets.base import INT8_REST, Artefact, Target
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate, GateError, compare
+from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph, GraphSource, KitError, Report, VerificationSet
+from runtime.engine import Engine
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
 
 
 @dataclass(frozen=True)

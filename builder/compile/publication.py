@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2

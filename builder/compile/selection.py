@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from builder.kit import GraphSource
-from builder.packages import Package, build_package
-from builder.publication import staging
-from builder.targets import CompileError, Report, Target
-from builder.verification import Gate, GateError
-from server.manifest import BatchSizes, Candidate, Evidence, Precision
+from builder.compile.packages import Package, build_package
+from builder.compile.publication import staging
+from builder.compile.targets.base import CompileError, Target
+from builder.compile.verification import Gate, GateError
+from builder.kit import GraphSource, Report
+from runtime.manifest import BatchSizes, Candidate, Evidence, Precision
 
 COMPARED: Final[tuple[Precision, ...]] = ("fp16", "int8")
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from builder.kit import VerificationSet
 from models.preprocessing import Pixels
-from server.engines.base import Engine
+from runtime.engine import Engine
 
 if TYPE_CHECKING:
     from models.datasets import ImageSet
@@ -19,23 +20,6 @@ if TYPE_CHECKING:
 
 class GateError(RuntimeError):
     """An engine that is too far from its reference to be published."""
-
-
-@dataclass(frozen=True)
-class VerificationSet:
-    """Held-out images with what the FP32 network makes of them.
-
-    Attributes:
-        name: which images these are; never test images.
-        pixels: uint8, shape (N, H, W, 3).
-        targets: true classes, int64, shape (N,).
-        logits: the reference's, float32, shape (N, classes).
-    """
-
-    name: str
-    pixels: Pixels
-    targets: NDArray[np.int64]
-    logits: NDArray[np.float32]
 
 
 @dataclass(frozen=True)

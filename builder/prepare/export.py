@@ -23,15 +23,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from builder.kit import INPUT, LOGITS, PROBABILITIES
 from models.preprocessing import Pixels, Preprocessing
 
 if TYPE_CHECKING:
     import onnx
     import torch
-
-INPUT: Final = "images"
-LOGITS: Final = "logits"
-PROBABILITIES: Final = "probabilities"
 
 OPSET: Final = 20  # the newest that TensorRT 10.3 (JetPack 6) knows; FP16 quantisation scales need 19
 TOLERANCE: Final = 1e-4  # of the largest logit: FP32 rounding through a hundred layers stays below it

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from builder.export import INPUT, quiet
+from builder.kit import INPUT
+from builder.prepare.export import quiet
 from models.preprocessing import Pixels
 
 
@@ -14,7 +15,7 @@ def convert_to_fp16(master: Path, path: Path, pixels: Pixels) -> None:
     """Write `master` with FP16 weights and arithmetic; pixels, normalisation and softmax keep their types.
 
     Args:
-        master: graph from `builder.export`.
+        master: graph from `builder.prepare.export`.
         path: the `.onnx` file to write.
         pixels: a few training images, uint8 NHWC; nodes whose values do not fit FP16 on them stay FP32.
     """

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.export import OPSET, TOLERANCE, ExportError, add_pixels_input, run_onnx
+from builder.prepare.export import OPSET, TOLERANCE, ExportError, add_pixels_input, run_onnx
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Pixels, Preprocessing
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.export import INPUT, quiet
+from builder.kit import INPUT
+from builder.prepare.export import quiet
 from models.preprocessing import Pixels
 
 Method = Literal["entropy", "max"]
@@ -38,7 +39,7 @@ def convert_to_int8(
     """Write `master` with INT8 convolutions and matrix products.
 
     Args:
-        master: graph from `builder.export`.
+        master: graph from `builder.prepare.export`.
         path: the `.onnx` file to write.
         pixels: training images to calibrate with, uint8 NHWC.
         method: activation ranges by least entropy loss or by the largest magnitude.

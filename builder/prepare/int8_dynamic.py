@@ -34,7 +34,7 @@ def convert_to_dynamic_int8(master: Path, path: Path) -> None:
     """Write `master` with INT8 weights and run-time activation ranges.
 
     Args:
-        master: graph from `builder.export`.
+        master: graph from `builder.prepare.export`.
         path: the `.onnx` file to write.
     """
     import onnx

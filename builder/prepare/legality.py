@@ -4,7 +4,7 @@ The rules are those of TensorRT's ONNX importer, from 10.3's to TensorRT-RTX 1.7
 (QuantizeLinear and DequantizeLinear, called Q and DQ below), symmetric, per channel for weights
 only, and UINT8 is a type of inputs, not of arithmetic. Where an importer accepts what another one
 rejects, or what it then computes differently from ONNX's definition, the stricter rule holds, so
-that one graph is right everywhere. `tests/builder/test_legality.py` holds these rules against
+that one graph is right everywhere. `tests/builder/prepare/test_legality.py` holds these rules against
 NVIDIA's own importer.
 """
 
@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from builder.targets import CompileError
+from builder.prepare.export import ExportError
 
 Q: Final = "QuantizeLinear"
 DQ: Final = "DequantizeLinear"
@@ -38,7 +38,7 @@ OUTPUT_CHANNEL_AXIS: Final = {"Conv": 0, "ConvTranspose": 1}
 ACTIVATIONS: Final = {"Relu", "Clip"}  # what TensorRT fuses with a convolution
 
 
-class IllegalGraphError(CompileError):
+class IllegalGraphError(ExportError):
     """A graph that TensorRT would reject or compute wrongly; the message lists why and what to do."""
 
 

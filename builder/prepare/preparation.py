@@ -15,16 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from builder import qat
-from builder.export import ExportError, export_onnx
-from builder.fp16 import convert_to_fp16
-from builder.int8 import METHODS, Method, convert_to_int8
-from builder.int8_dynamic import convert_to_dynamic_int8
-from builder.kit import KIT_NAME, VERIFICATION_NAME, Graph, KitManifest, Student, write_verification
-from builder.legality import require_legal
-from builder.sensitivity import LayerCost, fallback_groups, rank_layers
-from builder.targets import Report, Rest
-from builder.verification import VerificationSet
+from builder.kit import (
+    KIT_NAME,
+    VERIFICATION_NAME,
+    Graph,
+    KitManifest,
+    Report,
+    Rest,
+    Student,
+    VerificationSet,
+    write_verification,
+)
+from builder.prepare import qat
+from builder.prepare.export import ExportError, export_onnx
+from builder.prepare.fp16 import convert_to_fp16
+from builder.prepare.int8 import METHODS, Method, convert_to_int8
+from builder.prepare.int8_dynamic import convert_to_dynamic_int8
+from builder.prepare.legality import require_legal
+from builder.prepare.sensitivity import LayerCost, fallback_groups, rank_layers
 from models.card import Card
 from models.checkpoint import load_checkpoint
 from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
@@ -33,7 +41,7 @@ from models.files import replace_folder
 from models.preprocessing import Pixels
 from models.recipe import Augmentation, Training
 from models.training import Images
-from server.manifest import Calibration, FineTuning, Precision, sha256_of
+from runtime.manifest import Calibration, FineTuning, Precision, sha256_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse, remove_dropout
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
-from builder.export import OPSET, ExportError, quiet, trace_onnx
+from builder.prepare.export import OPSET, ExportError, quiet, trace_onnx
 from models.distillation import TeacherViews, label_views
 from models.evaluation import normalise, to_float
 from models.inputs import PHOTO_SIDE
@@ -134,7 +134,7 @@ def fine_tune(
 
 
 def export_quantised(quantised: nn.Module, spec: Preprocessing, path: Path) -> None:
-    """Write the INT8 graph of a fine-tuned network, with the rest in FP32, in the form of `builder.int8`'s.
+    """Write the INT8 graph of a fine-tuned network, with the rest in FP32, in the form of `int8`'s.
 
     Args:
         quantised: from `fine_tune`; used up, for its quantisers become ONNX operators.

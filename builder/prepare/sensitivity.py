@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.export import INPUT, LOGITS
+from builder.kit import INPUT, LOGITS
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from builder.export import ExportError, export_onnx
-from builder.import_onnx import RESIZE_RATIO, export_imported, import_onnx, read_preprocessing
 from builder.kit import Student
-from builder.preparation import Subject
+from builder.prepare.export import ExportError, export_onnx
+from builder.prepare.import_onnx import RESIZE_RATIO, export_imported, import_onnx, read_preprocessing
+from builder.prepare.preparation import Subject
 from models.datasets import DatasetError, DataSplit, open_dataset
 from models.evaluation import count_macs, count_parameters, predict_logits
 from models.networks import NetworkError, load_pretrained
 from models.preprocessing import Preprocessing
-from server.manifest import sha256_of
+from runtime.manifest import sha256_of
 
 if TYPE_CHECKING:
     from torch import nn

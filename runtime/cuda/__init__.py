@@ -13,13 +13,13 @@ from typing import Any, Final, Literal, Protocol
 
 from numpy.typing import DTypeLike, NDArray
 
-from server.manifest import EngineError
+from runtime.manifest import EngineError
 
 CudaName = Literal["cuda-bindings", "pycuda"]
 
 IMPLEMENTATIONS: Final[dict[CudaName, str]] = {
-    "cuda-bindings": "server.engines.cuda.bindings:BindingsCuda",
-    "pycuda": "server.engines.cuda.pycuda:PycudaCuda",
+    "cuda-bindings": "runtime.cuda.bindings:BindingsCuda",
+    "pycuda": "runtime.cuda.pycuda:PycudaCuda",
 }
 
 

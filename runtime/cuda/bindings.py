@@ -11,7 +11,7 @@ import numpy as np
 from cuda.bindings import runtime
 from numpy.typing import DTypeLike, NDArray
 
-from server.engines.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
+from runtime.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
 
 
 class BindingsCuda:

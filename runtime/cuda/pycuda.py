@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from pycuda import driver
 
-from server.engines.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
+from runtime.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
 
 
 class PycudaCuda:

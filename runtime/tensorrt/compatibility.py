@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from server.engines.cuda import Device
-from server.engines.tensorrt_library import TensorRTLibrary
-from server.manifest import Compatibility, EngineError, Manifest
+from runtime.cuda import Device
+from runtime.manifest import Compatibility, EngineError, Manifest
+from runtime.tensorrt.library import TensorRTLibrary
 
 JETSON_RELEASE: Final = Path("/etc/nv_tegra_release")
 KERNEL_MODULE: Final = Path("/proc/driver/nvidia/version")

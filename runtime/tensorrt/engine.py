@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from server.engines.base import Options
-from server.engines.cuda import Cuda, open_cuda
-from server.engines.tensorrt_compatibility import check_kind, check_machine, check_version, this_machine
-from server.engines.tensorrt_library import TensorRTBackend, TensorRTLibrary, errors_in, load_tensorrt
-from server.engines.tensorrt_slot import TensorRTSlot
-from server.manifest import BatchSizes, EngineError, Manifest, check_artefact
+from runtime.cuda import Cuda, open_cuda
+from runtime.engine import Options
+from runtime.manifest import BatchSizes, EngineError, Manifest, check_artefact
+from runtime.tensorrt.compatibility import check_kind, check_machine, check_version, this_machine
+from runtime.tensorrt.library import TensorRTBackend, TensorRTLibrary, errors_in, load_tensorrt
+from runtime.tensorrt.slot import TensorRTSlot
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from server.manifest import EngineError
+from runtime.manifest import EngineError
 
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from server.engines.base import Outputs
-from server.engines.cuda import Cuda, CudaError, HostBuffer
-from server.engines.tensorrt_library import TensorRTLibrary, errors_in
-from server.manifest import BatchSizes, EngineError, Manifest
+from runtime.cuda import Cuda, CudaError, HostBuffer
+from runtime.engine import Outputs
+from runtime.manifest import BatchSizes, EngineError, Manifest
+from runtime.tensorrt.library import TensorRTLibrary, errors_in
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -1,4 +1,4 @@
-"""`python -m deploy.images`: build every image without Docker or a registry, and try what can be tried.
+"""`python -m tests.images`: build every image without Docker or a registry, and try what can be tried.
 
 Needs root, Podman, runc, debootstrap and, for Jetson's images, QEMU (`make images-check` installs them on
 Debian). What was built is kept in `build/images`, so that a second run takes seconds.
@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import click
 
-from deploy.images import checks
-from deploy.images.bases import SUITE, make_base
-from deploy.images.interpreter import VERSION, check_interpreter
-from deploy.images.podman import ROOT, ContainerError, build, remove_leftovers, size
 from models.files import replace_file
+from tests.images import checks
+from tests.images.bases import SUITE, make_base
+from tests.images.interpreter import VERSION, check_interpreter
+from tests.images.podman import ROOT, ContainerError, build, remove_leftovers, size
 
 RESULTS: Final = Path(__file__).with_name("results.json")
 DOCUMENT: Final = ROOT / "docs/containers.md"

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from deploy.images.podman import BUILD, exists, podman
+from tests.images.podman import BUILD, exists, podman
 
 SUITE: Final = "bookworm"
 # As Debian's own images: no caches, no manuals, no waiting for the disk.

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.serving import free_port
-from deploy.images.golden import write_images
-from deploy.images.podman import BUILD, ROOT, Container, call, configuration, started, wait_for
 from models.files import replace_folder
+from tests.images.golden import write_images
+from tests.images.podman import BUILD, ROOT, Container, call, configuration, started, wait_for
 
 USER: Final = 10001
 ENGINE: Final = "digits-resnet18-int8-openvino"

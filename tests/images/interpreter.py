@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.serving import free_port
-from deploy.images.checks import CheckError, Facts, ask, expect
-from deploy.images.golden import tensors, write_images
-from deploy.images.podman import BUILD, ROOT
+from tests.images.checks import CheckError, Facts, ask, expect
+from tests.images.golden import tensors, write_images
+from tests.images.podman import BUILD, ROOT
 
 VERSION: Final = "3.10"
-_PARTS: Final = ("models", "builder", "server", "trimrt", "pyproject.toml", "README.md")
+_PARTS: Final = ("models", "runtime", "builder", "server", "trimrt", "pyproject.toml", "README.md")
 
 
 def check_interpreter() -> Facts:
@@ -45,7 +45,7 @@ def check_interpreter() -> Facts:
     write_images(images)
     there = json.loads(_run(python, str(Path(__file__).with_name("golden.py")), str(images)))
     expect(there == tensors(images), "the same tensors as with this Python")
-    _run(python, "-c", "import builder.commands, builder.kit, server.app, server.v2.rest, server.serve")
+    _run(python, "-c", "import trimrt.build, server.app, server.v2.rest, trimrt.serve")
     return {
         "python": _run(python, "--version").split()[1],
         "tensors_equal": len(there),

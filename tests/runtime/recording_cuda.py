@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from server.engines.cuda import CudaError, Device, HostBuffer
+from runtime.cuda import CudaError, Device, HostBuffer
 
 Work = Callable[[], None]
 

@@ -9,11 +9,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from server.engines.cuda import IMPLEMENTATIONS, CudaError, CudaUnavailableError, open_cuda, version_text
+from runtime.cuda import IMPLEMENTATIONS, CudaError, CudaUnavailableError, open_cuda, version_text
 
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 
-from server.engines.cuda import bindings  # noqa: E402  # needs cuda-bindings
+from runtime.cuda import bindings  # noqa: E402  # needs cuda-bindings
 
 HAS_DRIVER = runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess
 without_driver = pytest.mark.skipif(HAS_DRIVER, reason="this machine has a GPU")
@@ -35,7 +35,7 @@ def test_an_error_of_cudas_names_the_call():
 
 def test_what_is_not_installed_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycuda", None)
-    monkeypatch.delitem(sys.modules, "server.engines.cuda.pycuda", raising=False)
+    monkeypatch.delitem(sys.modules, "runtime.cuda.pycuda", raising=False)
     with pytest.raises(CudaUnavailableError, match=r"pycuda: .*pip install trimrt\[tensorrt\]"):
         open_cuda("pycuda")
 
@@ -128,7 +128,7 @@ def driver(monkeypatch) -> RecordingDriver:
     package.driver = driver
     monkeypatch.setitem(sys.modules, "pycuda", package)
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
-    monkeypatch.delitem(sys.modules, "server.engines.cuda.pycuda", raising=False)
+    monkeypatch.delitem(sys.modules, "runtime.cuda.pycuda", raising=False)
     return driver
 
 

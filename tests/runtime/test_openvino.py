@@ -14,12 +14,12 @@ import openvino
 import pytest
 from tiny_engine import write_package
 
-import server.engines.openvino
-from server.engines import load_engine
-from server.engines.base import Engine, Options, Outputs
-from server.engines.openvino import OpenVINOEngine, OpenVINOSlot
-from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
-from server.threads import start_in_engine_thread
+import runtime.openvino
+from runtime.engine import Engine, Options, Outputs
+from runtime.loading import load_engine
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from runtime.openvino import OpenVINOEngine, OpenVINOSlot
+from runtime.threads import start_in_engine_thread
 
 Change = Callable[[Manifest], dict[str, Any]]
 
@@ -97,7 +97,7 @@ def test_package_without_its_blob_is_not_compiled_from_the_graph_beside_it(copy:
 
 def test_blob_that_openvino_itself_refuses(copy: Path) -> None:
     """Right hash, wrong content: as from a broken build."""
-    from server.manifest import sha256_of
+    from runtime.manifest import sha256_of
 
     (copy / "engine.blob").write_bytes(b"not a blob")
     provenance = read_manifest(copy).provenance.model_copy(
@@ -112,7 +112,7 @@ def test_blob_that_openvino_itself_refuses(copy: Path) -> None:
 def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network counts as small or large, whatever it is."""
     if request.param == "large":
-        monkeypatch.setattr(server.engines.openvino, "_MEMORY_BYTES", 0)
+        monkeypatch.setattr(runtime.openvino, "_MEMORY_BYTES", 0)
 
 
 @pytest.mark.usefixtures("network")
@@ -199,7 +199,7 @@ def test_a_large_network_has_fewer_models(package: Path, monkeypatch: pytest.Mon
         return len(engine._models)
 
     assert models(load_engine(package)) == 4
-    monkeypatch.setattr(server.engines.openvino, "_MEMORY_BYTES", 0)
+    monkeypatch.setattr(runtime.openvino, "_MEMORY_BYTES", 0)
     assert models(load_engine(package)) == 2
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from server.ranking import ranked
+from runtime.ranking import ranked
 
 # Few values, so that many are equal; and any others.
 FEW = [-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, 1e-45, -1e-45]

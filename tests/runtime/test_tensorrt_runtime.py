@@ -31,12 +31,10 @@ from recording_cuda import (
 from running import running
 
 from models.preprocessing import Preprocessing
-from server.engines import load_engine, tensorrt
-from server.engines.base import Options
-from server.engines.cuda import Cuda
-from server.engines.tensorrt_compatibility import driver_version, jetson_linux, this_machine
-from server.engines.tensorrt_library import TensorRTLibrary, TensorRTLog
-from server.manifest import (
+from runtime.cuda import Cuda
+from runtime.engine import Options
+from runtime.loading import load_engine
+from runtime.manifest import (
     MANIFEST_NAME,
     BatchSizes,
     EngineError,
@@ -45,6 +43,9 @@ from server.manifest import (
     Tensor,
     sha256_of,
 )
+from runtime.tensorrt import tensorrt
+from runtime.tensorrt.compatibility import driver_version, jetson_linux, this_machine
+from runtime.tensorrt.library import TensorRTLibrary, TensorRTLog
 from server.settings import Settings
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install trimrt[rtx]")

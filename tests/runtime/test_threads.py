@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from server.threads import give_way, start_in_engine_thread
+from runtime.threads import give_way, start_in_engine_thread
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems give threads no priority of their own")

@@ -12,7 +12,7 @@ from click.testing import Result
 
 from builder.kit import Kit
 from models.datasets import DataSplit
-from server.manifest import Precision, read_manifest
+from runtime.manifest import Precision, read_manifest
 
 
 def test_checkpoint_becomes_a_package_in_one_command(

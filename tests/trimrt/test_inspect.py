@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_engine import write_package
 
-from server.manifest import Manifest, read_manifest
+from runtime.manifest import Manifest, read_manifest
 from trimrt.cli import main
 
 

@@ -14,15 +14,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from models.output import OutputFile, write_output
 from models.preprocessing import ImageError, load_pixels
-from server.engines import load_engine
-from server.engines.base import Engine, Options
-from server.engines.tuned import TUNING_NAME
-from server.manifest import EngineError, Precision, read_manifest
-from server.profiling import Layer, profile_layers
-from server.timing import PERCENTILES, Timing, rounds, time_engines
-from server.tuning import sample_photographs, tune
+from runtime.engine import Engine, Options
+from runtime.loading import load_engine
+from runtime.manifest import EngineError, Precision, read_manifest
+from runtime.profiling import Layer, profile_layers
+from runtime.tuning import TUNING_NAME
+from trimrt.bench.timing import PERCENTILES, Timing, rounds, time_engines
+from trimrt.bench.tuning import sample_photographs, tune
+from trimrt.output import OutputFile, write_output
 
 _SHOWN_LAYERS = 20
 

@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 from pydantic import BaseModel, Field
 
-from server.engines.base import Engine, Slot
-from server.threads import EngineThread
+from runtime.engine import Engine, Slot
+from runtime.threads import EngineThread
 
 PERCENTILES: Final = (50, 90, 95, 99)
 

@@ -24,11 +24,11 @@ import simplejpeg
 
 from models.files import replace_file
 from models.preprocessing import load_pixels
-from server.engines import load_engine
-from server.engines.base import Engine, Options, Slot, cores
-from server.engines.tuned import TUNING_NAME, Setting, Trial, Tuning, this_processor
-from server.manifest import read_manifest
-from server.threads import start_in_engine_thread
+from runtime.engine import Engine, Options, Slot, cores
+from runtime.loading import load_engine
+from runtime.manifest import read_manifest
+from runtime.threads import start_in_engine_thread
+from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, this_processor
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32)
 

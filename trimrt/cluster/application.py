@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ray import serve
 
-from server.cluster.arguments import ROUTER, Arguments
-from server.cluster.replica import Replica
-from server.cluster.router import Router
 from server.settings import Settings
+from trimrt.cluster.arguments import ROUTER, Arguments
+from trimrt.cluster.replica import Replica
+from trimrt.cluster.router import Router
 
 
 def build(arguments: Arguments) -> serve.Application:

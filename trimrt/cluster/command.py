@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 from pydantic import ValidationError
 
-from models.output import OutputFile, write_output
-from server.cluster import options
-from server.manifest import EngineError
+from runtime.manifest import EngineError
+from trimrt.cluster import options
+from trimrt.output import OutputFile, write_output
 
 _HEADER = "# From `trimrt cluster config`. On one machine: serve run FILE; on a cluster: serve deploy FILE\n"
 
@@ -89,7 +89,7 @@ def config(
     with options.needs_ray():
         import yaml
 
-        from server.cluster.config import Pool, configure
+        from trimrt.cluster.config import Pool, configure
     pools = [
         Pool(engine, number, cpus, gpus, target_ongoing) for engine, number in zip(engines, each, strict=True)
     ]

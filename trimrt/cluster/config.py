@@ -8,10 +8,10 @@ from typing import Any, Final, NamedTuple
 
 from ray.serve.schema import ServeDeploySchema
 
-from server.cluster.arguments import ROUTER, Arguments
-from server.cluster.options import Replicas
-from server.manifest import EngineError, Manifest, read_manifest
+from runtime.manifest import EngineError, Manifest, read_manifest
 from server.settings import Settings
+from trimrt.cluster.arguments import ROUTER, Arguments
+from trimrt.cluster.options import Replicas
 
 _ROUTERS: Final = 2  # so that one is left when the other dies
 _ROUTER_CPUS: Final = 0.5
@@ -86,7 +86,7 @@ def configure(pools: Sequence[Pool], *, name: str, host: str, port: int, route_p
             {
                 "name": name,
                 "route_prefix": route_prefix,
-                "import_path": "server.cluster:app",
+                "import_path": "trimrt.cluster:app",
                 "args": Arguments.model_validate({"pools": engines}).model_dump(),
                 "deployments": deployments,
             }

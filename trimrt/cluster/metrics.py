@@ -11,7 +11,7 @@ from typing import Final
 
 from ray.serve.metrics import Counter, Histogram
 
-from server.manifest import Manifest
+from runtime.manifest import Manifest
 from server.scheduler import Result
 from server.telemetry import EngineKey
 

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope
 
 from server import logs
 from server.app import create_app
-from server.cluster.arguments import on_share
-from server.cluster.metrics import ReplicaMetrics
 from server.problems import Problem
+from trimrt.cluster.arguments import on_share
+from trimrt.cluster.metrics import ReplicaMetrics
 
 
 class Replica:

@@ -20,8 +20,8 @@ from rich.console import Console
 from models.card import Card, read_card
 from models.datasets import ImageSet, open_dataset
 from models.pretrained import DIGITS_STUDENT
-from server.engines import load_engine
-from server.manifest import EngineError, read_manifest
+from runtime.loading import load_engine
+from runtime.manifest import EngineError, read_manifest
 
 PRECISIONS: Final = ("fp32", "fp16", "int8")
 
@@ -41,7 +41,7 @@ def demo(engine_dir: Path) -> None:
 
     A second run reuses the engines of the first.
     """
-    from trimrt.comparison import compare
+    from trimrt.demo.command.comparison import compare
 
     console = Console()
     card = read_card(DIGITS_STUDENT)

@@ -13,13 +13,13 @@ from rich import box
 from rich.table import Column, Table
 from torch import nn
 
-from builder.measurement import time_in_turns
-from builder.verification import accuracy
+from builder.compile.measurement import time_in_turns
+from builder.compile.verification import accuracy
 from models.card import Ancestor, Card, Metrics
 from models.checkpoint import load_checkpoint
 from models.datasets import ImageSet
 from models.networks import build_network
-from server.engines import load_engine
+from runtime.loading import load_engine
 
 _TIMING_SECONDS: Final = 5.0
 _BYTES_PER_WEIGHT: Final = 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from server.manifest import Manifest, Tensor
+from runtime.manifest import Manifest, Tensor
 from server.settings import Settings
-from server.triton.textproto import Enum, Message, Value, entries
+from trimrt.export_triton.textproto import Enum, Message, Value, entries
 
 Backend = Literal["tensorrt", "openvino", "onnxruntime"]
 

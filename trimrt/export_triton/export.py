@@ -14,8 +14,8 @@ from typing import Final, Literal
 import click
 
 from models.files import replace_folder
-from server.manifest import MANIFEST_NAME, EngineError, Manifest, check_artefact, read_manifest, sha256_of
-from server.triton.config import (
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, check_artefact, read_manifest, sha256_of
+from trimrt.export_triton.config import (
     LABELS_NAME,
     Backend,
     ExportError,
@@ -24,8 +24,8 @@ from server.triton.config import (
     model_config,
     model_file,
 )
-from server.triton.readme import write_readme
-from server.triton.textproto import dump
+from trimrt.export_triton.readme import write_readme
+from trimrt.export_triton.textproto import dump
 
 CONFIG_NAME: Final = "config.pbtxt"
 README_NAME: Final = "README.md"

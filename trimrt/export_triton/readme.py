@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Final
 
-from server.manifest import Manifest
-from server.triton.config import MAX_QUEUE, TIMEOUT_MS, Backend, forms_batches
+from runtime.manifest import Manifest
+from trimrt.export_triton.config import MAX_QUEUE, TIMEOUT_MS, Backend, forms_batches
 
 _README: Final = """\
 # {name}
@@ -39,7 +39,7 @@ from pathlib import Path
 import tritonclient.http as triton  # pip install tritonclient[http]
 
 from models.preprocessing import load_pixels  # these two come with TrimRT
-from server.manifest import read_manifest
+from runtime.manifest import read_manifest
 
 manifest = read_manifest(Path("."))
 pixels = load_pixels(Path("image.jpg").read_bytes(), manifest.preprocessing)[None]

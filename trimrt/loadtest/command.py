@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from models.output import OutputFile, write_output
+from trimrt.output import OutputFile, write_output
 
 
 def _loads(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -81,13 +81,13 @@ def loadtest(
         trimrt loadtest --images photos --scenario server --load 50,100,200 --p99-ms 50 --max-errors 0
     """
     try:
-        from server.loadtest.runs import LoadTestError, Plan, default_loads, run
+        from trimrt.loadtest.runs import LoadTestError, Plan, default_loads, run
     except ImportError as error:
         raise click.ClickException(
             f"{error}; install the load generators: pip install 'trimrt[loadtest]'"
         ) from None
-    from server.loadtest.html import render
-    from server.loadtest.results import Thresholds
+    from trimrt.loadtest.html import render
+    from trimrt.loadtest.results import Thresholds
 
     plan = Plan(scenario=scenario, loads=loads or default_loads(scenario), **options)
     thresholds = Thresholds(p99_ms=p99_ms, min_rps=min_rps, max_errors=max_errors)

@@ -20,7 +20,7 @@ from geventhttpclient import HTTPClient
 from locust.env import Environment
 from locust.log import setup_logging
 
-from server.loadtest.requests import Body, reason_of
+from trimrt.loadtest.requests import Body, reason_of
 
 Progress = Callable[[float, int], None]  # share done, requests so far
 

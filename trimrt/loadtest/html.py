@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from server.loadtest.results import Report
+from trimrt.loadtest.results import Report
 
 _WIDTH: Final = 560
 _HEIGHT: Final = 260

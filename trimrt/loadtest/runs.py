@@ -11,9 +11,9 @@ from typing import Final
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.loadtest.generators import Recorder, closed_loop, open_loop
-from server.loadtest.requests import Body, find_images, make_bodies, reason_of
-from server.loadtest.results import Latencies, Point, Report, Scenario, Thresholds
+from trimrt.loadtest.generators import Recorder, closed_loop, open_loop
+from trimrt.loadtest.requests import Body, find_images, make_bodies, reason_of
+from trimrt.loadtest.results import Latencies, Point, Report, Scenario, Thresholds
 
 _MULTI_STREAM_IMAGES: Final = 8  # MLPerf Inference: samples in a query of the multi-stream scenario
 _OFFLINE_IMAGES: Final = 16

@@ -16,12 +16,12 @@ import ray.data
 from numpy.typing import NDArray
 from ray.exceptions import RayError
 
-from server.cluster.options import Replicas
-from server.manifest import EngineError, Manifest
-from server.predict.parts import SCHEMA, Plan
-from server.predict.runs import score_parts
-from server.predict.scoring import Scorer, Workload, open_scorer
-from server.predict.sources import Source
+from runtime.manifest import EngineError, Manifest
+from trimrt.cluster.options import Replicas
+from trimrt.predict.parts import SCHEMA, Plan
+from trimrt.predict.runs import score_parts
+from trimrt.predict.scoring import Scorer, Workload, open_scorer
+from trimrt.predict.sources import Source
 
 _PART: Final = "part"
 _CONNECT_SECONDS: Final = 10

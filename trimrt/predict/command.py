@@ -13,17 +13,17 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.output import OutputFile
-from server.cluster import options
-from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
-from server.registry import find_package
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from runtime.packages import find_package
+from trimrt.cluster import options
+from trimrt.output import OutputFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from server.predict.parts import Failures, Parts, Plan
-    from server.predict.scoring import Workload
-    from server.predict.sources import Source
+    from trimrt.predict.parts import Failures, Parts, Plan
+    from trimrt.predict.scoring import Workload
+    from trimrt.predict.sources import Source
 
 _PART_SIZE: Final = 1024
 _INTERRUPTED: Final = 130  # as shells have it
@@ -135,7 +135,7 @@ def predict(
         trimrt predict photos --engine digits-resnet18-int8-openvino --out labels.parquet
     """
     try:
-        from server.predict import parts, scoring, sources
+        from trimrt.predict import parts, scoring, sources
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "pyarrow":
             raise
@@ -238,14 +238,14 @@ def _score(
     if not missing:
         return
     if cluster is None:
-        from server.predict.runs import score_parts
-        from server.predict.scoring import open_scorer
+        from trimrt.predict.runs import score_parts
+        from trimrt.predict.scoring import open_scorer
 
         with open_scorer(workload) as scorer:
             yield from score_parts(scorer, manifest, source, plan, missing, advance)
         return
     with options.needs_ray():
-        from server.predict.cluster import connect, score_on_cluster
+        from trimrt.predict.cluster import connect, score_on_cluster
     try:
         connect(cluster.address)
     except ConnectionError as error:

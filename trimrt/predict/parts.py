@@ -21,8 +21,8 @@ from pyarrow import csv
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.files import replace_file
-from server.manifest import Manifest
-from server.predict.scoring import Rows
+from runtime.manifest import Manifest
+from trimrt.predict.scoring import Rows
 
 SCHEMA: Final = pa.schema(
     [

@@ -7,10 +7,10 @@ from itertools import groupby, islice
 
 import pyarrow as pa
 
-from server.manifest import Manifest
-from server.predict.parts import Plan, to_table
-from server.predict.scoring import Rows, Scorer
-from server.predict.sources import Item, Source
+from runtime.manifest import Manifest
+from trimrt.predict.parts import Plan, to_table
+from trimrt.predict.scoring import Rows, Scorer
+from trimrt.predict.sources import Item, Source
 
 
 def score_parts(

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.preprocessing import ImageError, Pixels, load_pixels
-from server.engines import load_engine
-from server.engines.base import Engine, Options, Slot
-from server.predict.sources import Item
-from server.ranking import ranked
-from server.threads import start_in_engine_thread
+from runtime.engine import Engine, Options, Slot
+from runtime.loading import load_engine
+from runtime.ranking import ranked
+from runtime.threads import start_in_engine_thread
+from trimrt.predict.sources import Item
 
 
 @dataclass(frozen=True)

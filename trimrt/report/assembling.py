@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from builder.report.discovery import Checkpoint, EnginePackage
-from builder.report.entries import Entry, GroupKey
-from builder.report.provenance import facts_of_checkpoint, facts_of_package
-from builder.report.results import Accuracy, Claim, Group, LeftOut, Model, Report
 from models.card import WEIGHTS_NAME
-from server.engines.openvino import this_machine
+from runtime.openvino import this_machine
+from trimrt.report.discovery import Checkpoint, EnginePackage
+from trimrt.report.entries import Entry, GroupKey
+from trimrt.report.provenance import facts_of_checkpoint, facts_of_package
+from trimrt.report.results import Accuracy, Claim, Group, LeftOut, Model, Report
 
 _BUSY: Final = 0.5  # load above which other work is likely to disturb the timings, as a share of the cores
 _LIBRARIES: Final = ("trimrt", "numpy", "openvino", "torch", "onnxruntime")

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from builder.report.discovery import ReportError, discover
-from models.output import OutputFile, write_output
-from server.manifest import EngineError
+from runtime.manifest import EngineError
+from trimrt.output import OutputFile, write_output
+from trimrt.report.discovery import ReportError, discover
 
 if TYPE_CHECKING:
-    from builder.report import measuring
-    from builder.report.results import Measured, Report
+    from trimrt.report import measuring
+    from trimrt.report.results import Measured, Report
 
 
 class _Command(click.Command):
@@ -88,8 +88,8 @@ def report(
     with _clear_errors():
         found = discover(paths)
         try:
-            from builder.report.measuring import measure
-            from builder.report.page import render
+            from trimrt.report.measuring import measure
+            from trimrt.report.page import render
         except ImportError as error:
             raise click.ClickException(f"this needs `pip install 'trimrt[report]'` ({error})") from error
         with _progress(console) as progress:

@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from builder.report.discovery import Checkpoint, EnginePackage
 from models.card import Card, CheckpointError, read_card
 from models.datasets import DatasetError, DataSplit, open_dataset
 from models.preprocessing import Pixels, Preprocessing
-from server.manifest import Manifest
+from runtime.manifest import Manifest
+from trimrt.report.discovery import Checkpoint, EnginePackage
 
 _FOLD: Final = re.compile(r"-fold(\d)-validation\b")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, get_args
 
-from builder.report.results import LeftOut
 from models.card import CARD_NAME, Card, CheckpointError, read_card
-from server.manifest import MANIFEST_NAME, EngineError, Manifest, Precision, read_manifest
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, Precision, read_manifest
+from trimrt.report.results import LeftOut
 
 _ROLES: Final = ("teacher", "student", "pruned")
 _PRECISIONS: Final = get_args(Precision)

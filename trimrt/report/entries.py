@@ -10,14 +10,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.export import ExportError
-from builder.report.data import Choice
-from builder.report.discovery import Checkpoint, EnginePackage, ReportError
-from builder.report.results import Measured
-from builder.report.subjects import Subject
+from builder.prepare.export import ExportError
 from models.card import CheckpointError
 from models.datasets import DatasetError
-from server.manifest import EngineError
+from runtime.manifest import EngineError
+from trimrt.report.data import Choice
+from trimrt.report.discovery import Checkpoint, EnginePackage, ReportError
+from trimrt.report.results import Measured
+from trimrt.report.subjects import Subject
 
 Item = Checkpoint | EnginePackage
 GroupKey = tuple[str, int | None, tuple[str, ...]]

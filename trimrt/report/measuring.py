@@ -10,17 +10,17 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.measurement import time_in_turns
-from builder.report.assembling import assemble
-from builder.report.data import Choice, DataSets, checkpoint_of, data_of_checkpoint, data_of_package
-from builder.report.discovery import Checkpoint, EnginePackage, Found, ReportError
-from builder.report.entries import Entry, Item, group_key
-from builder.report.quantisation import layer_errors, layer_ranges, layer_titles, read_graph
-from builder.report.results import Accuracy, Agreement, Latency, LayerTime, Mistake, Report
-from builder.report.statistics import wilson_interval
-from builder.report.subjects import open_subject
+from builder.compile.measurement import time_in_turns
 from models.datasets import DatasetError
-from server.profiling import profile_layers
+from runtime.profiling import profile_layers
+from trimrt.report.assembling import assemble
+from trimrt.report.data import Choice, DataSets, checkpoint_of, data_of_checkpoint, data_of_package
+from trimrt.report.discovery import Checkpoint, EnginePackage, Found, ReportError
+from trimrt.report.entries import Entry, Item, group_key
+from trimrt.report.quantisation import layer_errors, layer_ranges, layer_titles, read_graph
+from trimrt.report.results import Accuracy, Agreement, Latency, LayerTime, Mistake, Report
+from trimrt.report.statistics import wilson_interval
+from trimrt.report.subjects import open_subject
 
 _STEP: Final = 256  # images between two moves of the progress bar
 _PROFILES: Final = 5  # of which each layer's median counts: one interruption spoils one of them only

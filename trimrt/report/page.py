@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from builder.report import plots
-from builder.report.results import Accuracy, Group, LayerRange, LayerTime, Measured, Model, Report
+from trimrt.report import plots
+from trimrt.report.results import Accuracy, Group, LayerRange, LayerTime, Measured, Model, Report
 
 _FOLDER: Final = Path(__file__).parent
 _CLASSES: Final = 20  # a confusion matrix of more cannot be read

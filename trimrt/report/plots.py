@@ -26,8 +26,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from builder.report.results import Accuracy, LayerError, LayerRange, Model
-from builder.report.statistics import pareto_front
+from trimrt.report.results import Accuracy, LayerError, LayerRange, Model
+from trimrt.report.statistics import pareto_front
 
 INK: Final = "#1c2530"
 MUTED: Final = "#5b6673"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from builder.report.results import Fact
 from models.card import Card
-from server.manifest import Candidate, Compatibility, Manifest
+from runtime.manifest import Candidate, Compatibility, Manifest
+from trimrt.report.results import Fact
 
 
 def facts_of_checkpoint(card: Card) -> list[Fact]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from builder.openvino import GRAPH_NAME
-from builder.report.discovery import EnginePackage, ReportError
-from builder.report.results import LayerError, LayerRange
-from builder.sensitivity import LEVELS, layer_scales, rank_layers
+from builder.compile.targets.openvino import GRAPH_NAME
+from builder.prepare.sensitivity import LEVELS, layer_scales, rank_layers
 from models.datasets import DataSplit
-from server.manifest import sha256_of
+from runtime.manifest import sha256_of
+from trimrt.report.discovery import EnginePackage, ReportError
+from trimrt.report.results import LayerError, LayerRange
 
 if TYPE_CHECKING:
     import onnx
@@ -131,7 +131,7 @@ def _master(
             except ReportError:
                 continue
             return sibling.folder / GRAPH_NAME
-    from builder.export import export_onnx
+    from builder.prepare.export import export_onnx
     from models.checkpoint import load_checkpoint
 
     report("exporting to ONNX")

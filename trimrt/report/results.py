@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.manifest import Backend, Evidence, Precision
-from server.profiling import Layer
+from runtime.manifest import Backend, Evidence, Precision
+from runtime.profiling import Layer
 
 Kind = Literal["checkpoint", "engine"]
 Measured = Literal["accuracy", "agreement", "latency", "profile", "ranges", "sensitivity"]

@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.verification import engine_logits
+from builder.compile.verification import engine_logits
 from models.card import Card
 from models.preprocessing import Pixels, Preprocessing
-from server.engines import load_engine
-from server.manifest import Manifest
+from runtime.loading import load_engine
+from runtime.manifest import Manifest
 
 
 class Subject(Protocol):

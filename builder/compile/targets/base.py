@@ -1,20 +1,13 @@
-"""What a compiler for one kind of device offers, and which there are."""
+"""What a compiler for one kind of device offers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
-from server.manifest import Backend, BatchSizes, Compatibility, EngineError
-
-if TYPE_CHECKING:
-    from builder.tensorrt.options import BuildOptions
-    from builder.tensorrt.progress import BuildListener
-
-Rest = Literal["fp32", "fp16"]
-Report = Callable[[str], None]
+from builder.kit import Report, Rest
+from runtime.manifest import Backend, BatchSizes, Compatibility
 
 
 class CompileError(RuntimeError):
@@ -50,7 +43,7 @@ class Target(Protocol):
 
     @property
     def backend(self) -> Backend:
-        """Written into the manifest; `server.engines.load_engine` picks the runtime by it."""
+        """Written into the manifest; `runtime.loading.load_engine` picks the runtime by it."""
 
     def compile(self, graph: Path, folder: Path, batch: BatchSizes, report: Report) -> Artefact:
         """Compile the ONNX file `graph` into `folder`; `report` takes lines of progress.
@@ -65,43 +58,3 @@ class Target(Protocol):
 
 # Precision of what an INT8 graph does not quantise: most CPUs have no FP16 arithmetic, every GPU has.
 INT8_REST: Final[dict[Backend, Rest]] = {"openvino": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
-
-
-def open_target(
-    backend: Backend, options: BuildOptions | None = None, listener: BuildListener | None = None
-) -> Target:
-    """The target for that backend.
-
-    Args:
-        backend: what to compile with.
-        options: for TensorRT; OpenVINO has none.
-        listener: told of TensorRT's build phases.
-
-    Raises:
-        EngineError: its library is not installed here.
-    """
-    if backend == "openvino":
-        try:
-            from builder.openvino import OpenVINOTarget
-        except ModuleNotFoundError as error:  # the images for Jetsons do without
-            raise EngineError(
-                f"openvino cannot be imported: {error}; `pip install openvino` installs it"
-            ) from error
-        return OpenVINOTarget()
-    from builder.tensorrt.options import BuildOptions
-    from builder.tensorrt.target import TensorRTTarget
-
-    return TensorRTTarget(backend, options or BuildOptions(), listener)
-
-
-def choose_backend() -> tuple[Backend, str]:
-    """The backend that makes most of this machine, and why."""
-    from server.engines.cuda import open_cuda
-    from server.engines.tensorrt_library import find_tensorrt
-
-    try:
-        library = find_tensorrt()
-        open_cuda()
-    except EngineError as error:
-        return "openvino", str(error).splitlines()[0]
-    return library.backend, f"version {library.version} and a GPU are here"

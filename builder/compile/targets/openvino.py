@@ -13,10 +13,11 @@ import openvino
 from numpy.typing import NDArray
 from openvino import opset13
 
-from builder.channel_padding import pad_channels
-from builder.targets import Artefact, CompileError, Report
-from server.engines.openvino import CONFIGURATION, this_machine
-from server.manifest import Backend, BatchSizes
+from builder.compile.targets.base import Artefact, CompileError
+from builder.compile.targets.channel_padding import pad_channels
+from builder.kit import Report
+from runtime.manifest import Backend, BatchSizes
+from runtime.openvino import CONFIGURATION, this_machine
 
 BLOB_NAME: Final = "engine.blob"
 GRAPH_NAME: Final = "model.onnx"

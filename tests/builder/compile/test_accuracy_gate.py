@@ -13,14 +13,14 @@ from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.int8 import convert_to_int8
+from builder.compile.packages import build_package
+from builder.compile.targets.openvino import OpenVINOTarget
+from builder.compile.verification import Comparison, Gate, GateError, accuracy, compare
 from builder.kit import KIT_NAME, Kit
-from builder.openvino import OpenVINOTarget
-from builder.packages import build_package
-from builder.verification import Comparison, Gate, GateError, accuracy, compare
+from builder.prepare.int8 import convert_to_int8
 from models.datasets import DataSplit
-from server.engines import load_engine
-from server.manifest import BatchSizes, Precision, read_manifest, sha256_of
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, Precision, read_manifest, sha256_of
 
 
 def comparison(right: int, engine_right: int, agreeing: int, images: int) -> Comparison:

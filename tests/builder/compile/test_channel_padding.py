@@ -11,13 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from builder.channel_padding import pad_channels
-from builder.export import export_onnx
-from builder.int8 import convert_to_int8
-from builder.openvino import OpenVINOTarget
+from builder.compile.targets.channel_padding import pad_channels
+from builder.compile.targets.openvino import OpenVINOTarget
+from builder.prepare.export import export_onnx
+from builder.prepare.int8 import convert_to_int8
 from models.preprocessing import Preprocessing
-from server.engines.openvino import CONFIGURATION, this_machine
-from server.manifest import BatchSizes
+from runtime.manifest import BatchSizes
+from runtime.openvino import CONFIGURATION, this_machine
 
 SPEC = Preprocessing(resize=16, height=16, width=16)
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, SPEC.height, SPEC.width, 3), np.uint8)
@@ -176,7 +176,7 @@ def test_an_engines_kernels_are_padded_for_amx_but_not_the_graph_beside_it(
     features: list[str], channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = this_machine().model_copy(update={"cpu_features": features})
-    monkeypatch.setattr("builder.openvino.this_machine", lambda: machine)
+    monkeypatch.setattr("builder.compile.targets.openvino.this_machine", lambda: machine)
     graph = int8_graph(classifier(), tmp_path)
     folder = tmp_path / "package"
     folder.mkdir()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import builder.publication
-from builder.publication import PublicationError, staging
-from server.manifest import EngineError, Manifest, Precision, check_artefact, read_manifest, sha256_of
+import builder.compile.publication
+from builder.compile.publication import PublicationError, staging
+from runtime.manifest import EngineError, Manifest, Precision, check_artefact, read_manifest, sha256_of
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-import builder.publication as publication
-from server.manifest import read_manifest
+import builder.compile.publication as publication
+from runtime.manifest import read_manifest
 
 destination, template, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 
@@ -142,7 +142,7 @@ def test_reader_finds_a_package_at_every_moment_of_a_replacement(tmp_path: Path,
 def test_replacement_works_where_folders_cannot_be_exchanged(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builder.publication, "_exchange", lambda new, old: False)
+    monkeypatch.setattr(builder.compile.publication, "_exchange", lambda new, old: False)
     publish(tmp_path / "engine", manifest, b"old")
 
     publish(tmp_path / "engine", manifest, b"new")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from builder.compile.selection import build_best
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate, GateError
 from builder.kit import Kit
-from builder.selection import build_best
-from builder.targets import open_target
-from builder.verification import Gate, GateError
-from server.engines import load_engine
-from server.manifest import BatchSizes
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes
 
 BATCH = BatchSizes(min=1, opt=8, max=16)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import onnx
 
-from builder.targets import CompileError
-from builder.tensorrt.compile import BuildResources, build_engine
-from builder.tensorrt.options import BuildOptions
-from server.engines.tensorrt_library import load_tensorrt
-from server.manifest import BatchSizes
+from builder.compile.targets.base import CompileError
+from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
+from builder.compile.targets.tensorrt.options import BuildOptions
+from runtime.manifest import BatchSizes
+from runtime.tensorrt.library import load_tensorrt
 
 
 def verdict(path: Path) -> dict[str, object]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from small_student import SPEC
 
-from builder.export import INPUT, quiet
-from builder.kit import Graph, Kit
-from builder.preparation import Settings, open_checkpoint, prepare
+from builder.kit import INPUT, Graph, Kit
+from builder.prepare.export import quiet
+from builder.prepare.preparation import Settings, open_checkpoint, prepare
 from models.datasets import DataSplit, ImageSet
 from models.preprocessing import Pixels
 

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from builder.export import ExportError, add_pixels_input, export_onnx, run_onnx
+from builder.prepare.export import ExportError, add_pixels_input, export_onnx, run_onnx
 from models.checkpoint import load_checkpoint
 from models.datasets import DataSplit
 from models.evaluation import predict_logits

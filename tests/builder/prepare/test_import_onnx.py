@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from small_student import SPEC
 
-from builder.export import ExportError, quiet, run_onnx
-from builder.import_onnx import NORMALISATIONS, export_imported, import_onnx
-from builder.legality import require_legal
+from builder.prepare.export import ExportError, quiet, run_onnx
+from builder.prepare.import_onnx import NORMALISATIONS, export_imported, import_onnx
+from builder.prepare.legality import require_legal
 from models.checkpoint import load_checkpoint
 from models.datasets import DataSplit
-from server.engines import load_engine
-from server.manifest import read_manifest
+from runtime.loading import load_engine
+from runtime.manifest import read_manifest
 
 SIZE, CLASSES = 8, 5
 

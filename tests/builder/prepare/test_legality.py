@@ -12,7 +12,7 @@ import onnx
 import pytest
 from qdq_corpus import Case, corpus, residual_network
 
-from builder.legality import IllegalGraphError, check_legality, require_legal
+from builder.prepare.legality import IllegalGraphError, check_legality, require_legal
 
 CASES = corpus()
 VERDICTS = Path(__file__).with_name("rtx_verdicts.py")

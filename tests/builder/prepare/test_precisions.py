@@ -12,17 +12,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from builder.export import export_onnx, run_onnx
-from builder.int8 import convert_to_int8
-from builder.int8_dynamic import convert_to_dynamic_int8
+from builder.compile.targets.openvino import OpenVINOTarget, fold_normalisation
 from builder.kit import Graph, Kit
-from builder.legality import check_legality
-from builder.openvino import OpenVINOTarget, fold_normalisation
+from builder.prepare.export import export_onnx, run_onnx
+from builder.prepare.int8 import convert_to_int8
+from builder.prepare.int8_dynamic import convert_to_dynamic_int8
+from builder.prepare.legality import check_legality
 from models.datasets import DataSplit
 from models.preprocessing import Preprocessing
-from server.engines import load_engine
-from server.engines.openvino import CONFIGURATION, this_machine
-from server.manifest import BatchSizes, Precision
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, Precision
+from runtime.openvino import CONFIGURATION, this_machine
 
 PIXELS_SPEC = Preprocessing(resize=16, height=16, width=16)
 

@@ -22,14 +22,14 @@ from click.testing import Result
 from rich.progress import Progress
 from torch import nn
 
-from builder import qat
-from builder.export import INPUT, LOGITS, PROBABILITIES, ExportError
-from builder.kit import Graph
-from builder.legality import check_legality
-from builder.packages import Package, build_package
-from builder.preparation import Preparation, Settings, open_checkpoint, prepare
-from builder.targets import open_target
-from builder.verification import Gate, GateError, compare
+from builder.compile.packages import Package, build_package
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate, GateError, compare
+from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph
+from builder.prepare import qat
+from builder.prepare.export import ExportError
+from builder.prepare.legality import check_legality
+from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
 from experiments.qat import write_outliers
 from models.datasets import DataSplit, ImageSet
 from models.evaluation import predict_logits
@@ -37,9 +37,9 @@ from models.preprocessing import Preprocessing
 from models.pretrained import DIGITS_STUDENT
 from models.recipe import Augmentation, Training
 from models.training import Images
-from server.engines import load_engine
-from server.manifest import BatchSizes, read_manifest
-from server.profiling import profile_layers
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, read_manifest
+from runtime.profiling import profile_layers
 
 TRAINING = Training(epochs=6, learning_rate=2e-3, weight_decay=0)
 BLOCKS = ("layer2.0",)

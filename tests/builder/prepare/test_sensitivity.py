@@ -12,15 +12,16 @@ from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import packages
-from builder.measurement import Speed
-from builder.packages import Package, build_package
-from builder.preparation import Preparation, Settings, open_checkpoint, prepare
-from builder.sensitivity import LayerCost, fallback_groups
-from builder.targets import Target, open_target
-from builder.verification import Gate, GateError
+from builder.compile import packages
+from builder.compile.measurement import Speed
+from builder.compile.packages import Package, build_package
+from builder.compile.targets.base import Target
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate, GateError
+from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.sensitivity import LayerCost, fallback_groups
 from experiments.qat import BLOCKS, write_outliers
-from server.manifest import BatchSizes
+from runtime.manifest import BatchSizes
 
 
 @pytest.fixture(scope="module")

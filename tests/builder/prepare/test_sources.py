@@ -11,8 +11,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from builder.export import ExportError, run_onnx
-from builder.sources import Details, open_named
+from builder.prepare.export import ExportError, run_onnx
+from builder.prepare.sources import Details, open_named
 from models.datasets import DatasetError, DataSplit
 
 

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 from tiny_engine import write_package
 
-from server.bench import bench
-from server.engines import load_engine
-from server.engines.base import Options
-from server.timing import time_engines
+from runtime.engine import Options
+from runtime.loading import load_engine
+from trimrt.bench.command import bench
+from trimrt.bench.timing import time_engines
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
 
 
 def test_layers_of_other_backends_are_not_made_up(packages: list[Path], tmp_path: Path) -> None:
-    from server.manifest import MANIFEST_NAME, EngineError
-    from server.profiling import profile_layers
+    from runtime.manifest import MANIFEST_NAME, EngineError
+    from runtime.profiling import profile_layers
 
     manifest = json.loads((packages[0] / MANIFEST_NAME).read_text())
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"backend": "tensorrt"}))

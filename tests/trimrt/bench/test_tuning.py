@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 from tiny_engine import write_package
 
-from server.bench import bench
-from server.engines import load_engine
-from server.engines.base import Options, cores
-from server.engines.tuned import TUNING_NAME, Setting, Trial, Tuning, this_processor
-from server.tuning import sample_photographs, tune
+from runtime.engine import Options, cores
+from runtime.loading import load_engine
+from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, this_processor
+from trimrt.bench.command import bench
+from trimrt.bench.tuning import sample_photographs, tune
 
 UNUSUAL = Setting(slots=3, threads=3, batch=2)
 
@@ -90,7 +90,7 @@ def test_the_command_shows_every_trial(
 ) -> None:
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(sample_photographs()[0])
-    monkeypatch.setattr("server.tuning.TRIAL_SECONDS", 0.05)
+    monkeypatch.setattr("trimrt.bench.tuning.TRIAL_SECONDS", 0.05)
 
     result = CliRunner().invoke(bench, ["--tune", "--photo", str(photo), str(package)])
 

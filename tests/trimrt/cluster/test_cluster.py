@@ -22,9 +22,9 @@ from ray_cluster import PATIENCE, PNG, Cluster, Load, configuration, processes
 from running import wait_until
 from tiny_engine import write_package
 
-from server.cluster.arguments import Arguments, on_share
-from server.cluster.commands import config
-from server.predict.commands import predict
+from trimrt.cluster.arguments import Arguments, on_share
+from trimrt.cluster.command import config
+from trimrt.predict.command import predict
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's code warns, in this process too
 
@@ -44,7 +44,7 @@ def refusal(*arguments: object) -> str:
 
 def test_one_engine_is_one_deployment(engine_dir: Path) -> None:
     (application,) = configuration(engine_dir / "tiny-v1", "--replicas", "2", "--cpus", "0.5")["applications"]
-    assert application["import_path"] == "server.cluster:app"
+    assert application["import_path"] == "trimrt.cluster:app"
     engine = str((engine_dir / "tiny-v1").resolve())
     assert application["args"] == {"pools": [{"name": "tiny", "engine": engine}]}
     (deployment,) = application["deployments"]
@@ -131,7 +131,7 @@ def test_a_replica_computes_on_its_share_of_the_machine() -> None:
 
 
 def test_without_ray_it_says_what_to_install(engine_dir: Path) -> None:
-    code = "import sys; sys.modules['ray'] = None; from server.cluster.commands import config; config()"
+    code = "import sys; sys.modules['ray'] = None; from trimrt.cluster.command import config; config()"
     command = [sys.executable, "-c", code, str(engine_dir / "tiny-v1")]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert outcome.returncode == 1

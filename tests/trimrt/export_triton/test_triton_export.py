@@ -23,7 +23,7 @@ from tiny_engine import write_package
 from tritonclient.grpc import model_config_pb2
 
 from models.preprocessing import load_pixels
-from server.manifest import (
+from runtime.manifest import (
     MANIFEST_NAME,
     Backend,
     BatchSizes,
@@ -35,10 +35,10 @@ from server.manifest import (
     sha256_of,
 )
 from server.settings import Settings
-from server.triton import textproto
-from server.triton.config import Options, model_config
-from server.triton.export import export_model
 from trimrt.cli import main
+from trimrt.export_triton import textproto
+from trimrt.export_triton.config import Options, model_config
+from trimrt.export_triton.export import export_model
 
 Encode = Callable[..., bytes]
 Config = model_config_pb2.ModelConfig

@@ -15,9 +15,9 @@ from gated_engine import Gate, load_gated
 from processes import TRIMRT
 from running import Running, running
 
-from server.loadtest.requests import find_images, make_bodies, reason_of
-from server.loadtest.results import Latencies, Point, Thresholds
 from server.settings import Settings
+from trimrt.loadtest.requests import find_images, make_bodies, reason_of
+from trimrt.loadtest.results import Latencies, Point, Thresholds
 
 Encode = Callable[..., bytes]
 

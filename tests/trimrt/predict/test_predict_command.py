@@ -22,9 +22,9 @@ from processes import TRIMRT
 from running import wait_until
 from tiny_engine import LABELS
 
-from server.manifest import MANIFEST_NAME, read_manifest
-from server.predict.commands import predict
-from server.predict.parts import Parts
+from runtime.manifest import MANIFEST_NAME, read_manifest
+from trimrt.predict.command import predict
+from trimrt.predict.parts import Parts
 
 Encode = Callable[..., bytes]
 Reference = Callable[..., np.ndarray]
@@ -410,7 +410,7 @@ def test_an_engine_that_cannot_be_used_leaves_nothing_behind(
 
 
 def test_without_pyarrow_it_says_what_to_install(photos: Path, tiny: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['pyarrow'] = None; from server.predict.commands import predict; predict()"
+    code = "import sys; sys.modules['pyarrow'] = None; from trimrt.predict.command import predict; predict()"
     arguments = [str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
     outcome = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from builder.report.measuring import score
-from builder.report.results import (
+from runtime.manifest import Evidence
+from trimrt.report.measuring import score
+from trimrt.report.results import (
     Accuracy,
     Agreement,
     Claim,
@@ -22,7 +23,6 @@ from builder.report.results import (
     Model,
     Report,
 )
-from server.manifest import Evidence
 
 
 def accuracy(wrong: int, images: int, classes: int = 10) -> Accuracy:

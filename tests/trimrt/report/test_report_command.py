@@ -17,14 +17,14 @@ import torch
 from click.testing import Result
 from markup import Element, parse
 
-from builder.report.results import Model, Report
-from builder.verification import engine_logits
+from builder.compile.verification import engine_logits
 from models.card import Ancestor
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.datasets import DataSplit
 from models.evaluation import evaluate, predict_logits
-from server.engines import load_engine
-from server.manifest import MANIFEST_NAME, Precision
+from runtime.loading import load_engine
+from runtime.manifest import MANIFEST_NAME, Precision
+from trimrt.report.results import Model, Report
 
 ENGINES: tuple[Precision, ...] = ("fp32", "int8", "int8-dynamic")
 

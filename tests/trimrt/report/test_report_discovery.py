@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.report.assembling import differing_parts
-from builder.report.data import DataSets, data_of_checkpoint, data_of_package
-from builder.report.discovery import Checkpoint, ReportError, discover
 from models.card import read_card
 from models.datasets import DataSplit
-from server.manifest import Precision, read_manifest
+from runtime.manifest import Precision, read_manifest
+from trimrt.report.assembling import differing_parts
+from trimrt.report.data import DataSets, data_of_checkpoint, data_of_package
+from trimrt.report.discovery import Checkpoint, ReportError, discover
 
 
 def test_everything_below_a_folder_is_found_once_and_in_order(

@@ -13,8 +13,8 @@ from invented import accuracy, group, hostile, model, report
 from markup import parse
 from playwright.sync_api import Browser, sync_playwright
 
-from builder.report.page import confusion, count, megabytes, milliseconds, percent, render
-from builder.report.results import Agreement
+from trimrt.report.page import confusion, count, megabytes, milliseconds, percent, render
+from trimrt.report.results import Agreement
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.report.plots import spread_ticks
-from builder.report.statistics import pareto_front, wilson_interval
+from trimrt.report.plots import spread_ticks
+from trimrt.report.statistics import pareto_front, wilson_interval
 
 points = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30)
 

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.targets import CompileError
-from builder.tensorrt.options import (
+from builder.compile.targets.base import CompileError
+from builder.compile.targets.tensorrt.options import (
     BuildOptions,
     UnsupportedOptionError,
     compute_capabilities,
     hardware_level,
     refuse_unsupported,
 )
-from builder.tensorrt.progress import BuildListener, Monitoring
-from builder.tensorrt.timing_cache import attach_timing_cache, save_timing_cache
-from server.engines.tensorrt_library import TensorRTLibrary, errors_in
-from server.manifest import BatchSizes
+from builder.compile.targets.tensorrt.progress import BuildListener, Monitoring
+from builder.compile.targets.tensorrt.timing_cache import attach_timing_cache, save_timing_cache
+from runtime.manifest import BatchSizes
+from runtime.tensorrt.library import TensorRTLibrary, errors_in
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -33,7 +33,7 @@ class BuildResources:
     """What a build may use of the machine.
 
     Attributes:
-        workspace: bytes of scratch memory for one layer, from `builder.tensorrt.memory` or the user.
+        workspace: bytes of scratch memory for one layer, from `memory.default_workspace` or the user.
         timing_cache: file to read and update; None for TensorRT-RTX, which has none.
         log: file for TensorRT's messages.
         l4t: release of Jetson Linux, None elsewhere.

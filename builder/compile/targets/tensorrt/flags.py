@@ -7,8 +7,8 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from builder.tensorrt.options import BuildOptions
-from server.manifest import BatchSizes
+from builder.compile.targets.tensorrt.options import BuildOptions
+from runtime.manifest import BatchSizes
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

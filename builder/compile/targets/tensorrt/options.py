@@ -7,9 +7,9 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from builder.targets import CompileError
-from server.engines.tensorrt_library import TensorRTLibrary
-from server.manifest import BatchSizes
+from builder.compile.targets.base import CompileError
+from runtime.manifest import BatchSizes
+from runtime.tensorrt.library import TensorRTLibrary
 
 DLA_SINCE: Final = (11, 4, 1)
 

@@ -9,16 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from builder.targets import Artefact, CompileError, Report
-from builder.tensorrt.compile import BuildResources, build_engine
-from builder.tensorrt.memory import MIB, default_workspace
-from builder.tensorrt.options import BuildOptions
-from builder.tensorrt.progress import BuildListener
-from builder.tensorrt.timing_cache import timing_cache_path
-from server.engines.cuda import Cuda, CudaUnavailableError, Device, open_cuda
-from server.engines.tensorrt_compatibility import this_machine
-from server.engines.tensorrt_library import TensorRTBackend, load_tensorrt
-from server.manifest import BatchSizes, Compatibility
+from builder.compile.targets.base import Artefact, CompileError
+from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
+from builder.compile.targets.tensorrt.memory import MIB, default_workspace
+from builder.compile.targets.tensorrt.options import BuildOptions
+from builder.compile.targets.tensorrt.progress import BuildListener
+from builder.compile.targets.tensorrt.timing_cache import timing_cache_path
+from builder.kit import Report
+from runtime.cuda import Cuda, CudaUnavailableError, Device, open_cuda
+from runtime.manifest import BatchSizes, Compatibility
+from runtime.tensorrt.compatibility import this_machine
+from runtime.tensorrt.library import TensorRTBackend, load_tensorrt
 
 PLAN_NAME: Final = "engine.plan"
 LOG_NAME: Final = "tensorrt.log"

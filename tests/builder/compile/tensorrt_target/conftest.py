@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from builder.export import export_onnx
-from builder.fp16 import convert_to_fp16
-from builder.int8 import convert_to_int8
-from builder.int8_dynamic import convert_to_dynamic_int8
+from builder.prepare.export import export_onnx
+from builder.prepare.fp16 import convert_to_fp16
+from builder.prepare.int8 import convert_to_int8
+from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from models.networks import build_network
 from models.preprocessing import Preprocessing
 from models.pruning import Pruner
 from models.recipe import make_recipe
-from server.engines.tensorrt_library import TensorRTLibrary, load_tensorrt
+from runtime.tensorrt.library import TensorRTLibrary, load_tensorrt
 
 SPEC = Preprocessing(resize=32, height=32, width=32)
 UNPRUNED = "unpruned"

@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from builder.legality import check_legality
-from builder.targets import CompileError
-from builder.tensorrt.compile import BuildResources, build_engine
-from builder.tensorrt.options import BuildOptions, UnsupportedOptionError
-from builder.tensorrt.progress import RichListener
+from builder.compile.targets.base import CompileError
+from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
+from builder.compile.targets.tensorrt.options import BuildOptions, UnsupportedOptionError
+from builder.compile.targets.tensorrt.progress import RichListener
+from builder.prepare.legality import check_legality
 from models.recipe import PRESETS
-from server.manifest import BatchSizes
+from runtime.manifest import BatchSizes
 
 DYNAMIC = [BatchSizes(min=1, opt=8, max=32)]
 FIXED = [BatchSizes(min=8, opt=8, max=8)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.tensorrt.memory import LARGEST, MIB, SMALLEST, WITHOUT_GPU, default_workspace
+from builder.compile.targets.tensorrt.memory import LARGEST, MIB, SMALLEST, WITHOUT_GPU, default_workspace
 
 
 def test_without_a_gpu_it_is_fixed():

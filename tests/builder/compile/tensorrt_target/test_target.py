@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from builder.compile.targets.choice import choose_backend
 from builder.kit import Kit
-from builder.targets import choose_backend
-from server.engines import load_engine
-from server.engines.cuda import CudaUnavailableError, open_cuda
-from server.manifest import BatchSizes, EngineError, check_artefact, read_manifest
+from runtime.cuda import CudaUnavailableError, open_cuda
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, EngineError, check_artefact, read_manifest
 
 Trimrt = Callable[..., Result]
 

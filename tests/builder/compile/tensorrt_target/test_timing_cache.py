@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from builder.tensorrt.timing_cache import attach_timing_cache, save_timing_cache, timing_cache_path
+from builder.compile.targets.tensorrt.timing_cache import (
+    attach_timing_cache,
+    save_timing_cache,
+    timing_cache_path,
+)
 
 # TensorRT-RTX keeps these calls for compatibility, and says so at each.
 pytestmark = pytest.mark.filterwarnings("ignore:.*iming.?[cC]ache:DeprecationWarning")
