@@ -30,6 +30,7 @@ from recording_cuda import (
 )
 from running import running
 
+import runtime.tensorrt.engine as tensorrt
 from models.preprocessing import Preprocessing
 from runtime.cuda import Cuda
 from runtime.engine import Options
@@ -43,7 +44,6 @@ from runtime.manifest import (
     Tensor,
     sha256_of,
 )
-from runtime.tensorrt import tensorrt
 from runtime.tensorrt.compatibility import driver_version, jetson_linux, this_machine
 from runtime.tensorrt.library import TensorRTLibrary, TensorRTLog
 from server.settings import Settings

@@ -41,7 +41,7 @@ def demo(engine_dir: Path) -> None:
 
     A second run reuses the engines of the first.
     """
-    from trimrt.demo.command.comparison import compare
+    from trimrt.demo.comparison import compare
 
     console = Console()
     card = read_card(DIGITS_STUDENT)
