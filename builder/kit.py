@@ -1,7 +1,7 @@
 """The build kit: all that compiling needs, in one portable folder.
 
-Preparing (`builder.prepare.preparation`) needs torch and ModelOpt and happens on a workstation; compiling
-(`builder.compile.packages`) happens on the device. A kit is what is carried from one to the other:
+Preparing (`builder.prepare`) needs torch and ModelOpt and happens on a workstation; compiling
+(`builder.compile`) happens on the device. A kit is what is carried from one to the other:
 `kit.json`, an ONNX graph for each precision, and `verification.npz`, the held-out images with the
 FP32 network's logits that the compiled engine is judged by. This module needs numpy only.
 """
@@ -21,12 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Calibration, Precision, sha256_of
 
+# The tensors that every graph takes and gives.
 INPUT: Final = "images"
 LOGITS: Final = "logits"
 PROBABILITIES: Final = "probabilities"
 
-Rest = Literal["fp32", "fp16"]
-Report = Callable[[str], None]
+Rest = Literal["fp32", "fp16"]  # precision of what an INT8 graph does not quantise
+Report = Callable[[str], None]  # takes a line of progress
 
 KIT_NAME: Final = "kit.json"
 VERIFICATION_NAME: Final = "verification.npz"

@@ -1,4 +1,4 @@
-"""Graphs to engine packages: compile, verify, measure, publish. This half of the builder needs no torch."""
+"""Graphs to engine packages: compile, verify, measure, publish."""
 
 from __future__ import annotations
 

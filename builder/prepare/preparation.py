@@ -1,4 +1,4 @@
-"""Checkpoint to graphs: export, convert, calibrate. This half of the builder needs torch and ModelOpt."""
+"""Checkpoint to graphs: export, convert, calibrate."""
 
 from __future__ import annotations
 
