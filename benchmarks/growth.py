@@ -20,8 +20,8 @@ from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
 from benchmarks.report import markdown_table
 from benchmarks.serving import serving
-from server.engines import load_engine
-from server.timing import Timing, time_engines
+from runtime.loading import load_engine
+from trimrt.bench.timing import Timing, time_engines
 
 MEGAPIXELS: Final = (0.1, 0.27, 1.0, 3.0, 6.0, 12.0, 24.0)
 CONNECTIONS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)

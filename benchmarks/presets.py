@@ -20,10 +20,10 @@ from benchmarks.engine import PRUNED, build, usable
 from benchmarks.goals import Goal
 from benchmarks.measurements import Machine, this_machine
 from benchmarks.report import goals_table, markdown_table
-from server.engines import load_engine
-from server.engines.base import Options
-from server.manifest import Precision
-from server.timing import Timing, rounds, time_engines
+from runtime.engine import Options
+from runtime.loading import load_engine
+from runtime.manifest import Precision
+from trimrt.bench.timing import Timing, rounds, time_engines
 
 BATCHES: Final = (1, 8)
 

@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.preprocessing import ImageError, Pixels, load_pixels
+from runtime.engine import Engine, Slot
+from runtime.ranking import ranked
+from runtime.threads import give_way, run_in_engine_thread
 from server.batching import Shares, collate
 from server.decoding import DecodePool
-from server.engines.base import Engine, Slot
 from server.mailbox import Mailbox
 from server.problems import Problem, image_problem
-from server.ranking import ranked
 from server.stats import EngineStats
-from server.threads import give_way, run_in_engine_thread
 
 log = logging.getLogger("trimrt.scheduler")
 

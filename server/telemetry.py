@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from starlette.requests import ClientDisconnect
 
-from server.manifest import Manifest
+from runtime.manifest import Manifest
 from server.problems import Problem
 from server.stats import EngineStats
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from models.preprocessing import Pixels
-from server.manifest import Manifest
+from runtime.manifest import Manifest
 from server.problems import Problem
 from server.registry import Registry
 from server.scheduler import Result, Scheduler

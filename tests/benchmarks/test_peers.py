@@ -13,7 +13,7 @@ from benchmarks.limit import Settings
 from benchmarks.load import Round
 from benchmarks.measurements import Comparison, Limit, Measurement, Results, Run, now, this_machine
 from benchmarks.report import markdown, write_report
-from server.engines.tuned import Setting
+from runtime.tuning import Setting
 
 SETTING = Setting(slots=2, threads=2, batch=4)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.measurements import this_machine
 from benchmarks.presets import Speeds, goals, markdown
-from server.timing import Timing
+from trimrt.bench.timing import Timing
 
 
 def timing(batch: int, p50: float) -> Timing:

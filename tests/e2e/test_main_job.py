@@ -18,14 +18,14 @@ from PIL import Image
 from processes import TRIMRT, Started, start_process
 from running import running
 
-from builder.verification import engine_logits
+from builder.compile.verification import engine_logits
 from models.card import Card, read_card
 from models.datasets import ImageSet, open_dataset
 from models.preprocessing import Preprocessing
 from models.pretrained import DIGITS_STUDENT
-from server.engines import load_engine
-from server.engines.base import Engine, Outputs, Slot
-from server.manifest import Manifest, read_manifest
+from runtime.engine import Engine, Outputs, Slot
+from runtime.loading import load_engine
+from runtime.manifest import Manifest, read_manifest
 from server.settings import Settings
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from builder.openvino import OpenVINOTarget
-from server.engines.openvino import CONFIGURATION
-from server.manifest import BatchSizes
+from builder.compile.targets.openvino.target import OpenVINOTarget
+from runtime.manifest import BatchSizes
+from runtime.openvino import CONFIGURATION
 
 SIZES = (1, 3, 32)
 

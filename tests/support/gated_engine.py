@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from server.engines import load_engine
-from server.engines.base import Engine, Options, Outputs, Slot
-from server.manifest import EngineError, Manifest
+from runtime.engine import Engine, Options, Outputs, Slot
+from runtime.loading import load_engine
+from runtime.manifest import EngineError, Manifest
 
 
 class Gate:
