@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from server.jobs import Result
 from server.manifest import Manifest
-from server.scheduler import Result
 from server.version import VERSION
 
 
