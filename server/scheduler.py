@@ -145,8 +145,8 @@ class Scheduler:
 
         Args:
             images: encoded image files, or `uint8` pixels of the engine's input shape.
-            deadline: when the answer becomes useless (by `time.monotonic`); images whose batch has not begun
-                by then are skipped. `done` is not called for that: whoever sets a deadline also drops the job.
+            deadline: when the answer becomes useless (by `time.monotonic`): images whose batch has not begun
+                by then are skipped. That does not call `done`; the caller has to `drop` the job.
             done: called once, on the event loop's thread and never from within `submit`, with one result per
                 image in their order, or with the problem: `image-damaged`, `unsupported-media-type` or
                 `image-too-large` for an image that cannot be decoded, or `inference-failed`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -79,12 +81,22 @@ def test_batches_form_only_while_the_engine_is_busy(
 def test_a_full_queue_answers_429_with_the_measured_retry_after(
     gated: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
+    began = time.monotonic()
+    (first,) = _send(pool, gated, [encode(0)])
+    gate.wait_for_arrivals(1)
+    arrived = time.monotonic()
+    wait_until(lambda: time.monotonic() > arrived + 0.3)  # as a slow device
+    gate.allow()
+    assert first.result().status_code == 200
+    took = time.monotonic() - began
     accepted = _send(pool, gated, [encode(n) for n in range(QUEUE_LIMIT)])
     wait_until(lambda: _pending(gated) == QUEUE_LIMIT)
     refused = gated.predict(encode(0))
     assert refused.status_code == 429
     assert refused.json()["type"] == "urn:trimrt:problem:queue-full"
-    assert int(refused.headers["retry-after"]) >= 1
+    seconds = int(refused.headers["retry-after"])
+    assert math.ceil(QUEUE_LIMIT * 0.3) <= seconds <= math.ceil(QUEUE_LIMIT * took)
+    assert f"try again in {seconds} s" in refused.json()["detail"]
     gate.open()
     assert [future.result().status_code for future in accepted] == [200] * QUEUE_LIMIT
     assert gated.predict(encode(0)).status_code == 200
