@@ -73,6 +73,32 @@ async def batch_of(answer: asyncio.Future[Answer]) -> int:
     return outcome[0].batch_size
 
 
+def test_jobs_of_one_batch_get_the_results_of_their_own_images_in_their_order(
+    start: Callable[..., Any], gate: Gate, encode: Encode, reference: Callable[[bytes], np.ndarray]
+) -> None:
+    requests = [[encode(0)], [encode(1), encode(2), encode(3)], [encode(4), encode(5)]]
+
+    async def main() -> None:
+        async with start() as scheduler:
+            blocker = submit(scheduler, encode(9))
+            await arrivals(gate, 1)
+            answers = [submit(scheduler, *images) for images in requests]
+            gate.open()
+            await answered(blocker)
+            for images, answer in zip(requests, answers, strict=True):
+                results = await answered(answer)
+                assert not isinstance(results, Problem)
+                for image, result in zip(images, results, strict=True):
+                    expected = reference(image)
+                    np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+                    softmax = np.exp(result.logits) / np.exp(result.logits).sum()
+                    np.testing.assert_allclose(softmax, expected, atol=1e-5)
+                    assert result.order[0] == expected.argmax()
+                    assert result.batch_size > 1
+
+    asyncio.run(main())
+
+
 def test_a_failed_batch_is_answered_to_its_own_jobs_and_to_no_other(
     start: Callable[..., Any], gate: Gate, encode: Encode, reference: Callable[[bytes], np.ndarray]
 ) -> None:
@@ -164,7 +190,8 @@ def test_closing_answers_what_was_admitted_and_still_has_to_be_decoded(
             scheduler._pool.submit(lambda: may_go_on.wait(20))
             answer = submit(scheduler, encode(0))
             closing = asyncio.create_task(scheduler.close())
-            await asyncio.sleep(0)  # closing begins
+            done, _ = await asyncio.wait([closing], timeout=0.3)
+            assert not done
             with pytest.raises(Problem, match="is being unloaded"):
                 await scheduler.infer([encode(1)], 20)
             may_go_on.set()
@@ -187,7 +214,7 @@ def test_closing_waits_for_a_batch_under_way_even_if_nobody_waits_for_its_answer
             scheduler.drop(job, "cancelled")
             assert scheduler.pending == 0
             closing = asyncio.create_task(scheduler.close())
-            done, _ = await asyncio.wait([closing], timeout=0.2)
+            done, _ = await asyncio.wait([closing], timeout=0.3)
             assert not done
             assert ended == []
             gate.open()
