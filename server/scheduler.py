@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 from models.preprocessing import Pixels
 from server.backlog import Backlog
@@ -84,6 +85,7 @@ class Scheduler:
         self.queue_limit = queue_limit
         self._pool = pool
         self._decoder = Decoder(engine.manifest.preprocessing, max_pixels)
+        self._decodes_in_slot = engine.on_cpu
         self._linux_scheduling = linux_scheduling
         share = engine.on_cpu and not max_batch_delay
         self._backlog = Backlog(
@@ -165,7 +167,7 @@ class Scheduler:
         ready = []
         for index, data in enumerate(images):
             image = Image(job, index, data)
-            if self.engine.on_cpu or not isinstance(data, bytes):
+            if self._decodes_in_slot or not isinstance(data, bytes):
                 ready.append(image)
             else:
                 self._pool.submit(partial(self._decoder.decode_ahead, image, self._backlog, self._outcomes))
@@ -260,7 +262,7 @@ class Scheduler:
             self._release(1)
             if job.remaining == 0:
                 job.over = True
-                job.done([result for result in job.results if result is not None])
+                job.done(cast("list[Result]", job.results))
         self.stats.batch(size)
         self._service_time.measure(size, batch.started, now)
 

@@ -21,18 +21,32 @@ def images(count: int, *, lifetime: float = 60.0) -> list[Image]:
     return [Image(job, index, b"") for index in range(count)]
 
 
+class Slots:
+    """Threads that wait at backlogs, until the test ends."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._backlogs: list[Backlog] = []
+
+    def asleep(self, backlog: Backlog) -> Future[list[Image]]:
+        """One that has fallen asleep, after all that slept before."""
+        self._backlogs.append(backlog)
+        before = backlog.sleeping
+        slot = self._pool.submit(backlog.wait)
+        wait_until(lambda: backlog.sleeping == before + 1)
+        return slot
+
+    def end(self) -> None:
+        for backlog in self._backlogs:
+            backlog.close()
+
+
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as it:
+def slots() -> Iterator[Slots]:
+    with ThreadPoolExecutor(4) as pool:
+        it = Slots(pool)
         yield it
-
-
-def asleep(pool: ThreadPoolExecutor, backlog: Backlog) -> Future[list[Image]]:
-    """A slot that has fallen asleep after all that slept before."""
-    before = backlog.sleeping
-    slot = pool.submit(backlog.wait)
-    wait_until(lambda: backlog.sleeping == before + 1)
-    return slot
+        it.end()
 
 
 def test_what_waits_is_taken_at_once_up_to_a_batch() -> None:
@@ -44,9 +58,9 @@ def test_what_waits_is_taken_at_once_up_to_a_batch() -> None:
     assert backlog.take() == []
 
 
-def test_an_image_wakes_the_slot_that_fell_asleep_last(pool: ThreadPoolExecutor) -> None:
+def test_an_image_wakes_the_slot_that_fell_asleep_last(slots: Slots) -> None:
     backlog = Backlog(slots=2, most=4)
-    first, last = asleep(pool, backlog), asleep(pool, backlog)
+    first, last = slots.asleep(backlog), slots.asleep(backlog)
     put = images(1)
     backlog.put(put)
     assert last.result(timeout=20) == put
@@ -80,19 +94,19 @@ def test_late_images_join_a_batch_up_to_its_size() -> None:
     assert backlog.join(2) == put[:2]
 
 
-def test_images_for_which_a_slot_has_been_woken_join_no_other_batch(pool: ThreadPoolExecutor) -> None:
+def test_images_for_which_a_slot_has_been_woken_join_no_other_batch(slots: Slots) -> None:
     backlog = Backlog(slots=3, most=4)
-    slots = [asleep(pool, backlog), asleep(pool, backlog)]
+    waiting = [slots.asleep(backlog), slots.asleep(backlog)]
     put = images(1)
     backlog.put(put)  # wakes one; the other sleeps on, so there is no need to join
     assert backlog.join(1) == []
     backlog.close()
-    assert sorted((slot.result(timeout=20) for slot in slots), key=len) == [[], put]
+    assert sorted((slot.result(timeout=20) for slot in waiting), key=len) == [[], put]
 
 
-def test_a_delay_holds_images_back_until_the_batch_is_full(pool: ThreadPoolExecutor) -> None:
+def test_a_delay_holds_images_back_until_the_batch_is_full(slots: Slots) -> None:
     backlog = Backlog(slots=1, most=2, delay=60.0)
-    slot = asleep(pool, backlog)
+    slot = slots.asleep(backlog)
     put = images(2)
     backlog.put(put[:1])
     assert backlog.take() == []
@@ -100,20 +114,20 @@ def test_a_delay_holds_images_back_until_the_batch_is_full(pool: ThreadPoolExecu
     assert slot.result(timeout=20) == put
 
 
-def test_a_delay_that_is_over_wakes_the_slot_by_itself(pool: ThreadPoolExecutor) -> None:
+def test_a_delay_that_is_over_ends_the_wait() -> None:
     backlog = Backlog(slots=1, most=2, delay=0.05)
     put = images(1)
     backlog.put(put)
-    assert pool.submit(backlog.wait).result(timeout=20) == put
+    assert backlog.wait() == put
     assert time.monotonic() - put[0].ready_at >= 0.05
     assert backlog.sleeping == 0
 
 
-def test_others_sleep_says_who_is_alone(pool: ThreadPoolExecutor) -> None:
+def test_others_sleep_says_who_is_alone(slots: Slots) -> None:
     backlog = Backlog(slots=3, most=4)
-    first = asleep(pool, backlog)
+    first = slots.asleep(backlog)
     assert not backlog.others_sleep
-    second = asleep(pool, backlog)
+    second = slots.asleep(backlog)
     assert backlog.others_sleep
     backlog.close()
     assert first.result(timeout=20) == second.result(timeout=20) == []

@@ -22,7 +22,6 @@ from wrapped_engine import load_wrapped
 
 from server.linux_scheduling import Mailbox, giving_way
 from server.settings import Settings
-from server.threads import start_in_engine_thread
 
 _MESSAGES = 20_000  # more than the socket has room for
 
@@ -145,7 +144,18 @@ def time_slice() -> float:
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:
-    return start_in_engine_thread(function).result()
+    """In a new one, which has run no engine before."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result(timeout=20)
+
+
+@pytest.fixture
+def usual() -> Iterator[float]:
+    """The switch interval before anything gives way; not the default, so that none can pass for the other."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.004)
+    yield sys.getswitchinterval()
+    sys.setswitchinterval(before)
 
 
 class TestGivingWay:
@@ -161,8 +171,7 @@ class TestGivingWay:
         assert in_a_thread(compute) == 2 * [(min(19, nice + 10), os.SCHED_BATCH)]
         assert priority() == (nice, policy)
 
-    def test_the_interpreters_lock_changes_hands_soon_while_any_thread_is_inside(self) -> None:
-        usual = sys.getswitchinterval()
+    def test_the_interpreters_lock_changes_hands_soon_while_any_thread_is_inside(self, usual: float) -> None:
         with giving_way_in_a_thread() as leave_first, giving_way_in_a_thread() as leave_second:
             assert sys.getswitchinterval() == pytest.approx(20e-6)
             leave_first()
@@ -196,14 +205,13 @@ class TestGivingWay:
         assert inside == 0.1
         assert before == after < 0.1
 
-    def test_the_end_undoes_it_even_after_an_error(self) -> None:
+    def test_the_end_undoes_it_even_after_an_error(self, usual: float) -> None:
         def compute() -> tuple[tuple[int, int], tuple[int, int]]:
             before = priority()
             with pytest.raises(ValueError, match="no"), giving_way():
                 raise ValueError("no")
             return before, priority()
 
-        usual = sys.getswitchinterval()
         before, after = in_a_thread(compute)
         assert sys.getswitchinterval() == usual
         assert after[1] == before[1]
@@ -251,21 +259,21 @@ class TestOfAServer:
         return only
 
     def test_slots_on_a_cpu_give_way_until_the_server_ends(
-        self, engine_dir: Path, encode: Callable[..., bytes]
+        self, engine_dir: Path, encode: Callable[..., bytes], usual: float
     ) -> None:
-        (nice, _), usual = priority(), sys.getswitchinterval()
+        nice, _ = priority()
         seen = self.observed(engine_dir, encode(0))
         assert seen == ((min(19, nice + 10), os.SCHED_BATCH), pytest.approx(20e-6))
         assert sys.getswitchinterval() == usual
 
-    def test_one_setting_turns_it_off(self, engine_dir: Path, encode: Callable[..., bytes]) -> None:
-        usual = sys.getswitchinterval()
+    def test_one_setting_turns_it_off(
+        self, engine_dir: Path, encode: Callable[..., bytes], usual: float
+    ) -> None:
         (_, policy), interval = self.observed(engine_dir, encode(0), linux_scheduling=False)
         assert (policy, interval) == (priority()[1], usual)
 
     def test_slots_of_a_device_need_no_cores_and_give_no_way(
-        self, engine_dir: Path, encode: Callable[..., bytes]
+        self, engine_dir: Path, encode: Callable[..., bytes], usual: float
     ) -> None:
-        usual = sys.getswitchinterval()
         (_, policy), interval = self.observed(engine_dir, encode(0), on_cpu=False)
         assert (policy, interval) == (priority()[1], usual)
