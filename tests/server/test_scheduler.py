@@ -17,6 +17,7 @@ from gated_engine import Gate, load_gated
 from models.preprocessing import load_pixels
 from server.decoding import DecodePool
 from server.jobs import Result
+from server.manifest import EngineError
 from server.problems import Problem
 from server.scheduler import Scheduler, ServiceTime
 from server.stats import EngineStats
@@ -222,6 +223,34 @@ def test_closing_waits_for_a_batch_under_way_even_if_nobody_waits_for_its_answer
             assert ended == ["engine"]
 
     asyncio.run(main())
+
+
+def test_a_start_that_fails_closes_the_slots_that_did_open(
+    engine_dir: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_gated(gate, slots=2, on_cpu=True)(engine_dir / "tiny-v1")
+    ended: list[str] = []
+    first, open_slot, close = threading.Lock(), engine.open_slot, engine.close
+
+    def open_only_one() -> Any:
+        if first.acquire(blocking=False):
+            slot = open_slot()
+            monkeypatch.setattr(slot, "close", lambda: ended.append("slot"))
+            return slot
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(engine, "open_slot", open_only_one)
+    monkeypatch.setattr(engine, "close", lambda: (ended.append("engine"), close()), raising=False)
+
+    async def main() -> None:
+        pool = DecodePool(1)
+        scheduler = Scheduler(engine, pool, EngineStats(), queue_limit=1, max_pixels=1)
+        with pytest.raises(EngineError, match="out of memory"):
+            await scheduler.start()
+        pool.close()
+
+    asyncio.run(main())
+    assert ended == ["slot", "engine"]
 
 
 def test_cancelling_a_call_drops_its_images(start: Callable[..., Any], gate: Gate, encode: Encode) -> None:

@@ -91,6 +91,25 @@ def test_each_image_gets_its_own_row(
         assert image.job.admitted < image.decoding < image.decoded < batch.started < batch.finished
 
 
+def test_as_many_classes_are_ranked_as_any_image_of_the_batch_needs(engine: Engine, encode: Encode) -> None:
+    backlog, outcomes = Backlog(slots=1, most=4), Inbox()
+    backlog.put([*images(encode(0), top=1), *images(encode(1), top=3)])
+    with working(engine, backlog, outcomes):
+        batch = outcomes.next()
+    assert isinstance(batch, Computed)
+    assert batch.order.shape == (2, 3)
+
+
+def test_a_slot_is_alone_only_if_nothing_waits(engine: Engine, gate: Gate, encode: Encode) -> None:
+    backlog, outcomes = Backlog(slots=1, most=1), Inbox()
+    gate.close()
+    gate.allow(2)
+    backlog.put(images(encode(0), encode(1)))
+    with working(engine, backlog, outcomes):
+        outcomes.next(), outcomes.next()
+    assert gate.alone == [False, True]
+
+
 def test_pixels_are_not_decoded(engine: Engine, encode: Encode) -> None:
     backlog, outcomes = Backlog(slots=1, most=4), Inbox()
     file = encode(0)
