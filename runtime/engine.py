@@ -110,7 +110,11 @@ class Engine(Protocol):
         """Whether inference takes the cores that decoding needs too."""
 
     def open_slot(self) -> Slot:
-        """A slot for the calling thread; on a CPU it has run batches of all `run_sizes`, and is warm."""
+        """A slot for the calling thread. It is warm: it has run a batch of each of `run_sizes`.
+
+        Raises:
+            EngineError: no memory for it, refused by the backend, or its first batches failed.
+        """
 
     def close(self) -> None:
         """Free the engine; all slots must be closed."""

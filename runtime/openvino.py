@@ -146,12 +146,12 @@ class OpenVINOEngine:
         return True
 
     def open_slot(self) -> OpenVINOSlot:
-        """A slot for the calling thread.
+        """A warm slot for the calling thread.
 
         Raises:
             EngineError: refused by OpenVINO.
         """
-        # By default off: each model and each process would pin its first thread to the same core.
+        # Off by default: every model would pin its first thread to core 0.
         threads = max(1, self._threads // self._slots)
         models: dict[int, openvino.CompiledModel] = {}
         for sizes in self._models:
@@ -160,7 +160,7 @@ class OpenVINOEngine:
         slot.infer(self._manifest.batch.min, alone=True)
         for size in self.run_sizes:
             slot.infer(size)
-        # By now each model has made its own order of the weights, and needs the file's no more.
+        # By now each model has its own copy of the weights, so the file's can leave memory.
         if sys.platform == "linux":
             self._blob.madvise(mmap.MADV_DONTNEED)
         return slot

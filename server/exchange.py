@@ -22,10 +22,11 @@ from starlette.requests import HTTPConnection
 from models.preprocessing import MEDIA_TYPES
 from server.auth import require_key
 from server.bodies import BodyMemory, Part, body_too_large, parse_multipart
+from server.jobs import Job, Result
 from server.lifecycle import Lifecycle
 from server.problems import Problem, internal_error
 from server.registry import Registry
-from server.scheduler import Job, Result, Scheduler, deadline_exceeded
+from server.scheduler import Scheduler, deadline_exceeded
 from server.settings import Settings
 from server.telemetry import Observed, RequestKey, Telemetry, outcome_of
 

@@ -91,7 +91,7 @@ class Registry:
         self._settings = settings
         self._telemetry = telemetry
         self._load = load or partial(load_engine, options=_engine_options(settings))
-        self._decoder = DecodePool(settings.decode_threads)
+        self._pool = DecodePool(settings.decode_threads)
         self._changing = asyncio.Lock()
 
     def get(self, name: str | None) -> Scheduler:
@@ -142,11 +142,12 @@ class Registry:
             manifest = engine.manifest
             scheduler = Scheduler(
                 engine,
-                self._decoder,
+                self._pool,
                 self._telemetry.engine(manifest),
                 queue_limit=self._settings.queue_limit,
                 max_pixels=self._settings.max_pixels,
                 max_batch_delay=self._settings.max_batch_delay_ms / 1000,
+                linux_scheduling=self._settings.linux_scheduling,
             )
             try:
                 await scheduler.start()
@@ -225,7 +226,7 @@ class Registry:
             self._folders.clear()
             self.default = None
             await asyncio.gather(*(scheduler.close() for scheduler in schedulers))
-        await asyncio.to_thread(self._decoder.close)
+        await asyncio.to_thread(self._pool.close)
 
     async def describe(self) -> list[EngineRow]:
         """Every engine that is loaded or could be, by name."""

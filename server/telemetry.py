@@ -16,7 +16,7 @@ from server.problems import Problem
 from server.stats import EngineStats
 
 if TYPE_CHECKING:
-    from server.scheduler import Result
+    from server.jobs import Result
 
 
 class EngineKey(NamedTuple):

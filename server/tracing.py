@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from runtime.manifest import Manifest
-from server.scheduler import Result
+from server.jobs import Result
 from server.version import VERSION
 
 

@@ -151,8 +151,9 @@ class TensorRTEngine:
 
     @property
     def run_sizes(self) -> Sequence[int]:
-        """All that the profile allows."""
-        return range(self._manifest.batch.min, self._manifest.batch.max + 1)
+        """Every size within one of the profiles."""
+        sizes = {size for profile in self._profiles for size in range(profile.min, profile.max + 1)}
+        return sorted(sizes)
 
     @property
     def on_cpu(self) -> bool:
@@ -160,14 +161,16 @@ class TensorRTEngine:
         return False
 
     def open_slot(self) -> TensorRTSlot:
-        """A slot owned by the calling thread, which alone may use and close it.
+        """A warm slot owned by the calling thread, which alone may use and close it.
+
+        TensorRT sets up an execution context and a CUDA graph for each batch size when it first runs.
 
         Raises:
-            EngineError: no memory for it, or the engine is closed.
+            EngineError: no memory for it, its first batches failed, or the engine is closed.
         """
         if self._engine is None:
             raise EngineError(f"{self._manifest.name} is closed")
-        return TensorRTSlot(
+        slot = TensorRTSlot(
             self._manifest,
             self._library,
             self._engine,
@@ -175,6 +178,13 @@ class TensorRTEngine:
             self._cuda,
             graphs=self._options.cuda_graphs,
         )
+        try:
+            for size in self.run_sizes:
+                slot.infer(size)
+        except BaseException:
+            slot.close()
+            raise
+        return slot
 
     def close(self) -> None:
         """Free the engine; all slots must be closed."""

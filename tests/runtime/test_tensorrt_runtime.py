@@ -158,21 +158,29 @@ def test_every_batch_gives_its_own_results(monkeypatch, tmp_path, device, graphs
     sizes = [1, 8, 3, 3, 1, 8, 1, 1, 5, 3, 8, 2, 1]
     for seed, size in enumerate(sizes):
         check_batch(slot, size, seed)
-    replays = len(sizes) - len(set(sizes)) if graphs else 0
-    assert machine.cuda.names().count("launch") == replays
+    assert machine.cuda.names().count("launch") == (len(sizes) if graphs else 0)
 
 
-def test_a_graph_is_captured_once_for_each_size_after_one_plain_run(machine, package):
+def test_a_slot_is_opened_warm(machine, package):
+    """Each size has run once and its graph was captured then, so every batch that follows is a replay."""
     slot = load_engine(package).open_slot()
+    work = ("execute_async_v3", "capture", "launch")
+    assert machine.cuda.names(*work) == 8 * ["execute_async_v3", "capture", "execute_async_v3"]
+    assert len(machine.cuda.graphs) == 8
+    assert machine.trt.contexts == 8, "each captured graph has a context of its own"
     del machine.cuda.calls[:]
-    for seed in range(3):
-        check_batch(slot, 4, seed)
-    work = machine.cuda.names("execute_async_v3", "capture", "launch")
-    assert work == ["execute_async_v3", "capture", "execute_async_v3", "launch", "launch"]
-    assert len(machine.cuda.graphs) == 1
-    check_batch(slot, 2, 9)
-    assert len(machine.cuda.graphs) == 2
-    assert machine.trt.contexts == 2, "each captured graph has a context of its own"
+    for count in range(1, 9):
+        check_batch(slot, count, seed=count)
+    assert machine.cuda.names(*work) == 8 * ["launch"]
+
+
+def test_a_slot_whose_warm_up_fails_leaves_nothing_behind(machine, package):
+    enqueued = counter()
+    machine.trt.refuse = lambda: next(enqueued) == 4
+    with pytest.raises(EngineError, match="refused a batch of 3: IExecutionContext::enqueueV3"):
+        load_engine(package).open_slot()
+    assert machine.cuda.in_use() == 0
+    assert machine.cuda.attached[threading.get_ident()] == 0
 
 
 def test_every_size_of_the_profile_is_run_as_it_is(machine, package):
@@ -181,6 +189,7 @@ def test_every_size_of_the_profile_is_run_as_it_is(machine, package):
 
 def test_only_the_batch_is_copied(machine, package):
     slot = load_engine(package).open_slot()
+    del machine.cuda.calls[:]
     check_batch(slot, 3, 0)
     copied = [call.arguments[0] for call in machine.cuda.calls if call.name.startswith("copy_to")]
     assert copied == [3 * SIZE * SIZE * 3, 3 * CLASSES * 4, 3 * CLASSES * 4]
@@ -203,6 +212,7 @@ def test_the_stages_are_timed_by_events(machine, package):
 def test_without_graphs_in_the_cuda_interface_work_is_enqueued(monkeypatch, package):
     machine = Machine(monkeypatch, RecordingCuda(captures_graphs=False))
     slot = load_engine(package).open_slot()
+    del machine.cuda.calls[:]
     for seed in range(3):
         check_batch(slot, 4, seed)
     assert machine.cuda.names("execute_async_v3", "capture", "launch") == ["execute_async_v3"] * 3
@@ -217,13 +227,13 @@ def test_a_batch_outside_the_profile_is_refused(machine, package, count):
 
 def test_each_size_runs_in_its_own_profile(machine, package):
     machine.trt.profiles = [(1, 1, 1), (4, 8, 8)]
-    slot = load_engine(package).open_slot()
-    check_batch(slot, 1, 0)
-    assert machine.cuda.names("set_optimization_profile_async") == []
-    check_batch(slot, 8, 1)
-    check_batch(slot, 4, 2)
+    engine = load_engine(package)
+    assert list(engine.run_sizes) == [1, 4, 5, 6, 7, 8]
+    slot = engine.open_slot()
     profiles = [c.arguments for c in machine.cuda.calls if c.name == "set_optimization_profile_async"]
-    assert profiles == [(1,), (1,)]
+    assert profiles == 5 * [(1,)], "a context starts with the first profile"
+    for count in engine.run_sizes:
+        check_batch(slot, count, seed=count)
     with pytest.raises(ValueError, match=r"outside 1\.\.1, 4\.\.8"):
         slot.infer(2)
 
@@ -290,21 +300,20 @@ def test_loading_leaves_its_thread_as_it_was(machine, package):
 
 
 def test_a_refused_batch_is_an_error_and_the_next_one_is_right(machine, package):
-    slot = load_engine(package).open_slot()
+    slot = load_engine(package, Options(cuda_graphs=False)).open_slot()
     machine.trt.refuse = lambda: True
     fill(slot, 4, 0)
     with pytest.raises(EngineError, match="refused a batch of 4: IExecutionContext::enqueueV3"):
         slot.infer(4)
-    assert machine.cuda.graphs == {}
     machine.trt.refuse = lambda: False
     for seed in range(1, 4):
         check_batch(slot, 4, seed)
 
 
 def test_what_cannot_be_captured_runs_without_graphs(machine, package, caplog):
-    slot = load_engine(package).open_slot()
     enqueued = counter()
     machine.trt.refuse = lambda: next(enqueued) == 1  # the first run works, its capture does not
+    slot = load_engine(package).open_slot()
     for seed in range(3):
         check_batch(slot, 4, seed)
     assert machine.cuda.graphs == {}

@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
-import struct
-import sys
+import asyncio
 import threading
 
 import pytest
 
-from runtime.threads import give_way, start_in_engine_thread
+from runtime.threads import EngineThread, run_in_engine_thread, start_in_engine_thread
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems give threads no priority of their own")
-def test_a_thread_that_computes_gives_way_to_all_others() -> None:
-    def priority() -> tuple[int, int]:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), os.sched_getscheduler(0)
-
-    def compute() -> list[tuple[int, int]]:
-        found = []
-        for _ in range(2):  # a thread of an engine before
-            give_way()
-            found.append(priority())
-        return found
-
-    nice, policy = priority()
-    once, twice = start_in_engine_thread(compute).result()
-    assert once == twice == (min(19, nice + 10), os.SCHED_BATCH)
-    assert priority() == (nice, policy)
+def test_a_function_runs_on_another_thread_and_its_result_comes_back() -> None:
+    assert asyncio.run(run_in_engine_thread(threading.get_ident)) != threading.get_ident()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not round the time of a wait up")
-def test_a_thread_that_computes_waits_for_the_interpreters_lock_no_longer_than_it_says() -> None:
-    def compute() -> int:
-        give_way()
-        get_timer_slack = 30  # prctl(2)
-        return int(ctypes.CDLL(None).prctl(get_timer_slack, 0, 0, 0, 0))
-
-    assert start_in_engine_thread(compute).result() == 1
-    assert sys.getswitchinterval() == pytest.approx(20e-6)
+def test_what_a_function_raises_comes_back() -> None:
+    with pytest.raises(ZeroDivisionError):
+        start_in_engine_thread(lambda: 1 // 0).result(timeout=20)
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or tuple(map(int, platform.release().split(".")[:2])) < (6, 12),
-    reason="threads have no time slice of their own before Linux 6.12",
-)
-def test_no_other_thread_waits_for_the_end_of_its_time_slice() -> None:
-    def compute() -> float:
-        give_way()
-        attributes = ctypes.create_string_buffer(48)
-        number = {"x86_64": 315, "aarch64": 275}[platform.machine()]  # sched_getattr
-        assert ctypes.CDLL(None).syscall(number, 0, attributes, 48, 0) == 0
-        runtime_ns = struct.unpack("=IIQiIQQQ", attributes.raw)[5]
-        return float(runtime_ns / 1e9)
+def test_threads_never_end_and_are_used_again() -> None:
+    before = {thread.ident for thread in threading.enumerate() if thread.name == "trimrt-engine"}
+    start = threading.Barrier(8)
 
-    assert start_in_engine_thread(compute).result() == 0.1
+    def work() -> int:
+        start.wait(20)
+        return threading.get_ident()
+
+    runs = [start_in_engine_thread(work) for _ in range(8)]
+    threads = {run.result(timeout=20) for run in runs}
+    assert len(threads) == 8
+    alive = {thread.ident for thread in threading.enumerate() if thread.name == "trimrt-engine"}
+    assert alive == before | threads
+    assert start_in_engine_thread(threading.get_ident).result(timeout=20) in alive
+
+
+def test_calls_of_an_engine_thread_run_on_one_thread_in_their_order() -> None:
+    thread = EngineThread()
+    called: list[int] = []
+    idents = {thread.submit(threading.get_ident).result(timeout=20)}
+    for number in range(100):
+        thread.submit(lambda number=number: called.append(number))
+    idents.add(thread.submit(threading.get_ident).result(timeout=20))
+    thread.close()
+    assert len(idents) == 1
+    assert called == list(range(100))

@@ -12,7 +12,7 @@ from typing import Final
 from ray.serve.metrics import Counter, Histogram
 
 from runtime.manifest import Manifest
-from server.scheduler import Result
+from server.jobs import Result
 from server.telemetry import EngineKey
 
 _SECONDS: Final = [1e-4 * 2**power for power in range(17)]  # 0.1 ms to 6.6 s
