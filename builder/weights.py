@@ -41,6 +41,10 @@ def quantise(
     """
     shared = tuple(axis for axis in range(weights.ndim) if axis not in axes)
     largest = np.abs(weights).max(axis=shared, keepdims=True, initial=0)
-    scale = np.maximum(largest / levels, smallest_scale).astype(np.float32)
-    integers = np.clip(np.rint(weights / scale), -levels, levels)
-    return IntegerWeights(integers.astype(np.int8), scale)
+    return round_to_scale(weights, np.maximum(largest / levels, smallest_scale))
+
+
+def round_to_scale(weights: NDArray[np.floating[Any]], scale: NDArray[np.floating[Any]]) -> IntegerWeights:
+    """Round weights to whole multiples of `scale`, which is 1 along every axis that shares one."""
+    scale = scale.astype(np.float32)
+    return IntegerWeights(np.clip(np.rint(weights / scale), -LEVELS, LEVELS).astype(np.int8), scale)

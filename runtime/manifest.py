@@ -152,10 +152,10 @@ class Manifest(_Strict):
         description="what is computed in where not in INT8, if that is not what the graph says: "
         "CPUs compute FP16 graphs in FP32",
     )
-    weight_bits: Literal[7, 8] | None = Field(
+    saturation_safe: bool | None = Field(
         default=None,
-        description="of an INT8 engine's weights: 7 where the processor adds INT8 products in 16 bits, which "
-        "8 bits would overflow",
+        description="of an INT8 engine: whether its weights are rounded so that no sum of two products "
+        "saturates on processors without VNNI, which add them in 16 bits",
     )
     input: Tensor
     outputs: list[Tensor] = Field(min_length=1)

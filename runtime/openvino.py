@@ -69,7 +69,7 @@ def _check_machine(folder: Path, manifest: Manifest) -> None:
         )
     elif _saturates(manifest, here):
         difference = (
-            "with 8-bit weights, whose sums overflow here: "
+            "with INT8 weights whose sums overflow here: "
             f"{here.cpu_name or 'this processor'} has no VNNI (or may not use it)"
         )
     else:
@@ -81,7 +81,7 @@ def _saturates(manifest: Manifest, here: Compatibility) -> bool:
     """Whether this machine would add products of INT8 weights in 16 bits, where they need more."""
     return (
         manifest.precision in ("int8", "int8-dynamic")
-        and manifest.weight_bits != 7
+        and not manifest.saturation_safe
         and here.cpu_architecture in ("x86_64", "AMD64")
         and not WIDE_SUMS.intersection(here.cpu_features)
     )

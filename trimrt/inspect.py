@@ -56,7 +56,7 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         ("engine", f"{manifest.name}, version {manifest.version}"),
         ("precision", manifest.precision),
         *([("computed in", f"{manifest.arithmetic} where not in INT8")] if manifest.arithmetic else []),
-        *([("INT8 weights", f"{manifest.weight_bits} bits")] if manifest.weight_bits else []),
+        *([("INT8 weights", "rounded for sums in 16 bits (no VNNI)")] if manifest.saturation_safe else []),
         ("backend", f"{manifest.backend} {manifest.backend_version}"),
         ("built", f"{manifest.created_at:%Y-%m-%d %H:%M:%S %Z} by TrimRT {manifest.builder_version}"),
         *((name.replace("_", " "), _text(value)) for name, value in machine.items()),

@@ -212,7 +212,7 @@ def _describe(
         backend_version=artefact.backend_version,
         precision=graph.precision,
         arithmetic=artefact.arithmetic,
-        weight_bits=artefact.weight_bits if graph.precision.startswith("int8") else None,
+        saturation_safe=artefact.saturation_safe if graph.precision.startswith("int8") else None,
         input=Tensor(name=INPUT, dtype="uint8", shape=[-1, spec.height, spec.width, 3], layout="NHWC"),
         outputs=[
             Tensor(name=output, dtype="float32", shape=[-1, len(student.labels)])

@@ -16,6 +16,8 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
+from builder.compile.targets.openvino.constants import constants
+from builder.compile.targets.openvino.saturation import make_safe, weights_of
 from builder.compile.targets.openvino.target import OpenVINOTarget
 from runtime.manifest import BatchSizes
 from runtime.openvino import CONFIGURATION
@@ -38,6 +40,16 @@ def integer_layers(model: openvino.CompiledModel) -> int:
     return sum(precision in ("i8", "u8") for precision in layers)
 
 
+def weights(graph: Path, saturation_safe: bool) -> dict[str, Any]:
+    """What the target made of the weights of an INT8 graph, by their names; nothing if they stay."""
+    core = openvino.Core()
+    model = core.read_model(graph)
+    found = weights_of(model) if saturation_safe else {}
+    if found:
+        make_safe(core, model)
+    return {name: constants(core, [products[0].output(0)])[0] for name, products in found.items()}
+
+
 def main(graphs: Path, pixels: NDArray[np.uint8], output: Path) -> None:
     said: dict[str, Any] = {}
     for graph in sorted(graphs.glob("*.onnx")):
@@ -46,10 +58,11 @@ def main(graphs: Path, pixels: NDArray[np.uint8], output: Path) -> None:
             artefact = OpenVINOTarget().compile(graph, Path(folder), batch, lambda _step: None)
             blob = openvino.Tensor(np.fromfile(Path(folder) / artefact.file, np.uint8))
             model = openvino.Core().import_model(blob, "CPU", CONFIGURATION)
+            np.savez(output / f"{graph.stem}-weights.npz", **weights(graph, artefact.saturation_safe))
         results = {f"batches of {size}": logits(model, pixels, size) for size in SIZES}
         np.savez(output / f"{graph.stem}.npz", **results)  # type: ignore[arg-type]
         said[graph.stem] = {
-            "weight_bits": artefact.weight_bits,
+            "saturation_safe": artefact.saturation_safe,
             "features": artefact.compatibility.cpu_features,
             "integer_layers": integer_layers(model),
         }

@@ -25,7 +25,7 @@ class Artefact:
         batch: sizes it was compiled for.
         profiles: TensorRT's optimisation profiles, which `batch` spans; empty elsewhere.
         arithmetic: what the backend computes in where not in INT8; None: what the graph says.
-        weight_bits: of the weights, where the graph is INT8.
+        saturation_safe: whether no sum of two products of INT8 saturates in 16 bits.
     """
 
     file: str
@@ -34,7 +34,7 @@ class Artefact:
     batch: BatchSizes
     profiles: tuple[BatchSizes, ...] = ()
     arithmetic: Literal["fp32"] | None = None
-    weight_bits: Literal[7, 8] = 8
+    saturation_safe: bool = False
 
 
 class Target(Protocol):

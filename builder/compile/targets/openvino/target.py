@@ -59,7 +59,7 @@ class OpenVINOTarget:
             machine,
             batch,
             arithmetic="fp32",
-            weight_bits=7 if limited else 8,
+            saturation_safe=limited,
         )
 
     def missing_device(self) -> str | None:
