@@ -18,7 +18,7 @@ import pytest
 from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
 
-from server.exchange import Exchange
+from server.admission import Admission, Call
 from server.settings import Settings
 
 Encode = Callable[..., bytes]
@@ -176,7 +176,7 @@ def test_head_and_body_of_an_answer_are_one_piece(wire: Wire, encode: Encode) ->
 
 
 def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(server: Running, encode: Encode) -> None:
-    memory, telemetry = server.app.state.body_memory, server.app.state.telemetry
+    memory, telemetry = server.service.body_memory, server.service.telemetry
     before = {key: count for key, count in telemetry.requests.items() if key.outcome == "cancelled"}
     wire = Wire(server)
     with wire.socket:
@@ -209,7 +209,7 @@ def test_a_client_that_reads_late_is_waited_for_and_gets_every_answer(
             requests = (_head(len(image), f"X-Request-Id: {n}") + image for n in range(count))
             sending = sender.submit(wire.send, b"".join(requests))
             wait_until(lambda: connection.flow.write_paused)
-            assert sum(server.app.state.telemetry.requests.values()) < count
+            assert sum(server.service.telemetry.requests.values()) < count
             answers = [wire.answer() for _ in range(count)]
             sending.result()
     assert [answer["request_id"] for _, _, answer in answers] == [str(n) for n in range(count)]
@@ -226,7 +226,7 @@ def test_an_open_exchange_ends_with_the_answer_when_the_server_drains(
         with wire.socket:
             wire.send(_head(len(image)) + image)
             gate.wait_for_arrivals(1)
-            server.app.state.lifecycle.draining = True
+            server.service.lifecycle.draining = True
             gate.open()
             status, headers, _ = wire.answer()
             assert (status, headers["connection"]) == (200, "close")
@@ -280,6 +280,6 @@ def test_an_answered_request_is_garbage_for_no_collector(server: Running, encode
     try:
         for body in (encode(1), b"no image"):
             server.predict(body)
-        wait_until(lambda: not any(isinstance(it, Exchange) for it in gc.get_objects()), timeout=5)
+        wait_until(lambda: not any(isinstance(it, Admission | Call) for it in gc.get_objects()), timeout=5)
     finally:
         gc.enable()

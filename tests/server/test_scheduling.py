@@ -46,7 +46,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _pending(server: Running) -> int:
-    return server.app.state.registry.get(None).pending
+    return server.service.registry.get(None).pending
 
 
 def _dropped(server: Running) -> dict[str, int]:
@@ -64,7 +64,7 @@ def test_batches_form_only_while_the_engine_is_busy(
     first = _send(pool, gated, [encode(0)])
     gate.wait_for_arrivals(1)
     rest = _send(pool, gated, [encode(n) for n in range(1, 6)])
-    wait_until(lambda: len(gated.app.state.registry.get(None)._waiting) == 5)
+    wait_until(lambda: len(gated.service.registry.get(None)._waiting) == 5)
     gate.allow(2)
     sizes = [future.result().json()["results"][0]["batch_size"] for future in first + rest]
     assert sizes == [1, 5, 5, 5, 5, 5]
@@ -110,7 +110,7 @@ def test_bodies_together_may_not_hold_more_than_their_limit(
         gate.open()
         assert [future.result().status_code for future in held] == [200, 200]
         assert server.predict(image).status_code == 200
-        assert server.app.state.body_memory.held == 0
+        assert server.service.body_memory.held == 0
 
 
 def test_a_large_request_is_split_over_batches_and_reassembled(
@@ -231,7 +231,7 @@ def two_cores(engine_dir: Path, gate: Gate) -> Iterator[Running]:
 
 
 def test_every_size_that_a_device_runs_is_warmed(gated: Running, gate: Gate) -> None:
-    assert gate.warmed == list(gated.app.state.registry.get(None).engine.run_sizes)
+    assert gate.warmed == list(gated.service.registry.get(None).engine.run_sizes)
     assert len(gate.warmed) > 1
 
 
@@ -243,7 +243,7 @@ def test_cores_share_what_waits(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
     """Each takes as many; half wait, so that whoever is done first has something to go on with."""
-    wait_until(lambda: len(two_cores.app.state.registry.get(None)._sleeping) == 2)
+    wait_until(lambda: len(two_cores.service.registry.get(None)._sleeping) == 2)
     form = pool.submit(
         httpx.post,
         f"{two_cores.url}/predict",
@@ -251,7 +251,7 @@ def test_cores_share_what_waits(
     )
     gate.wait_for_arrivals(2)
     assert gate.batches == [4, 4]
-    assert len(two_cores.app.state.registry.get(None)._waiting) == 8
+    assert len(two_cores.service.registry.get(None)._waiting) == 8
     gate.open()
     sizes = [result["batch_size"] for result in form.result().json()["results"]]
     assert sizes[:8] == [4] * 8
@@ -273,7 +273,7 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
         futures = _send(pool, server, [encode(0)])
         assert decoding.wait(30)
         futures += _send(pool, server, [encode(n) for n in range(1, 6)])
-        wait_until(lambda: server.app.state.registry.get(None).pending == 6)
+        wait_until(lambda: server.service.registry.get(None).pending == 6)
         may_go_on.set()
         sizes = [future.result().json()["results"][0]["batch_size"] for future in futures]
     assert sizes[0] == 4
@@ -283,7 +283,7 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
 def test_an_image_alone_may_use_every_core(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
-    wait_until(lambda: len(two_cores.app.state.registry.get(None)._sleeping) == 2)
+    wait_until(lambda: len(two_cores.service.registry.get(None)._sleeping) == 2)
     futures = _send(pool, two_cores, [encode(0)])
     gate.wait_for_arrivals(1)
     futures += _send(pool, two_cores, [encode(1)])
@@ -300,7 +300,7 @@ def test_a_damaged_image_leaves_the_others_of_its_batch_alone(
     gate.wait_for_arrivals(2)
     images = [encode(2), encode(3)[:60], encode(4)]
     sent = _send(pool, two_cores, images)
-    wait_until(lambda: len(two_cores.app.state.registry.get(None)._waiting) == 3)
+    wait_until(lambda: len(two_cores.service.registry.get(None)._waiting) == 3)
     gate.open()
     good, damaged, other = (future.result() for future in sent)
 
