@@ -149,7 +149,7 @@ class _Infer(Call[_Answer]):
         self._model: tuple[str, str] | None = None  # name and version, once the body is read
 
     def caller(self) -> Caller:
-        return Caller(_address(self._context.peer()), self.headers(), site=None)
+        return Caller(address_of(self._context.peer()), self.headers(), site=None)
 
     def timeout(self) -> float | None:
         remaining: float | None = self._context.time_remaining()
@@ -194,7 +194,7 @@ class _Infer(Call[_Answer]):
         return {name: str(value) for name, value in self._context.invocation_metadata() or ()}
 
 
-def _address(peer: str) -> str:
+def address_of(peer: str) -> str:
     """The IP address in gRPC's peer, like `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
