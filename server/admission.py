@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, final
 
 from models.preprocessing import Pixels
@@ -34,12 +34,7 @@ Answer = TypeVar("Answer")
 
 
 class Call(ABC, Generic[Answer]):
-    """One request as its protocol has it: parsed step by step, in the order of these methods.
-
-    Every method may raise a `Problem`, which ends the request.
-    """
-
-    __slots__ = ()
+    """One request as its protocol has it. A `Problem` that a method raises ends the request."""
 
     protocol: str  # see `RequestKey`
 
@@ -51,21 +46,17 @@ class Call(ABC, Generic[Answer]):
     def timeout(self) -> float | None:
         """Seconds that the client wants to wait at most; None if it does not say."""
 
-    @abstractmethod
     def find_engine(self, registry: Registry) -> Scheduler | None:
-        """The engine that is asked; None before `read_body` where only the body names it."""
+        """The engine that the head names; None where only the body does."""
+        return None
 
-    @abstractmethod
     def announced_bytes(self) -> int:
-        """Size of the body as the head announces it, 0 if it does not; also checks the body's media type."""
+        """Size of the body by the head, which is also checked for the body's type; 0 if it does not say."""
+        return 0
 
     @abstractmethod
-    def read_body(self, body: bytes) -> None:
-        """Parse the body."""
-
-    @abstractmethod
-    def images(self, manifest: Manifest) -> tuple[Sequence[bytes | Pixels], int]:
-        """The images for the engine of that manifest, and how many classes of each to rank."""
+    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+        """The engine (which may have been switched since), the images, how many classes of each to rank."""
 
     @abstractmethod
     def render(self, results: Sequence[Result], manifest: Manifest) -> Answer:
@@ -74,10 +65,6 @@ class Call(ABC, Generic[Answer]):
     @abstractmethod
     def refusal(self, problem: Problem) -> Answer:
         """The answer that tells of `problem`."""
-
-    @abstractmethod
-    def headers(self) -> Mapping[str, str]:
-        """The request's headers or metadata, names in lower case."""
 
 
 @final
@@ -93,22 +80,6 @@ class Admission(Generic[Answer]):
         respond: takes the answer. Called once, possibly from within a method of this class; never after
             `abandon`.
     """
-
-    __slots__ = (
-        "_began",
-        "_call",
-        "_chunks",
-        "_deadline",
-        "_job",
-        "_manifest",
-        "_over",
-        "_respond",
-        "_results",
-        "_scheduler",
-        "_service",
-        "_size",
-        "_timer",
-    )
 
     def __init__(self, service: Service, call: Call[Answer], respond: Callable[[Answer], None]) -> None:
         self._service = service
@@ -167,18 +138,13 @@ class Admission(Generic[Answer]):
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
         try:
-            call.read_body(body)
-            # Engines may have been switched since the request came.
-            scheduler = call.find_engine(service.registry)
-            assert scheduler is not None
-            self._scheduler = scheduler
-            self._manifest = manifest = scheduler.engine.manifest
-            images, top = call.images(manifest)
+            self._scheduler, images, top = call.read(body, service.registry)
+            self._manifest = self._scheduler.engine.manifest
             if len(images) > service.settings.max_images:
                 raise Problem(
                     "too-many-images", f"{len(images)} images; the limit is {service.settings.max_images}"
                 )
-            self._job = scheduler.submit(images, self._deadline, self._done, top=top)
+            self._job = self._scheduler.submit(images, self._deadline, self._done, top=top)
         except Exception as error:
             self._refuse(error)
 
@@ -237,7 +203,9 @@ class Admission(Generic[Answer]):
         key = RequestKey(call.protocol, outcome, reason)
         service.telemetry.end(key)
         if service.telemetry.observers:
-            service.telemetry.tell(Ended(key, call.headers(), self._began, self._manifest, self._results))
+            service.telemetry.tell(
+                Ended(key, call.caller().headers, self._began, self._manifest, self._results)
+            )
         # The job knows this object: a cycle would keep the body until the next garbage collection.
         self._job = self._timer = None
         self._chunks = []

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +33,8 @@ from server.version import VERSION
 
 log = logging.getLogger("trimrt")
 
+OnFailure: TypeAlias = "Callable[[Exception], None]"
+
 _CLIENT_CLOSED_REQUEST = 499  # nginx's; never sent, but logged
 _HTTP_PROBLEMS = {404: "not-found", 405: "method-not-allowed"}
 
@@ -41,7 +43,7 @@ def create_app(
     settings: Settings,
     *,
     load: LoadEngine | None = None,
-    on_failure: Callable[[Exception], None] | None = None,
+    on_failure: OnFailure | None = None,
     observers: Sequence[RequestObserver] = (),
 ) -> FastAPI:
     """The server as an ASGI application.
@@ -116,10 +118,7 @@ async def _start_grpc(service: Service) -> Any:
 
 
 async def _load_configured(
-    settings: Settings,
-    registry: Registry,
-    lifecycle: Lifecycle,
-    on_failure: Callable[[Exception], None] | None,
+    settings: Settings, registry: Registry, lifecycle: Lifecycle, on_failure: OnFailure | None
 ) -> None:
     try:
         for folder in resolve_engines(settings):

@@ -1,18 +1,14 @@
-"""Request bodies: read whole into memory under a limit, and multipart forms taken apart there.
+"""Request bodies: the memory they may hold, and multipart forms taken apart there.
 
 Nothing is spooled to disk, and an image's bytes are copied once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import anyio
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import Request
 
 from server.problems import Problem
 
@@ -53,53 +49,6 @@ class BodyMemory:
     def release(self, size: int) -> None:
         """Give `size` reserved bytes back."""
         self.held -= size
-
-    @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Gives a function like `reserve`; what it reserved is released when the block ends."""
-        reserved = 0
-
-        def reserve(size: int) -> None:
-            nonlocal reserved
-            self.reserve(size)
-            reserved += size
-
-        try:
-            yield reserve
-        finally:
-            self.release(reserved)
-
-
-async def read_body(request: Request, limit: int, timeout: float, reserve: Callable[[int], None]) -> bytes:
-    """The request's body.
-
-    Args:
-        request: whose body has not been touched.
-        limit: most bytes accepted.
-        timeout: seconds within which all of it must have arrived.
-        reserve: called with the bytes of each piece as it comes; see `BodyMemory.share`.
-
-    Raises:
-        Problem: `body-too-large`, `body-timeout` or `queue-full`.
-        ClientDisconnect: the client went away.
-    """
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise body_too_large(limit)
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        with anyio.fail_after(timeout):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise body_too_large(limit)
-                reserve(len(chunk))
-                if chunk:
-                    chunks.append(chunk)
-    except TimeoutError:
-        raise Problem("body-timeout", f"the body had not arrived after {timeout:g} s") from None
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def body_too_large(limit: int) -> Problem:

@@ -83,12 +83,7 @@ class Connection(HttpToolsProtocol):
         path, _, query = self.url.partition(b"?")
         if b"#" in query:
             return None
-        scope = {
-            "headers": self.headers,
-            "query_string": query,
-            "client": self.client,
-            "scheme": self.scheme,
-        }
+        scope = {"headers": self.headers, "query_string": query, "client": self.client, "scheme": self.scheme}
         self._request_id = request_id_of(self.headers)
         return PredictCall(scope, self._request_id) if path == b"/predict" else infer_call(path, scope)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
@@ -14,7 +13,6 @@ from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl
 
 import orjson
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive
@@ -43,8 +41,6 @@ class HttpCall(Call[HttpAnswer]):
         scope: the request's, as in ASGI: `headers`, `query_string`, `client` and `scheme`.
     """
 
-    __slots__ = ("_headers", "_scope")
-
     def __init__(self, scope: Mapping[str, Any]) -> None:
         self._scope = scope
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -69,13 +65,8 @@ class HttpCall(Call[HttpAnswer]):
             )
         return milliseconds / 1000
 
-    @abstractmethod
-    def check_media_type(self) -> None:
-        """Raise the problem `unsupported-media-type` unless the head announces a body that can be read."""
-
     def announced_bytes(self) -> int:
         """See `Call`."""
-        self.check_media_type()
         length = self._headers.get(b"content-length", b"")
         return int(length) if length.isdigit() else 0
 
@@ -86,10 +77,6 @@ class HttpCall(Call[HttpAnswer]):
         del headers["content-length"]
         return problem.status, headers, bytes(response.body)
 
-    def headers(self) -> Mapping[str, str]:
-        """See `Call`."""
-        return Headers(raw=self._scope["headers"])
-
 
 class PredictCall(HttpCall):
     """One `POST /predict`.
@@ -98,8 +85,6 @@ class PredictCall(HttpCall):
         scope: see `HttpCall`.
         request_id: to repeat in the answer.
     """
-
-    __slots__ = ("_form", "_parts", "_query", "_request_id", "_top_k")
 
     protocol = "predict"
 
@@ -112,19 +97,18 @@ class PredictCall(HttpCall):
         """See `Call`."""
         return registry.get(self._query.get("engine"))
 
-    def check_media_type(self) -> None:
-        """See `HttpCall`."""
+    def announced_bytes(self) -> int:
+        """See `Call`."""
         content_type = self._headers.get(b"content-type", b"").decode("latin-1")
         self._form = content_type if _media_type(content_type) == _FORM else None
+        return super().announced_bytes()
 
-    def read_body(self, body: bytes) -> None:
+    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
         """See `Call`."""
         self._parts = [Part("file", None, body)] if self._form is None else _files(self._form, body)
-
-    def images(self, manifest: Manifest) -> tuple[Sequence[bytes | Pixels], int]:
-        """See `Call`."""
-        self._top_k = top_k = _top_k(self._query.get("top_k"), len(manifest.labels))
-        return [part.data for part in self._parts], top_k
+        scheduler = self.find_engine(registry)
+        self._top_k = _top_k(self._query.get("top_k"), len(scheduler.engine.manifest.labels))
+        return scheduler, [part.data for part in self._parts], self._top_k
 
     def render(self, results: Sequence[Result], manifest: Manifest) -> HttpAnswer:
         """See `Call`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 from urllib.parse import unquote
 
 import grpc
@@ -67,25 +67,20 @@ class _Methods:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Every method, without generated service code."""
-        methods = (
+        handlers = {}
+        for method in (
             self.server_live,
             self.server_ready,
             self.model_ready,
             self.server_metadata,
             self.model_metadata,
-        )
-        # A request is parsed only once it is admitted.
-        handlers = {
-            "ModelInfer": grpc.unary_unary_rpc_method_handler(
-                _with_status(self.model_infer),
-                response_serializer=pb.ModelInferResponse.SerializeToString,
-            )
-        }
-        for method in methods:
+            self.model_infer,
+        ):
             name = "".join(word.capitalize() for word in method.__name__.split("_"))
+            admitted = name == "ModelInfer"  # and only then parsed
             handlers[name] = grpc.unary_unary_rpc_method_handler(
                 _with_status(method),
-                request_deserializer=getattr(pb, f"{name}Request").FromString,
+                request_deserializer=None if admitted else getattr(pb, f"{name}Request").FromString,
                 response_serializer=getattr(pb, f"{name}Response").SerializeToString,
             )
         return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
@@ -140,37 +135,26 @@ _Answer: TypeAlias = "pb.ModelInferResponse | Problem"
 class _Infer(Call[_Answer]):
     """One inference request."""
 
-    __slots__ = ("_asked", "_context", "_model")
-
     protocol = "v2-grpc"
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._model: tuple[str, str] | None = None  # name and version, once the body is read
 
     def caller(self) -> Caller:
-        return Caller(address_of(self._context.peer()), self.headers(), site=None)
+        metadata = {name: str(value) for name, value in self._context.invocation_metadata() or ()}
+        return Caller(address_of(self._context.peer()), metadata, site=None)
 
     def timeout(self) -> float | None:
-        remaining: float | None = self._context.time_remaining()
-        return remaining
+        return cast("float | None", self._context.time_remaining())
 
-    def find_engine(self, registry: Registry) -> Scheduler | None:
-        return None if self._model is None else core.find_model(registry, *self._model)
-
-    def announced_bytes(self) -> int:
-        return 0  # gRPC refuses longer messages itself
-
-    def read_body(self, body: bytes) -> None:
+    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
         try:
             request = pb.ModelInferRequest.FromString(body)
         except DecodeError as error:
             raise Problem("malformed-request", f"not a ModelInferRequest: {error}") from None
-        self._model = request.model_name, request.model_version
+        scheduler = core.find_model(registry, request.model_name, request.model_version)
         self._asked = _requested(request)
-
-    def images(self, manifest: Manifest) -> tuple[Sequence[bytes | Pixels], int]:
-        return core.images_of(self._asked, manifest), self._asked.top
+        return scheduler, core.images_of(self._asked, scheduler.engine.manifest), self._asked.top
 
     def render(self, results: Sequence[Result], manifest: Manifest) -> _Answer:
         outputs = core.outputs_of(self._asked, results, manifest.labels)
@@ -189,9 +173,6 @@ class _Infer(Call[_Answer]):
 
     def refusal(self, problem: Problem) -> _Answer:
         return problem
-
-    def headers(self) -> dict[str, str]:
-        return {name: str(value) for name, value in self._context.invocation_metadata() or ()}
 
 
 def address_of(peer: str) -> str:

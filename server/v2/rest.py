@@ -31,9 +31,7 @@ _HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 ModelName = Annotated[str, Path(max_length=200)]
 # As the routes below, for names that need no decoding and no check.
-_INFER_PATH: Final = re.compile(
-    rb"/v2/models/(?P<model>[\w.-]{1,200})(?:/versions/(?P<version>[\w.-]+))?/infer", re.ASCII
-)
+_INFER_PATH: Final = re.compile(rb"/v2/models/([\w.-]{1,200})(?:/versions/([\w.-]+))?/infer", re.ASCII)
 
 
 class _Json(BaseModel):
@@ -173,9 +171,7 @@ _INFER: Final[dict[str, Any]] = {
             "required": True,
             "content": {
                 "application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])},
-                "application/octet-stream": {
-                    "schema": {"type": "string", "format": "binary"},
-                },
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             },
         }
     },
@@ -192,11 +188,7 @@ async def infer(request: Request, model: ModelName, version: str = "") -> Respon
 def infer_call(path: bytes, scope: Mapping[str, Any]) -> InferCall | None:
     """The call that a `POST` to `path` is; None where it is another one, or the routes must look closer."""
     match = _INFER_PATH.fullmatch(path)
-    return (
-        None
-        if match is None
-        else InferCall(scope, match["model"].decode(), (match["version"] or b"").decode())
-    )
+    return match and InferCall(scope, *(name.decode() for name in match.groups(b"")))
 
 
 class InferCall(HttpCall):
@@ -207,8 +199,6 @@ class InferCall(HttpCall):
         model: the engine's name.
         version: its version; empty for any.
     """
-
-    __slots__ = ("_asked", "_header", "_model", "_version")
 
     protocol = "v2-rest"
 
@@ -221,20 +211,19 @@ class InferCall(HttpCall):
         """See `Call`."""
         return core.find_model(registry, self._model, self._version)
 
-    def check_media_type(self) -> None:
-        """See `HttpCall`."""
+    def announced_bytes(self) -> int:
+        """See `Call`."""
         if b"content-encoding" in self._headers:
             raise Problem("unsupported-media-type", "compressed bodies are not accepted")
+        return super().announced_bytes()
 
-    def read_body(self, body: bytes) -> None:
+    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
         """See `Call`."""
         length = self._headers.get(_HEADER_LENGTH.lower().encode())
         self._header, tensors = parse(body, None if length is None else length.decode("latin-1"))
         self._asked = _requested(self._header, tensors)
-
-    def images(self, manifest: Manifest) -> tuple[Sequence[bytes | Pixels], int]:
-        """See `Call`."""
-        return core.images_of(self._asked, manifest), self._asked.top
+        scheduler = self.find_engine(registry)
+        return scheduler, core.images_of(self._asked, scheduler.engine.manifest), self._asked.top
 
     def render(self, results: Sequence[Result], manifest: Manifest) -> HttpAnswer:
         """See `Call`."""

@@ -9,19 +9,17 @@ import logging
 import math
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from carriers import CARRIERS, HTTP, Carrier, Grpc, Http, Predict, Sent, carrier
+from carriers import CARRIERS, HTTP, Carrier, Grpc, Http, Sent, carrier
 from gated_engine import Gate, load_gated
 from pydantic import SecretStr
 from running import running, wait_until
 
-from server.mailbox import Mailbox
 from server.settings import Settings
 from server.telemetry import Ended
 from server.v2.grpc import address_of
@@ -142,15 +140,14 @@ def test_a_protected_server_asks_everyone_for_the_key_who_is_not_on_this_machine
     start: Start, gate: Gate, encode: Encode
 ) -> None:
     it = start(api_key=SecretStr(KEY), protect_predict=True)
-    gate.open()
     image = encode(0)
-    warmed = len(gate.warmed)
     for headers in ({}, {"X_API_Key": "wrong"}, {"Authorization": "Bearer wrong"}):
         refused = it.ask(image, **ELSEWHERE, **headers)
         assert refused.error == it.error("unauthorized")
         assert refused.detail == "send the API key as `Authorization: Bearer <key>` or as `X-API-Key: <key>`"
     assert it.counted("invalid", "unauthorized") == 3
-    assert len(gate.warmed) == warmed, "a refused request was computed"
+    assert gate.batches == []
+    gate.open()
     for headers in (
         {},
         {**ELSEWHERE, "X_API_Key": KEY},
@@ -448,35 +445,3 @@ def test_observers_are_told_how_each_request_ended(start: Start, gate: Gate, enc
     assert len(answered.results) == 2
     assert refused.key == (it.protocol, "invalid", "engine-not-found")
     assert (refused.manifest, refused.results) == (None, ())
-
-
-# --- how a result gets back to the event loop -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [Predict])
-def test_a_slot_leaves_its_results_in_the_mailbox_while_another_computes(
-    kind: type[Carrier], engine_dir: Path, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The answers are the same without it, only later: the event loop would be woken on a busy core."""
-    left: list[int] = []
-    leave = Mailbox.leave
-
-    def observed(mailbox: Mailbox, call: Callable[[], None]) -> None:
-        left.append(threading.get_ident())
-        leave(mailbox, call)
-
-    monkeypatch.setattr(Mailbox, "leave", observed)
-    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0)
-    with running(settings, load_gated(gate, slots=2, on_cpu=True)) as server, carrier(kind, server, 0) as it:
-        gate.close()
-        sent = []
-        for arrivals in (1, 2):
-            sent.append(it.send(encode(0)))
-            gate.wait_for_arrivals(arrivals)
-        gate.allow(1)
-        wait_until(lambda: pending(it) == 1 and len(server.service.registry.get(None)._sleeping) == 1)
-        assert len(left) == 1
-        assert left[0] != threading.get_ident()
-        gate.allow(1)
-        assert [it.answer().error for it in sent] == ["", ""]
-        assert len(left) == 1, "the last one computing wakes the event loop on another core"

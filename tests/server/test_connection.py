@@ -175,18 +175,6 @@ def test_head_and_body_of_an_answer_are_one_piece(wire: Wire, encode: Encode) ->
     assert json.loads(piece.partition(b"\r\n\r\n")[2])["results"]
 
 
-def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(server: Running, encode: Encode) -> None:
-    memory, telemetry = server.service.body_memory, server.service.telemetry
-    before = {key: count for key, count in telemetry.requests.items() if key.outcome == "cancelled"}
-    wire = Wire(server)
-    with wire.socket:
-        wire.send(_head(5000), b"\0" * 100)
-        wait_until(lambda: memory.held == 100)
-    wait_until(lambda: memory.held == 0 and telemetry.in_flight == 0)
-    after = {key: count for key, count in telemetry.requests.items() if key.outcome == "cancelled"}
-    assert sum(after.values()) == sum(before.values()) + 1
-
-
 def test_a_client_that_reads_late_is_waited_for_and_gets_every_answer(
     engine_dir: Path, encode: Encode
 ) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import uvloop
+from gated_engine import Gate, load_gated
+from running import running, wait_until
 
 from server.mailbox import Mailbox
+from server.settings import Settings
 
 _CALLS = 20_000  # more than the socket has room for
 
@@ -74,3 +79,36 @@ def test_a_call_that_fails_is_told_and_the_next_is_made(runner: asyncio.Runner) 
     with runner:
         runner.run(main())
     assert [str(error) for error in told] == ["no"]
+
+
+def test_a_slot_leaves_its_results_in_the_mailbox_while_another_computes(
+    engine_dir: Path, encode: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are the same without it, only later: the event loop would be woken on a busy core."""
+    left: list[int] = []
+    leave = Mailbox.leave
+
+    def observed(mailbox: Mailbox, call: Callable[[], None]) -> None:
+        left.append(threading.get_ident())
+        leave(mailbox, call)
+
+    gate = Gate()
+    monkeypatch.setattr(Mailbox, "leave", observed)
+    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0)
+    with (
+        running(settings, load_gated(gate, slots=2, on_cpu=True)) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        scheduler = server.service.registry.get(None)
+        gate.close()
+        sent = []
+        for arrivals in (1, 2):
+            sent.append(pool.submit(server.predict, encode(0)))
+            gate.wait_for_arrivals(arrivals)
+        gate.allow(1)
+        wait_until(lambda: scheduler.pending == len(scheduler._sleeping) == 1)
+        assert len(left) == 1
+        assert left[0] != threading.get_ident()
+        gate.allow(1)
+        assert [answer.result().status_code for answer in sent] == [200, 200]
+        assert len(left) == 1, "the last one computing wakes the event loop on another core"
