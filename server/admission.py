@@ -199,13 +199,12 @@ class Admission(Generic[Answer]):
         if self._timer is not None:
             self._timer.cancel()
         service, call = self._service, self._call
+        # The job knows this object: a cycle would keep the body until the next garbage collection.
+        self._job = self._timer = None
+        self._chunks = []
         service.body_memory.release(self._size)
         key = RequestKey(call.protocol, outcome, reason)
         service.telemetry.end(key)
         if service.telemetry.observers:
-            service.telemetry.tell(
-                Ended(key, call.caller().headers, self._began, self._manifest, self._results)
-            )
-        # The job knows this object: a cycle would keep the body until the next garbage collection.
-        self._job = self._timer = None
-        self._chunks = []
+            headers = call.caller().headers
+            service.telemetry.tell(Ended(key, headers, self._began, self._manifest, self._results))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,9 @@ from server.stats import EngineStats
 
 if TYPE_CHECKING:
     from server.scheduler import Result
+
+
+log = logging.getLogger("trimrt")
 
 
 class EngineKey(NamedTuple):
@@ -108,4 +112,7 @@ class Telemetry:
     def tell(self, request: Ended) -> None:
         """Tell the observers of a request that ended."""
         for observer in self.observers:
-            observer.record(request)
+            try:
+                observer.record(request)
+            except Exception:
+                log.exception("an observer of requests failed")

@@ -415,28 +415,31 @@ def test_server_timing_is_the_slowest_images(
 
 
 class _Recorder:
-    """A `RequestObserver`."""
+    """A `RequestObserver` that fails after each record."""
 
     def __init__(self) -> None:
         self.ended: list[Ended] = []
 
     def record(self, request: Ended) -> None:
         self.ended.append(request)
+        raise RuntimeError("the exporter is gone")
 
     def close(self) -> None:
         pass
 
 
-def test_observers_are_told_how_each_request_ended(start: Start, gate: Gate, encode: Encode) -> None:
+def test_every_observer_is_told_how_each_request_ended_and_may_fail(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
     it = start()
     gate.open()
     recorder = _Recorder()
-    it.server.service.telemetry.observers = [recorder]
+    it.server.service.telemetry.observers = [recorder, recorder]
     began = time.monotonic()
-    it.ask(encode(0), encode(1), traceparent="00-1-2-03")
-    it.ask(encode(0), engine="nobody")
-    wait_until(lambda: len(recorder.ended) == 2)
-    answered, refused = recorder.ended
+    assert it.ask(encode(0), encode(1), traceparent="00-1-2-03").error == ""
+    assert it.ask(encode(0), engine="nobody").error == it.error("engine-not-found")
+    wait_until(lambda: len(recorder.ended) == 4)
+    answered, refused = recorder.ended[::2]
     assert answered.key == (it.protocol, "ok", "")
     assert answered.headers["traceparent"] == "00-1-2-03"
     assert began < answered.began < answered.results[0].admitted

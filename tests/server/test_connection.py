@@ -261,6 +261,36 @@ def test_the_short_way_and_the_long_one_answer_alike(
         wait_until(lambda: any(record.name == "trimrt.access" for record in caplog.records))
 
 
+_PIXELS = {"name": "pixels", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [7] * 3072}
+_BINARY = {"name": "logits", "parameters": {"binary_data": True}}
+_INFERENCES = {
+    "pixels": ("tiny", {}, {"inputs": [_PIXELS], "id": "42"}),
+    "a version, and a binary answer": ("tiny/versions/1", {}, {"inputs": [_PIXELS], "outputs": [_BINARY]}),
+    "an encoded name": ("%74iny", {}, {"inputs": [_PIXELS]}),
+    "no such version": ("tiny/versions/2", {}, {"inputs": [_PIXELS]}),
+    "no such model": ("none", {}, {"inputs": [_PIXELS]}),
+    "no name": ("", {}, {"inputs": [_PIXELS]}),
+    "a name beyond all names": ("a" * 201, {}, {"inputs": [_PIXELS]}),
+    "compressed": ("tiny", {"Content-Encoding": "gzip"}, {"inputs": [_PIXELS]}),
+    "no inputs": ("tiny", {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", _INFERENCES)
+def test_both_ways_answer_alike_in_the_open_inference_protocol(
+    server: Running, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    model, headers, body = _INFERENCES[name]
+
+    def ask() -> tuple[int, set[str], bytes]:
+        response = server.client.post(f"/v2/models/{model}/infer", json=body, headers=headers)
+        return response.status_code, set(response.headers), response.content
+
+    short = ask()
+    with caplog.at_level(logging.INFO, "trimrt.access"):
+        assert ask() == short
+
+
 def test_an_answered_request_is_garbage_for_no_collector(server: Running, encode: Encode) -> None:
     """Its body would be held in memory until one came by."""
     gc.collect()
