@@ -7,7 +7,7 @@ import logging
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPResponse
 from typing import Any, ClassVar
@@ -64,6 +64,7 @@ class Carrier(ABC):
 
     def __init__(self, server: Running) -> None:
         self.server = server
+        self.connections = ExitStack()
 
     @staticmethod
     @abstractmethod
@@ -131,6 +132,7 @@ class Http(Carrier):
         """A request whose body is still to be sent."""
         address = urlsplit(self.server.url)
         connection = socket.create_connection((address.hostname, address.port), timeout=20)
+        self.connections.enter_context(connection)
         headers = {"Host": address.netloc, "Content-Type": self.content_type, **body_headers}
         headers |= {name.replace("_", "-"): value for name, value in more.items()}
         if timeout_ms is not None:
@@ -264,7 +266,9 @@ def carrier(kind: type[Carrier], server: Running, grpc_port: int) -> Iterator[Ca
     log = logging.getLogger("trimrt.access")
     level = log.level
     log.setLevel(logging.INFO if kind.asgi else logging.WARNING)  # where it is on, requests take ASGI's way
+    it = kind(server)
     try:
-        yield kind(server)
+        with it.connections:
+            yield it
     finally:
         log.setLevel(level)
