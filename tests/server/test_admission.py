@@ -347,6 +347,15 @@ def test_one_body_may_not_be_larger_than_its_limit(start: Start, gate: Gate, enc
 
 
 @over_http
+def test_a_body_announced_above_the_limit_is_refused_before_it_comes(start: Start, kind: type[Http]) -> None:
+    it = start(max_body_bytes=1000)
+    assert isinstance(it, Http)
+    sent, _ = it.open({"Content-Length": "1001"})
+    assert sent.answer().error == "body-too-large"
+    assert it.counted("invalid", "body-too-large") == 1
+
+
+@over_http
 def test_a_body_of_unannounced_size_is_stopped_at_the_limit(start: Start, kind: type[Http]) -> None:
     it = start(max_body_bytes=1000)
     assert isinstance(it, Http)
