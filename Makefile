@@ -63,7 +63,7 @@ images-check: $(VENV)/.install-dev  ## Build the container images and run them, 
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 		binfmt-support debootstrap podman qemu-user-static runc >/dev/null; fi
 	@$(BIN)/hadolint Dockerfile.x86 Dockerfile.jetson
-	@$(BIN)/python -m deploy.images $(IMAGES)
+	@$(BIN)/python -m tests.images $(IMAGES)
 
 check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/ruff check .

@@ -17,10 +17,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from rich.console import Console
 from rich.table import Table
 
-from builder.int8_dynamic import convert_to_dynamic_int8
 from builder.kit import KitError, open_kit
+from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from models.preprocessing import Pixels
-from server.engines.openvino import CONFIGURATION
+from runtime.openvino import CONFIGURATION
 
 BATCH = 8
 

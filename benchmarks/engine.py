@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from benchmarks.photos import photographs
-from builder.export import INPUT, export_onnx
-from builder.int8 import convert_to_int8
-from builder.kit import Graph, Student
-from builder.packages import Package, build_package
-from builder.targets import Report, Rest, open_target
-from builder.verification import Gate, VerificationSet
+from builder.compile.packages import Package, build_package
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate
+from builder.kit import INPUT, Graph, Report, Rest, Student, VerificationSet
+from builder.prepare.export import export_onnx
+from builder.prepare.int8 import convert_to_int8
 from models.preprocessing import Pixels, Preprocessing, load_pixels
 from models.recipe import make_recipe
-from server.engines import load_engine
-from server.manifest import BatchSizes, EngineError, Precision, sha256_of
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, EngineError, Precision, sha256_of
 
 if TYPE_CHECKING:
     import torch

@@ -18,10 +18,10 @@ from benchmarks.load import Load
 from benchmarks.measurements import Machine, this_machine
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
-from benchmarks.report import markdown_table
+from benchmarks.report import markdown_table, write_report
 from benchmarks.serving import serving
-from server.engines import load_engine
-from server.timing import Timing, time_engines
+from runtime.loading import load_engine
+from trimrt.bench.timing import Timing, time_engines
 
 MEGAPIXELS: Final = (0.1, 0.27, 1.0, 3.0, 6.0, 12.0, 24.0)
 CONNECTIONS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -162,12 +162,8 @@ def main(seconds: float, output: Path) -> None:
                 for curve, timing in zip(growth.batches.values(), timings, strict=True):
                     curve.append(timing)
                 progress.advance(task)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "growth.json").write_text(growth.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    text = markdown(growth)
-    (output / "growth.md").write_text(text, encoding="utf-8")
+    write_report(growth, markdown(growth), output / "growth.json", Console())
     plot(growth, output / "growth.svg")
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

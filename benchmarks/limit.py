@@ -22,12 +22,12 @@ from pydantic import BaseModel, Field
 from benchmarks.load import Round, merge
 from benchmarks.turns import take_turns
 from models.preprocessing import load_pixels
-from server.engines import load_engine
-from server.engines.base import Engine, Options, Slot, cores
-from server.engines.tuned import Setting
-from server.manifest import read_manifest
-from server.threads import EngineThread
-from server.tuning import best_rates
+from runtime.engine import Engine, Options, Slot, cores
+from runtime.loading import load_engine
+from runtime.manifest import read_manifest
+from runtime.threads import EngineThread
+from runtime.tuning import Setting
+from trimrt.bench.tuning import best_rates
 
 _TRIAL_SECONDS: Final = 0.5
 _LATENCY_SECONDS: Final = 2.0

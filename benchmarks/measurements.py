@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Final, Literal
 
 import psutil
@@ -13,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from benchmarks.limit import Settings
 from benchmarks.load import Load, Round, cpu_milliseconds, merge
+from runtime.processor import processor
 
 SMALL: Final = "640x427"
 LARGE: Final = "12 MP"
@@ -96,6 +96,7 @@ class Machine(BaseModel):
     """Where it was measured."""
 
     processor: str
+    instruction_sets: list[str] = Field(default=[], description="those that decide which kernels run")
     cores: int
     memory_gb: float
     system: str
@@ -103,7 +104,8 @@ class Machine(BaseModel):
 
     def __str__(self) -> str:
         """As reports begin."""
-        return f"{self.processor}, {self.cores} cores, {self.memory_gb:g} GB, Python {self.python}"
+        kernels = f" ({', '.join(self.instruction_sets)})" if self.instruction_sets else ""
+        return f"{self.processor}{kernels}, {self.cores} cores, {self.memory_gb:g} GB, Python {self.python}"
 
 
 class Results(BaseModel):
@@ -139,10 +141,10 @@ class Results(BaseModel):
 
 def this_machine() -> Machine:
     """The machine that this runs on."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    name, instruction_sets = processor()
     return Machine(
-        processor=names[0] if names else platform.machine(),
+        processor=name or platform.machine(),
+        instruction_sets=instruction_sets,
         cores=psutil.cpu_count() or 1,
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
         system=platform.platform(),

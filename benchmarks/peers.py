@@ -36,7 +36,7 @@ from benchmarks.measurements import (
 )
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
-from benchmarks.report import write_report
+from benchmarks.report import markdown, plot, write_report
 from benchmarks.scaled_decoding import agreeing_labels
 from benchmarks.serving import ServerError, Serving, serving
 from benchmarks.stages import serve_nothing
@@ -301,7 +301,9 @@ def main(
         if large:
             measure_agreement(benchmark.results, console)
     finally:
-        write_report(benchmark.results, output, console)
+        results = benchmark.results
+        write_report(results, markdown(results), output / "results.json", console)
+        plot(results, output / "results.svg")
     if benchmark.results.failures:
         raise click.ClickException("not every server was measured")
 

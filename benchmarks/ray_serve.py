@@ -29,7 +29,7 @@ from benchmarks.load import Load
 from benchmarks.measurements import Machine, this_machine
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
-from benchmarks.report import markdown_table
+from benchmarks.report import markdown_table, write_report
 from benchmarks.serving import Serving, serving
 
 CONNECTIONS: Final = (1, 16)  # latency, and throughput
@@ -245,11 +245,7 @@ def main(seconds: float, rounds: int, output: Path) -> None:
                         )
                         progress.advance(task)
     results.comparisons = [compare(package, results.points) for package in packages]
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "ray_serve.json").write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    text = markdown(results)
-    (output / "ray_serve.md").write_text(text, encoding="utf-8")
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    write_report(results, markdown(results), output / "ray_serve.json", Console())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
+from pydantic import BaseModel
 from rich.console import Console
 
 from benchmarks.goals import Goal, goals
@@ -24,13 +25,11 @@ from benchmarks.measurements import (
 _FORMS: Final = {"usual": "as usual", "trimrt": "TrimRT's preprocessing"}
 
 
-def write_report(results: Results, folder: Path, console: Console) -> None:
-    """Write `results.json`, `results.md` and `results.svg`, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    text = markdown(results)
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    plot(results, folder / "results.svg")
+def write_report(measured: BaseModel, text: str, path: Path, console: Console) -> None:
+    """Write what was measured to `path` as JSON, its tables beside it as Markdown, and print these."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -54,6 +53,12 @@ def markdown(results: Results) -> str:
     lines += ["", "What it costs:", ""]
     head = ["server", "form", "CPU ms an image", "ready after s", "memory MB, idle", "loaded", "installed MB"]
     lines += markdown_table(head, [_cost_row(runs, counts) for runs in _grouped(results)])
+    if results.server_cpu_ms is not None:
+        lines += [
+            "",
+            f"TrimRT itself takes {results.server_cpu_ms:.2f} ms of processor time for a request, "
+            "besides decoding and inference.",
+        ]
     gains = [_gain_row(comparison, counts) for comparison in results.comparisons]
     if gains:
         lines += [

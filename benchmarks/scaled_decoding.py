@@ -19,9 +19,9 @@ from rich.progress import track
 
 from models.datasets import open_dataset
 from models.preprocessing import Pixels, load_pixels
-from server.engines import load_engine
-from server.engines.base import cores
-from server.manifest import EngineError
+from runtime.engine import cores
+from runtime.loading import load_engine
+from runtime.manifest import EngineError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -33,9 +33,9 @@ from benchmarks.processes import exit_on_sigterm
 from benchmarks.serving import Serving, serving
 from benchmarks.turns import take_turns
 from models.preprocessing import decode_jpeg, load_pixels
-from server.engines import load_engine
-from server.engines.base import Options, Slot
-from server.engines.tuned import Setting
+from runtime.engine import Options, Slot
+from runtime.loading import load_engine
+from runtime.tuning import Setting
 
 _BATCH: Final = 8
 _CONNECTIONS: Final = 8

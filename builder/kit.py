@@ -1,7 +1,7 @@
 """The build kit: all that compiling needs, in one portable folder.
 
-Preparing (`builder.preparation`) needs torch and ModelOpt and happens on a workstation; compiling
-(`builder.packages`) happens on the device. A kit is what is carried from one to the other:
+Preparing (`builder.prepare`) needs torch and ModelOpt and happens on a workstation; compiling
+(`builder.compile`) happens on the device. A kit is what is carried from one to the other:
 `kit.json`, an ONNX graph for each precision, and `verification.npz`, the held-out images with the
 FP32 network's logits that the compiled engine is judged by. This module needs numpy only.
 """
@@ -9,18 +9,25 @@ FP32 network's logits that the compiled engine is judged by. This module needs n
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from builder.targets import Rest
-from builder.verification import VerificationSet
-from models.preprocessing import Preprocessing
-from server.manifest import Calibration, Precision, sha256_of
+from models.preprocessing import Pixels, Preprocessing
+from runtime.manifest import Calibration, Precision, sha256_of
+
+# The tensors that every graph takes and gives.
+INPUT: Final = "images"
+LOGITS: Final = "logits"
+PROBABILITIES: Final = "probabilities"
+
+Rest = Literal["fp32", "fp16"]  # precision of what an INT8 graph does not quantise
+Report = Callable[[str], None]  # takes a line of progress
 
 KIT_NAME: Final = "kit.json"
 VERIFICATION_NAME: Final = "verification.npz"
@@ -30,6 +37,23 @@ _FILE_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 class KitError(ValueError):
     """A build kit that cannot be used; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class VerificationSet:
+    """Held-out images with what the FP32 network makes of them.
+
+    Attributes:
+        name: which images these are; never test images.
+        pixels: uint8, shape (N, H, W, 3).
+        targets: true classes, int64, shape (N,).
+        logits: the reference's, float32, shape (N, classes).
+    """
+
+    name: str
+    pixels: Pixels
+    targets: NDArray[np.int64]
+    logits: NDArray[np.float32]
 
 
 class _Strict(BaseModel):

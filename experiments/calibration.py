@@ -24,9 +24,9 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.progress import Progress
 
-from builder.export import INPUT
-from builder.int8 import METHODS, Method, convert_to_int8
-from builder.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.kit import INPUT
+from builder.prepare.int8 import METHODS, Method, convert_to_int8
+from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
 from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.markdown import percents, spread
 from experiments.markdown import table as markdown_table
@@ -54,7 +54,7 @@ class Variant:
     """A way to calibrate.
 
     Attributes:
-        method: of `builder.int8`, `percentile`, or `none` for the FP32 graph.
+        method: of `builder.prepare.int8`, `percentile`, or `none` for the FP32 graph.
         images: training images to calibrate with.
         mistake: one of `MISTAKES`.
     """

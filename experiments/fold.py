@@ -18,19 +18,20 @@ from typing import Final, get_args
 from pydantic import BaseModel
 from rich.console import Console
 
-from builder.openvino import GRAPH_NAME
-from builder.packages import build_package
-from builder.preparation import Settings, open_checkpoint, prepare
-from builder.targets import open_target
-from builder.verification import Gate, GateError, VerificationSet, compare
+from builder.compile.packages import build_package
+from builder.compile.targets.choice import open_target
+from builder.compile.targets.openvino.target import GRAPH_NAME
+from builder.compile.verification import Gate, GateError, compare
+from builder.kit import VerificationSet
+from builder.prepare.preparation import Settings, open_checkpoint, prepare
 from experiments.results import Engine, Fold, Network
 from experiments.study import STUDIES, Study, Variant
 from models.card import WEIGHTS_NAME, Card
 from models.compress import Compression
 from models.datasets import DataSplit, open_dataset
 from models.files import replace_file
-from server.engines import load_engine
-from server.manifest import BatchSizes, Manifest, Precision
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, Manifest, Precision
 
 RESULT: Final = "result.json"
 

@@ -8,9 +8,10 @@ import numpy as np
 import openvino
 from pydantic import BaseModel, Field
 
-from builder.preparation import Preparation
-from builder.verification import Gate, GateError, VerificationSet, compare_logits
-from server.engines.openvino import CONFIGURATION
+from builder.compile.verification import Gate, GateError, compare_logits
+from builder.kit import VerificationSet
+from builder.prepare.preparation import Preparation
+from runtime.openvino import CONFIGURATION
 
 _BATCH = 32
 

@@ -24,19 +24,19 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.progress import Progress
 
-from builder.commands import QAT
-from builder.packages import build_package
-from builder.preparation import Preparation, Settings, open_checkpoint, prepare
-from builder.targets import open_target
-from builder.verification import Gate, GateError
+from builder.compile.packages import build_package
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate, GateError
+from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
 from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.markdown import megabytes, percent
 from experiments.markdown import table as markdown_table
 from experiments.results import FOLDER, Made, made_here
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.pretrained import DIGITS_STUDENT
-from server.manifest import BatchSizes, Precision
-from server.profiling import profile_layers
+from runtime.manifest import BatchSizes, Precision
+from runtime.profiling import profile_layers
+from trimrt.preparing import QAT
 
 BLOCKS: Final = ("layer2.0", "layer3.0")
 FACTOR: Final = 1000.0

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from benchmarks.measurements import Machine, this_machine
 from models.files import replace_file
-from server.manifest import Precision
+from runtime.manifest import Precision
 
 FOLDER: Final = Path(__file__).parent / "results"
 

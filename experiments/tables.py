@@ -11,12 +11,12 @@ from typing import Final, get_args
 import click
 from rich.console import Console
 
-from builder.report.statistics import wilson_interval
 from experiments import calibration, qat
 from experiments.markdown import megabytes, percent, percents, spread, table
 from experiments.results import FOLDER, Engine, Fold, Made, Network, Results
 from models.files import replace_file
-from server.manifest import Precision
+from runtime.manifest import Precision
+from trimrt.report.statistics import wilson_interval
 
 ROOT: Final = Path(__file__).parent.parent
 

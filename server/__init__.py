@@ -1,1 +1,1 @@
-"""What is run: engine runtimes, batching, HTTP and metrics. Never needs torch."""
+"""What serves: batching, HTTP, gRPC and metrics. Never needs torch."""

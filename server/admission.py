@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, final
 
 from models.preprocessing import Pixels
+from runtime.manifest import Manifest
 from server.auth import Caller, require_key
 from server.bodies import body_too_large
-from server.manifest import Manifest
+from server.jobs import Job, Result
 from server.problems import Problem, internal_error
 from server.registry import Registry
-from server.scheduler import Job, Result, Scheduler, deadline_exceeded
+from server.scheduler import Scheduler, deadline_exceeded
 from server.service import Service
 from server.telemetry import Ended, RequestKey, outcome_of
 

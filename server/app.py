@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
+from runtime.manifest import EngineError
 from server.bodies import BodyMemory
 from server.devices import find_devices
 from server.lifecycle import Lifecycle
-from server.manifest import EngineError
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error

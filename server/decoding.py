@@ -1,19 +1,78 @@
-"""Threads that turn encoded images into pixels, beside inference."""
+"""From encoded images to pixels: on a slot's own thread, or ahead of it on a pool of threads."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
 
-from PIL import Image
+from PIL import Image as PillowImage
+
+from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
+from server.backlog import Backlog
+from server.jobs import Failed, Image, Outcome
+from server.linux_scheduling import Mailbox
+from server.problems import Problem, image_problem
+
+log = logging.getLogger("trimrt.scheduler")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes images for one engine, on any thread.
+
+    Attributes:
+        spec: the engine's preprocessing.
+        max_pixels: the most that an encoded image may have.
+    """
+
+    spec: Preprocessing
+    max_pixels: int
+
+    def decode(self, image: Image, out: Pixels | None = None) -> Pixels:
+        """The pixels of `image`; if it came as pixels, those.
+
+        Args:
+            image: takes the times of the decoding.
+            out: where to write what is decoded; None: a new array.
+
+        Raises:
+            Problem: `image-damaged`, `unsupported-media-type`, `image-too-large` or `internal-error`.
+        """
+        if not isinstance(image.data, bytes):
+            return image.data
+        image.decoding = time.monotonic()
+        try:
+            pixels = load_pixels(image.data, self.spec, max_pixels=self.max_pixels, out=out)
+        except ImageError as error:
+            raise image_problem(error, image.index) from None
+        except Exception:
+            log.exception("decoding failed")
+            raise Problem("internal-error", "decoding failed") from None
+        image.decoded = time.monotonic()
+        return pixels
+
+    def decode_ahead(self, image: Image, backlog: Backlog, outcomes: Mailbox[Outcome]) -> None:
+        """Decode `image` before it joins `backlog`; a failure goes to `outcomes`."""
+        if image.is_dead(time.monotonic()):
+            return
+        try:
+            image.data = self.decode(image)
+        except Problem as problem:
+            outcomes.leave(Failed([image], problem))
+        else:
+            image.ready_at = image.decoded
+            backlog.put([image])
 
 
 class DecodePool:
     """A fixed number of threads taking work in order.
 
-    Unlike `concurrent.futures` it makes no future per task: a task says itself where its result goes,
-    which saves a lock and a wake-up for every image.
+    Unlike `concurrent.futures` it makes no future per task: each task passes its result on itself, which
+    saves a lock and a wake-up for every image.
     """
 
     def __init__(self, threads: int) -> None:
@@ -23,7 +82,8 @@ class DecodePool:
         ]
         for thread in self._threads:
             thread.start()
-        self.submit(Image.init)  # Pillow imports its readers on first use, which would delay a request
+        # Pillow imports its readers on first use, which would delay a request.
+        self.submit(PillowImage.init)
 
     def submit(self, task: Callable[[], object]) -> None:
         """Run `task`, which must not raise, on one of the threads."""

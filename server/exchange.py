@@ -18,13 +18,14 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from models.preprocessing import MEDIA_TYPES, Pixels
+from runtime.manifest import Manifest
 from server.admission import Admission, Call
 from server.auth import Caller
 from server.bodies import Part, parse_multipart
-from server.manifest import Manifest
+from server.jobs import Result
 from server.problems import Problem
 from server.registry import Registry
-from server.scheduler import Result, Scheduler
+from server.scheduler import Scheduler
 from server.service import service_of
 
 DEFAULT_TOP_K: Final = 5

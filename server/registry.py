@@ -12,25 +12,20 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from runtime.engine import Engine, Options
+from runtime.loading import load_engine
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from runtime.packages import find_package, find_package_folders, find_packages
+from runtime.threads import run_in_engine_thread
 from server.decoding import DecodePool
-from server.engines.base import Engine, Options
-from server.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 from server.problems import Problem
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.telemetry import Telemetry
-from server.threads import run_in_engine_thread
 
 log = logging.getLogger("trimrt.registry")
 
 LoadEngine = Callable[[Path], Engine]
-
-
-def load_engine(folder: Path, options: Options | None = None) -> Engine:
-    """See `server.engines.load_engine`."""
-    from server import engines  # the backend's library is only imported when there is an engine
-
-    return engines.load_engine(folder, options)
 
 
 def _engine_options(settings: Settings) -> Options:
@@ -41,51 +36,6 @@ def _engine_options(settings: Settings) -> Options:
         cuda_graphs=settings.cuda_graphs,
         host_code=settings.host_code,
     )
-
-
-def find_package_folders(directory: Path) -> list[Path]:
-    """The folders in `directory` that hold an engine package."""
-    if not directory.is_dir():
-        return []
-    # A leading dot is a package that the builder has not finished.
-    return [
-        folder
-        for folder in sorted(directory.iterdir())
-        if not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()
-    ]
-
-
-def find_packages(directory: Path) -> dict[Path, Manifest | EngineError]:
-    """The engine packages in `directory`: their manifests, or why one cannot be used."""
-    packages: dict[Path, Manifest | EngineError] = {}
-    for folder in find_package_folders(directory):
-        try:
-            packages[folder] = read_manifest(folder)
-        except EngineError as error:
-            packages[folder] = error
-    return packages
-
-
-def find_package(directory: Path, name: str) -> Path:
-    """The folder of engine `name` in `directory`; of several versions, the newest.
-
-    Raises:
-        EngineError: there is none.
-    """
-    packages = find_packages(directory)
-    found = {
-        folder: int(manifest.version)
-        for folder, manifest in packages.items()
-        if isinstance(manifest, Manifest) and manifest.name == name
-    }
-    if found:
-        return max(found, key=found.__getitem__)
-    broken = packages.get(directory / name)
-    if isinstance(broken, EngineError):
-        raise broken
-    names = sorted({manifest.name for manifest in packages.values() if isinstance(manifest, Manifest)})
-    there = f"it holds {', '.join(names)}" if names else "it holds none"
-    raise EngineError(f"no engine {name!r} in {directory} ({there}); `trimrt build` makes one")
 
 
 def resolve_engines(settings: Settings) -> list[Path]:
@@ -141,7 +91,7 @@ class Registry:
         self._settings = settings
         self._telemetry = telemetry
         self._load = load or partial(load_engine, options=_engine_options(settings))
-        self._decoder = DecodePool(settings.decode_threads)
+        self._pool = DecodePool(settings.decode_threads)
         self._changing = asyncio.Lock()
 
     def get(self, name: str | None) -> Scheduler:
@@ -192,11 +142,12 @@ class Registry:
             manifest = engine.manifest
             scheduler = Scheduler(
                 engine,
-                self._decoder,
+                self._pool,
                 self._telemetry.engine(manifest),
                 queue_limit=self._settings.queue_limit,
                 max_pixels=self._settings.max_pixels,
                 max_batch_delay=self._settings.max_batch_delay_ms / 1000,
+                linux_scheduling=self._settings.linux_scheduling,
             )
             try:
                 await scheduler.start()
@@ -275,7 +226,7 @@ class Registry:
             self._folders.clear()
             self.default = None
             await asyncio.gather(*(scheduler.close() for scheduler in schedulers))
-        await asyncio.to_thread(self._decoder.close)
+        await asyncio.to_thread(self._pool.close)
 
     async def describe(self) -> list[EngineRow]:
         """Every engine that is loaded or could be, by name."""

@@ -1,60 +1,16 @@
-"""`trimrt serve`: the application on uvicorn, with a drain before it stops."""
+"""The application on uvicorn, with a drain before it stops."""
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
-from typing import Any
 
 import click
-from pydantic import ValidationError
 
-from server.manifest import EngineError
+from runtime.manifest import EngineError
 from server.settings import Settings
 
 log = logging.getLogger("trimrt")
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for every field of `Settings`, which checks the values."""
-    for name, field in reversed(Settings.model_fields.items()):
-        flag = name.replace("_", "-")
-        default = field.get_default(call_default_factory=True)
-        switch = field.annotation is bool
-        command = click.option(
-            f"--{flag}/--no-{flag}" if switch else f"--{flag}",
-            name,
-            default=None,
-            type=bool if switch else str,
-            metavar=None if switch else "VALUE",
-            help=f"{field.description}"
-            + (
-                f"  [TRIMRT_{name.upper()}; default: {default}]"
-                if str(default or "")
-                else f"  [TRIMRT_{name.upper()}]"
-            ),
-        )(command)
-    return command
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@_with_settings
-def serve(**options: Any) -> None:
-    """Serve engine packages over HTTP.
-
-    Every option can also be set in the environment, by the name in brackets. Example:
-
-        trimrt serve --engine digits-resnet18-int8-openvino
-    """
-    try:
-        settings = Settings(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise click.UsageError(
-            f"--{'.'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}"
-        ) from None
-    run(settings)
 
 
 def run(settings: Settings) -> None:

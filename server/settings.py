@@ -15,7 +15,7 @@ from models.preprocessing import DEFAULT_MAX_PIXELS
 class Settings(BaseSettings):
     """One field is one environment variable and one option of `trimrt serve`; defaults are safe."""
 
-    # A variable that is empty is not set: an empty key would be everybody's.
+    # Treat empty variables as unset: an empty API key would let everyone in.
     model_config = SettingsConfigDict(
         env_prefix="TRIMRT_", env_ignore_empty=True, frozen=True, extra="forbid"
     )
@@ -73,6 +73,10 @@ class Settings(BaseSettings):
     )
     decode_threads: int = Field(
         default=os.cpu_count() or 1, ge=1, description="Threads that decode images for engines on a device."
+    )
+    linux_scheduling: bool = Field(
+        default=True,
+        description="On Linux, let threads that compute on a CPU give way to the server's other threads.",
     )
     timeout_ms: float = Field(
         default=30_000, gt=0, description="Longest a request may take; X-Request-Timeout-Ms can ask for less."

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from server.manifest import Manifest
+from runtime.manifest import Manifest
 from server.problems import Problem
 from server.stats import EngineStats
 
 if TYPE_CHECKING:
-    from server.scheduler import Result
+    from server.jobs import Result
 
 
 log = logging.getLogger("trimrt")

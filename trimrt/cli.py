@@ -9,18 +9,21 @@ import click
 
 # name: (module:command, one line of help). The help stands here so that `trimrt --help` imports nothing.
 COMMANDS: Final = {
-    "compress": ("models.commands:compress", "Train a teacher, distil and prune a student."),
-    "prepare": ("builder.commands:prepare", "Turn a student into a kit that compiles on another machine."),
-    "build": ("builder.commands:build", "Compile a student into an engine package."),
-    "inspect": ("server.commands:inspect", "Show what an engine package is."),
-    "serve": ("server.serve:serve", "Serve an engine package over HTTP."),
-    "loadtest": ("server.loadtest.commands:loadtest", "Load a running server and measure what it does."),
-    "bench": ("server.bench:bench", "Time engine packages by themselves, side by side."),
-    "export-triton": ("server.triton.export:export_triton", "Write an engine package as a Triton model."),
-    "predict": ("server.predict.commands:predict", "Label a folder, files or a Parquet column at once."),
-    "cluster": ("server.cluster.commands:cluster", "Serve engine packages on a Ray cluster."),
-    "report": ("builder.report.commands:report", "Compare checkpoints and engines on one page."),
-    "demo": ("trimrt.demo:demo", "Build, serve, ask and compare, once, on handwritten digits."),
+    "compress": ("trimrt.compress:compress", "Train a teacher, distil and prune a student."),
+    "prepare": ("trimrt.prepare:prepare", "Turn a student into a kit that compiles on another machine."),
+    "build": ("trimrt.build:build", "Compile a student into an engine package."),
+    "inspect": ("trimrt.inspect:inspect", "Show what an engine package is."),
+    "serve": ("trimrt.serve:serve", "Serve an engine package over HTTP."),
+    "loadtest": ("trimrt.loadtest.command:loadtest", "Load a running server and measure what it does."),
+    "bench": ("trimrt.bench.command:bench", "Time engine packages by themselves, side by side."),
+    "export-triton": (
+        "trimrt.export_triton.export:export_triton",
+        "Write an engine package as a Triton model.",
+    ),
+    "predict": ("trimrt.predict.command:predict", "Label a folder, files or a Parquet column at once."),
+    "cluster": ("trimrt.cluster.command:cluster", "Serve engine packages on a Ray cluster."),
+    "report": ("trimrt.report.command:report", "Compare checkpoints and engines on one page."),
+    "demo": ("trimrt.demo.command:demo", "Build, serve, ask and compare, once, on handwritten digits."),
 }
 
 

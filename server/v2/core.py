@@ -15,10 +15,11 @@ from typing import Any, Final
 import numpy as np
 
 from models.preprocessing import Pixels
-from server.manifest import Manifest
+from runtime.manifest import Manifest
+from server.jobs import Result
 from server.problems import Problem
 from server.registry import Registry
-from server.scheduler import Result, Scheduler
+from server.scheduler import Scheduler
 from server.v2.tensors import Floats, InputTensor, OutputTensor, unpack_bytes
 
 EXTENSIONS: Final = ["binary_tensor_data", "classification"]

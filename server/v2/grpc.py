@@ -13,12 +13,13 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from models.preprocessing import Pixels
+from runtime.manifest import Manifest
 from server.admission import Admission, Call
 from server.auth import Caller
-from server.manifest import Manifest
+from server.jobs import Result
 from server.problems import Problem
 from server.registry import Registry
-from server.scheduler import Result, Scheduler
+from server.scheduler import Scheduler
 from server.service import Service
 from server.v2 import core
 from server.v2 import inference_pb2 as pb

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
 from models.preprocessing import Pixels
+from runtime.manifest import Manifest
 from server.exchange import HttpAnswer, HttpCall, answer_over_asgi, latency_ms, server_timing
-from server.manifest import Manifest
+from server.jobs import Result
 from server.problems import Problem, documented
 from server.registry import Registry
-from server.scheduler import Result, Scheduler
+from server.scheduler import Scheduler
 from server.service import Served
 from server.v2 import core
 from server.v2.tensors import InputTensor, OutputTensor

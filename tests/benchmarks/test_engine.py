@@ -10,7 +10,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.engine import SPEC, take_float_tensors
-from builder.export import LOGITS, add_pixels_input, run_onnx
+from builder.kit import LOGITS
+from builder.prepare.export import add_pixels_input, run_onnx
 
 
 def small_network() -> onnx.ModelProto:

@@ -15,9 +15,9 @@ from benchmarks.limit import best_for_latency, best_for_throughput, loaded
 from benchmarks.load import cpu_milliseconds, merge
 from benchmarks.photos import photographs, store
 from benchmarks.unserved import unserved
-from server.engines.base import cores
-from server.engines.tuned import Setting
-from server.tuning import throughput
+from runtime.engine import cores
+from runtime.tuning import Setting
+from trimrt.bench.tuning import throughput
 
 ONE = Setting(slots=1, threads=1, batch=1)
 SEVERAL = Setting(slots=2, threads=2, batch=4)
@@ -80,7 +80,7 @@ def test_no_slow_moment_chooses_the_setting(package: Path, monkeypatch: pytest.M
         tried.add(setting)
         return setting.batch * (0.01 if slowed else 1.0), 0.0
 
-    monkeypatch.setattr("server.tuning.throughput", trial)
+    monkeypatch.setattr("trimrt.bench.tuning.throughput", trial)
 
     assert best_for_throughput(package, []).batch > 1
 

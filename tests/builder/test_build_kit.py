@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.kit import KIT_NAME, Kit, KitError, open_kit
-from server.manifest import read_manifest
+from runtime.manifest import read_manifest
 
 _ON_THE_DEVICE = """
 import sys
@@ -157,7 +157,7 @@ def test_file_names_cannot_lead_out_of_the_kit(scratch: Path, kit: Kit) -> None:
 
 def test_verification_set_is_read_without_pickle(scratch: Path, kit: Kit) -> None:
     """Even where its hash is right."""
-    from server.manifest import sha256_of
+    from runtime.manifest import sha256_of
 
     path = scratch / "verification.npz"
     np.savez(path, pixels=np.array([print], dtype=object), targets=np.zeros(1), logits=np.zeros(1))

@@ -23,9 +23,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from running import Running
 
-from deploy.images.__main__ import IMAGES, MOST_BEYOND_BASE, RESULTS, table
-from deploy.images.checks import TORCH
 from server.settings import Settings
+from tests.images.__main__ import IMAGES, MOST_BEYOND_BASE, RESULTS, table
+from tests.images.checks import TORCH
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,7 +42,7 @@ SERVERS = {
 }
 TOOLS = (("Dockerfile.x86", "prepare"), ("Dockerfile.jetson", "builder"))
 USER = "10001"
-COPIED = {"models", "builder", "server", "trimrt", "pyproject.toml", "README.md"}
+COPIED = {"models", "runtime", "builder", "server", "trimrt", "pyproject.toml", "README.md"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -17,15 +16,15 @@ import pytest
 from PIL import Image
 from processes import TRIMRT, Started, start_process
 from running import running
+from wrapped_engine import load_wrapped
 
-from builder.verification import engine_logits
+from builder.compile.verification import engine_logits
 from models.card import Card, read_card
 from models.datasets import ImageSet, open_dataset
 from models.preprocessing import Preprocessing
 from models.pretrained import DIGITS_STUDENT
-from server.engines import load_engine
-from server.engines.base import Engine, Outputs, Slot
-from server.manifest import Manifest, read_manifest
+from runtime.loading import load_engine
+from runtime.manifest import read_manifest
 from server.settings import Settings
 
 
@@ -135,48 +134,6 @@ def test_the_engine_is_described_as_it_is_served(served: Started, int8: Path) ->
     }
 
 
-class _Recording:
-    """A real engine whose slot also keeps the pixels of every image that it ran."""
-
-    def __init__(self, engine: Engine, seen: list[bytes]) -> None:
-        self._engine = engine
-        self._seen = seen
-
-    @property
-    def manifest(self) -> Manifest:
-        return self._engine.manifest
-
-    @property
-    def slots(self) -> int:
-        return 1
-
-    def open_slot(self) -> Slot:
-        return _RecordingSlot(self._engine.open_slot(), self._seen)
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-
-class _RecordingSlot:
-    def __init__(self, slot: Slot, seen: list[bytes]) -> None:
-        self._slot = slot
-        self._seen = seen
-
-    @property
-    def pixels(self) -> Any:
-        return self._slot.pixels
-
-    def infer(self, count: int, *, alone: bool = False) -> Outputs:
-        self._seen += [row.tobytes() for row in self._slot.pixels[:count]]
-        return self._slot.infer(count, alone=alone)
-
-    def close(self) -> None:
-        self._slot.close()
-
-
 def write_pictures(folder: Path) -> list[Path]:
     """One upright scene, in every accepted format and every EXIF orientation."""
     folder.mkdir()
@@ -211,11 +168,10 @@ def test_the_servers_tensor_is_the_evaluations_byte_for_byte(int8: Path, tmp_pat
     ).load_pixels(spec)
     seen: list[bytes] = []
 
-    def load(folder: Path, *options: Any, **settings: Any) -> Engine:
-        return _Recording(load_engine(folder, *options, **settings), seen)
+    def record(pixels: np.ndarray, _alone: bool) -> None:
+        seen.extend(row.tobytes() for row in pixels)
 
-    with running(Settings(engine=str(int8), port=0), load) as server:
-        seen.clear()  # the warm-up's
+    with running(Settings(engine=str(int8), port=0), load_wrapped(record, on_cpu=True)) as server:
         for path in paths:
             server.predict(path.read_bytes(), f"image/{path.suffix[1:]}").raise_for_status()
     assert seen == [row.tobytes() for row in evaluated]

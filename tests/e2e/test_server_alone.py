@@ -39,7 +39,7 @@ def run_without(code: str, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["server", "server.app", "server.engines", "server.manifest", "models.card"]
+    "module", ["server", "server.app", "runtime.loading", "runtime.manifest", "models.card"]
 )
 def test_imports_without_training_libraries_and_runtimes(module: str) -> None:
     done = run_without(f"import {module}", "openvino", "tensorrt", "tensorrt_rtx", "pycuda", "cuda")

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from builder.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
 from experiments import calibration
 from experiments.calibration import MISTAKES, Results, Row, Variant, calibrate, main, table
 from experiments.graphs import Measured, Measurement, held_out_images, measure_graph

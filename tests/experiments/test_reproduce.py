@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import experiments.fold
-import models.commands
+import trimrt.compress
 from experiments.fold import Engines, fold_folder, run_fold
 from experiments.reproduce import reproduce
 from experiments.results import Fold, Results, read_results
@@ -163,9 +163,9 @@ class TestStudies:
 
 def _typed(arguments: list[str]) -> Recipe:
     """The recipe that `trimrt compress` makes of its arguments."""
-    values = models.commands.compress.make_context("compress", arguments).params
+    values = trimrt.compress.compress.make_context("compress", arguments).params
     options = {key: value for key, value in values.items() if "__" in key or key in ("seed", "threads")}
-    overrides = models.commands._overrides(options)
+    overrides = trimrt.compress._overrides(options)
     return make_recipe(preset=values["preset"], file=values["config"], overrides=overrides)
 
 

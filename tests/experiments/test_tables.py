@@ -12,7 +12,7 @@ from experiments.results import FOLDER, Engine, Made, Results, read_results
 from experiments.tables import DOCUMENTS, MARKER, ROOT, render
 from models.card import read_card
 from models.pretrained import DIGITS_STUDENT
-from server.manifest import Precision
+from runtime.manifest import Precision
 
 _Results = TypeVar("_Results", bound=Made)
 

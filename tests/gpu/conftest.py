@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from builder.kit import Kit, open_kit
-from server.engines.cuda import open_cuda
-from server.engines.tensorrt_library import TensorRTBackend, find_tensorrt
-from server.manifest import EngineError
+from runtime.cuda import open_cuda
+from runtime.manifest import EngineError
+from runtime.tensorrt.library import TensorRTBackend, find_tensorrt
 from trimrt.cli import main
 
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 from running import running
 
+from builder.compile.verification import engine_logits
 from builder.kit import Kit
-from builder.verification import engine_logits
-from server.engines import load_engine
-from server.engines.base import Engine, Options
-from server.engines.cuda import IMPLEMENTATIONS, open_cuda
-from server.manifest import read_manifest
+from runtime.cuda import IMPLEMENTATIONS, open_cuda
+from runtime.engine import Engine, Options
+from runtime.loading import load_engine
+from runtime.manifest import read_manifest
 from server.settings import Settings
 
 pytestmark = pytest.mark.gpu

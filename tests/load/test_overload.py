@@ -12,8 +12,8 @@ import psutil
 import pytest
 from processes import TRIMRT
 from running import running
-from slow_engine import load_slow
 from tiny_engine import write_package
+from wrapped_engine import load_wrapped
 
 from server.settings import Settings
 
@@ -30,7 +30,8 @@ def test_overload_is_shed_and_survived(tmp_path: Path, encode: Callable[..., byt
     write_package(engines, max_batch=MAX_BATCH)
     image.write_bytes(encode(1))
     settings = Settings(engine_dir=engines, port=0, queue_limit=QUEUE_LIMIT)
-    with running(settings, load_slow(SECONDS_PER_BATCH)) as server:
+    slow = load_wrapped(lambda _pixels, _alone: time.sleep(SECONDS_PER_BATCH))  # a device of known capacity
+    with running(settings, slow) as server:
         usual = server.predict(image.read_bytes()).elapsed.total_seconds()
         command = [TRIMRT, "loadtest", "--url", server.url, "--images", str(image), "--scenario", "server"]
         load = ["--load", str(5 * CAPACITY), "--warmup", "3", "--duration", "30", "--json", str(result)]

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from ray_cluster import PATIENCE, Cluster, Load, processes
 from running import wait_until
 
-from server.predict.commands import predict
+from trimrt.predict.command import predict
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1200)]
 

@@ -18,12 +18,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from models.checkpoint import load_checkpoint
-from models.commands import compress
 from models.datasets import DataSplit, open_dataset
 from models.evaluation import count_parameters, evaluate
 from models.inputs import choose_inputs
 from models.preprocessing import IMAGENET_MEAN
 from models.recipe import make_recipe
+from trimrt.compress import compress
 
 SHORT = [
     *("--threads", "1"),

@@ -25,9 +25,8 @@ class Image:
 def test_an_idle_engine_takes_what_waits_at_once() -> None:
     waiting = deque([Image(), Image()])
     first, second = waiting
-    batch, dropped, wake_at = collate(waiting, now=0.0, max_size=8)
-    assert batch == [first, second]
-    assert (dropped, wake_at, len(waiting)) == ([], math.inf, 0)
+    assert collate(waiting, now=0.0, max_size=8) == ([first, second], math.inf)
+    assert not waiting
 
 
 def test_the_rest_stays_for_the_next_batch_in_order() -> None:
@@ -38,18 +37,19 @@ def test_the_rest_stays_for_the_next_batch_in_order() -> None:
 
 
 def test_nothing_waits_nothing_runs() -> None:
-    assert collate(deque(), 0.0, 8) == ([], [], math.inf)
+    assert collate(deque(), 0.0, 8) == ([], math.inf)
 
 
 def test_the_dead_take_no_place_in_the_batch() -> None:
     dead, alive = Image(dies_at=1.0), Image()
     waiting = deque([dead, alive])
-    assert collate(waiting, 2.0, 1) == ([alive], [dead], math.inf)
+    assert collate(waiting, 2.0, 1) == ([alive], math.inf)
+    assert not waiting
 
 
 def test_a_delay_holds_back_a_batch_that_is_not_full() -> None:
     waiting = deque([Image(ready_at=10.0)])
-    assert collate(waiting, now=10.0, max_size=2, delay=0.5) == ([], [], 10.5)
+    assert collate(waiting, now=10.0, max_size=2, delay=0.5) == ([], 10.5)
     assert len(waiting) == 1
     assert len(collate(waiting, now=10.5, max_size=2, delay=0.5)[0]) == 1
 
@@ -69,14 +69,13 @@ def test_no_image_is_lost_doubled_or_reordered(
     images: list[Image], now: float, max_size: int, delay: float
 ) -> None:
     waiting = deque(images)
-    batch, dropped, wake_at = collate(waiting, now, max_size, delay)
+    batch, ask_again_at = collate(waiting, now, max_size, delay)
     assert len(batch) <= max_size
-    assert all(image.is_dead(now) for image in dropped)
     assert not any(image.is_dead(now) for image in batch)
-    taken = {id(image) for image in (*batch, *dropped)}
-    assert [id(image) for image in images if id(image) not in taken] == [id(image) for image in waiting]
-    assert len(batch) + len(dropped) + len(waiting) == len(images)
-    assert wake_at == math.inf or (not batch and now < wake_at <= now + delay)
+    kept = [*map(id, batch), *map(id, waiting)]
+    assert kept == [id(image) for image in images if id(image) in kept], "doubled or reordered"
+    assert all(image.is_dead(now) for image in images if id(image) not in kept), "lost"
+    assert ask_again_at == math.inf or (not batch and now < ask_again_at <= now + delay)
     if delay == 0:
         assert batch or not waiting, "an idle engine was kept waiting"
 

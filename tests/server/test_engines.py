@@ -13,7 +13,7 @@ import pytest
 from running import Running, running, wait_until
 from tiny_engine import write_package
 
-from server.manifest import EngineError
+from runtime.manifest import EngineError
 from server.registry import resolve_engines
 from server.settings import Settings
 

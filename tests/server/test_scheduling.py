@@ -16,6 +16,7 @@ from running import Running, running, wait_until
 from tiny_engine import write_package
 
 from models.preprocessing import load_pixels
+from server.backlog import Backlog
 from server.settings import Settings
 
 Encode = Callable[..., bytes]
@@ -48,6 +49,10 @@ def _pending(server: Running) -> int:
     return server.service.registry.get(None).pending
 
 
+def _backlog(server: Running) -> Backlog:
+    return server.service.registry.get(None)._backlog
+
+
 def _send(pool: ThreadPoolExecutor, server: Running, images: list[bytes]) -> list[Future[httpx.Response]]:
     return [pool.submit(server.predict, image) for image in images]
 
@@ -58,7 +63,7 @@ def test_batches_form_only_while_the_engine_is_busy(
     first = _send(pool, gated, [encode(0)])
     gate.wait_for_arrivals(1)
     rest = _send(pool, gated, [encode(n) for n in range(1, 6)])
-    wait_until(lambda: len(gated.service.registry.get(None)._waiting) == 5)
+    wait_until(lambda: _backlog(gated).waiting == 5)
     gate.allow(2)
     sizes = [future.result().json()["results"][0]["batch_size"] for future in first + rest]
     assert sizes == [1, 5, 5, 5, 5, 5]
@@ -110,20 +115,11 @@ def two_cores(engine_dir: Path, gate: Gate) -> Iterator[Running]:
         gate.open()
 
 
-def test_every_size_that_a_device_runs_is_warmed(gated: Running, gate: Gate) -> None:
-    assert gate.warmed == list(gated.service.registry.get(None).engine.run_sizes)
-    assert len(gate.warmed) > 1
-
-
-def test_slots_on_a_cpu_come_warm(two_cores: Running, gate: Gate) -> None:
-    assert gate.warmed == []
-
-
 def test_cores_share_what_waits(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
     """Each takes as many; half wait, so that whoever is done first has something to go on with."""
-    wait_until(lambda: len(two_cores.service.registry.get(None)._sleeping) == 2)
+    wait_until(lambda: _backlog(two_cores).sleeping == 2)
     form = pool.submit(
         httpx.post,
         f"{two_cores.url}/predict",
@@ -131,7 +127,7 @@ def test_cores_share_what_waits(
     )
     gate.wait_for_arrivals(2)
     assert gate.batches == [4, 4]
-    assert len(two_cores.service.registry.get(None)._waiting) == 8
+    assert _backlog(two_cores).waiting == 8
     gate.open()
     sizes = [result["batch_size"] for result in form.result().json()["results"]]
     assert sizes[:8] == [4] * 8
@@ -147,7 +143,7 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
         assert may_go_on.wait(30)
         return load_pixels(*arguments, **options)
 
-    monkeypatch.setattr("server.scheduler.load_pixels", held)
+    monkeypatch.setattr("server.decoding.load_pixels", held)
     settings = Settings(engine="tiny", engine_dir=engine_dir, port=0)
     with running(settings, load_gated(gate, slots=1, on_cpu=True)) as server:
         futures = _send(pool, server, [encode(0)])
@@ -163,7 +159,7 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
 def test_an_image_alone_may_use_every_core(
     two_cores: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
 ) -> None:
-    wait_until(lambda: len(two_cores.service.registry.get(None)._sleeping) == 2)
+    wait_until(lambda: _backlog(two_cores).sleeping == 2)
     futures = _send(pool, two_cores, [encode(0)])
     gate.wait_for_arrivals(1)
     futures += _send(pool, two_cores, [encode(1)])
@@ -180,7 +176,7 @@ def test_a_damaged_image_leaves_the_others_of_its_batch_alone(
     gate.wait_for_arrivals(2)
     images = [encode(2), encode(3)[:60], encode(4)]
     sent = _send(pool, two_cores, images)
-    wait_until(lambda: len(two_cores.service.registry.get(None)._waiting) == 3)
+    wait_until(lambda: _backlog(two_cores).waiting == 3)
     gate.open()
     good, damaged, other = (future.result() for future in sent)
 

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from processes import TRIMRT, Started, start_process
 from running import wait_until
 
-from server.serve import serve
 from server.settings import Settings
+from trimrt.serve import serve
 
 Start = Callable[..., Started]
 

@@ -1,29 +1,32 @@
-"""A real engine behind a gate: each batch waits until the test lets it run, or makes it fail."""
+"""A gate before a real engine: each batch waits until the test lets it run, or makes it fail."""
 
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import numpy as np
+from wrapped_engine import load_wrapped
 
-from server.engines import load_engine
-from server.engines.base import Engine, Options, Outputs, Slot
-from server.manifest import EngineError, Manifest
+from runtime.manifest import EngineError
+from server.registry import LoadEngine
 
 
 class Gate:
-    """Open for the warm-up; then each `infer` takes one permit."""
+    """Open at first; once closed, each batch takes one permit.
+
+    Attributes:
+        batches: sizes of the batches that came while it was closed.
+        alone: for each of them, whether its slot was alone at work.
+        fail_next: fail the next of them.
+    """
 
     def __init__(self) -> None:
-        self.warmed: list[int] = []  # batches that ran while it was open
         self.batches: list[int] = []
         self.alone: list[bool] = []
         self.fail_next = False
         self._open = True
         self._changed = threading.Condition()
         self._permits = 0
-        self._arrived = 0
 
     def close(self) -> None:
         with self._changed:
@@ -42,16 +45,14 @@ class Gate:
     def wait_for_arrivals(self, batches: int) -> None:
         """Until that many batches have come to the closed gate."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._arrived >= batches, timeout=20)
+            assert self._changed.wait_for(lambda: len(self.batches) >= batches, timeout=20)
 
-    def enter(self, count: int, *, alone: bool) -> None:
+    def enter(self, pixels: np.ndarray, alone: bool) -> None:
         with self._changed:
             if self._open:
-                self.warmed.append(count)
                 return
-            self.batches.append(count)
+            self.batches.append(len(pixels))
             self.alone.append(alone)
-            self._arrived += 1
             self._changed.notify_all()
             assert self._changed.wait_for(lambda: self._open or self._permits > 0, timeout=60)
             if not self._open:
@@ -61,46 +62,6 @@ class Gate:
                 raise EngineError("the device fell off")
 
 
-class _GatedSlot:
-    def __init__(self, slot: Slot, gate: Gate) -> None:
-        self._slot = slot
-        self._gate = gate
-
-    @property
-    def pixels(self) -> np.ndarray:
-        return self._slot.pixels
-
-    def infer(self, count: int, *, alone: bool = False) -> Outputs:
-        self._gate.enter(count, alone=alone)
-        return self._slot.infer(count, alone=alone)
-
-    def close(self) -> None:
-        self._slot.close()
-
-
-class GatedEngine:
-    """`slots` and `on_cpu` are the test's choice: which threads decode, and how many batches run."""
-
-    def __init__(self, engine: Engine, gate: Gate, *, slots: int, on_cpu: bool) -> None:
-        self._engine = engine
-        self._gate = gate
-        self.slots = slots
-        self.on_cpu = on_cpu
-        self.best_batch = engine.manifest.batch.max
-        self.run_sizes = engine.run_sizes
-
-    @property
-    def manifest(self) -> Manifest:
-        return self._engine.manifest
-
-    def open_slot(self) -> _GatedSlot:
-        return _GatedSlot(self._engine.open_slot(), self._gate)
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-def load_gated(gate: Gate, *, slots: int = 1, on_cpu: bool = False):
-    return lambda folder: GatedEngine(
-        load_engine(Path(folder), Options(slots=slots)), gate, slots=slots, on_cpu=on_cpu
-    )
+def load_gated(gate: Gate, *, slots: int = 1, on_cpu: bool = False) -> LoadEngine:
+    """How a server loads its engines with `gate` before them."""
+    return load_wrapped(gate.enter, slots=slots, on_cpu=on_cpu)

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from running import wait_until
 
 from benchmarks.serving import free_port
-from server.cluster.commands import config
+from trimrt.cluster.command import config
 
 PATIENCE = 240  # a process of Ray's takes seconds to start, and much longer on a busy machine
 PNG = {"Content-Type": "image/png"}

@@ -52,7 +52,7 @@ def encode() -> Callable[..., bytes]:
 def reference(engine_dir: Path) -> Callable[..., np.ndarray]:
     """Probabilities of one image, straight from the engine: no server, no batch."""
     from models.preprocessing import load_pixels
-    from server.engines import load_engine
+    from runtime.loading import load_engine
 
     slots = {}
 

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from builder.openvino import OpenVINOTarget
+from builder.compile.targets.openvino.target import OpenVINOTarget
 from models.preprocessing import Preprocessing
-from server.manifest import (
+from runtime.manifest import (
     MANIFEST_NAME,
     BatchSizes,
     Manifest,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import sys
 
-from builder.tensorrt.options import BuildOptions, UnsupportedOptionError, refuse_unsupported
-from server.engines.tensorrt_library import MODULES, TensorRTLibrary, load_tensorrt
-from server.manifest import BatchSizes
+from builder.compile.targets.tensorrt.options import BuildOptions, UnsupportedOptionError, refuse_unsupported
+from runtime.manifest import BatchSizes
+from runtime.tensorrt.library import MODULES, TensorRTLibrary, load_tensorrt
 
 FIXED = [BatchSizes(min=8, opt=8, max=8)]
 OPTIONS = {

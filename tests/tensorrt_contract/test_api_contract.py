@@ -15,7 +15,7 @@ from api_uses import Use, merge, problem, uses_in, uses_in_source
 from official_bindings import Bindings, BindingsUnavailableError, official_bindings
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted([*ROOT.glob("builder/tensorrt/*.py"), *ROOT.glob("server/engines/tensorrt*.py")])
+SOURCES = sorted([*ROOT.glob("builder/compile/targets/tensorrt/*.py"), *ROOT.glob("runtime/tensorrt/*.py")])
 RTX = "1.7.1.116"
 VERSIONS = ["10.3.0", "10.16.1.11", "11.4.0.106", RTX]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from official_bindings import Bindings, BindingsUnavailableError, cuda_bindings
 
-SOURCE = Path(__file__).parents[2] / "server" / "engines" / "cuda" / "bindings.py"
+SOURCE = Path(__file__).parents[2] / "runtime/cuda/bindings.py"
 PROBE = Path(__file__).with_name("probe_cuda.py")
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from official_bindings import BindingsUnavailableError, official_bindings
 
-from server.engines.tensorrt_library import LogLine, TensorRTLog, errors_in
+from runtime.tensorrt.library import LogLine, TensorRTLog, errors_in
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install trimrt[rtx]")
 
@@ -18,7 +18,7 @@ SCRIPT = """
 import sys
 for name in sys.argv[1:]:
     sys.modules[name] = None  # not installed
-from server.engines.tensorrt_library import TensorRTUnavailableError, find_tensorrt
+from runtime.tensorrt.library import TensorRTUnavailableError, find_tensorrt
 try:
     library = find_tensorrt()
     print(library.backend, library.version)

@@ -1,0 +1,1 @@
+"""From ONNX graphs to engine packages: compile, verify, measure, publish. Needs neither torch nor onnx."""

@@ -1,0 +1,236 @@
+"""Graphs to engine packages: compile, verify, measure, publish."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from builder.compile.measurement import measure, measure_in_turns
+from builder.compile.publication import staging, write_manifest
+from builder.compile.targets.base import INT8_REST, Artefact, Target
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate, GateError, compare
+from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph, GraphSource, KitError, Report, VerificationSet
+from runtime.engine import Engine
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
+
+
+@dataclass(frozen=True)
+class Package:
+    """A published engine package.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it says.
+        rejected: what the gate said of the graphs that were tried before.
+        unverified: why it could not be run here; None when it was run and passed.
+        slower: how an INT8 engine compares with one without INT8, if it is no faster on this machine.
+    """
+
+    folder: Path
+    manifest: Manifest
+    rejected: tuple[str, ...]
+    unverified: str | None
+    slower: str | None = None
+
+
+def package_name(source: GraphSource, target: Target, precision: Precision) -> str:
+    """The package's name, and its folder's."""
+    return f"{source.student.name}-{precision}-{target.backend}"
+
+
+def build_package(
+    source: GraphSource,
+    target: Target,
+    precision: Precision,
+    output: Path,
+    *,
+    batch: BatchSizes,
+    gate: Gate,
+    command: str,
+    report: Report,
+) -> Package:
+    """Build one engine and publish it, if it passes the gate.
+
+    The source's graphs are tried in turn until one passes.
+
+    Args:
+        source: a build kit or a prepared checkpoint.
+        target: the compiler.
+        precision: of the engine.
+        output: folder that the package's folder goes into.
+        batch: sizes to compile for.
+        gate: what the engine may lose.
+        command: the command that rebuilds it.
+        report: takes lines of progress.
+
+    Raises:
+        GateError: every graph failed; nothing was published.
+        CompileError: the compiler refused a graph.
+        EngineError: the compiled engine does not load or run.
+        KitError: the source has no graph of this precision.
+        PublicationError: the package cannot be put into `output`.
+    """
+    name = package_name(source, target, precision)
+    rejected: list[str] = []
+    tried: list[str] = []
+    with staging(output / name) as stage:
+        for graph, path in source.graphs(precision, INT8_REST[target.backend]):
+            stage.clear()
+            artefact = target.compile(path, stage.folder, batch, report)
+            manifest = _describe(name, source, target, graph, artefact, stage.folder, tried, command)
+            unverified = target.missing_device()
+            slower = None
+            try:
+                if unverified is None:
+                    report("verifying")
+                    write_manifest(stage.folder, manifest)
+                    evidence = _verify(stage.folder, source.verification, gate, graph.weights_bytes)
+                    slower = _no_faster(stage.folder, graph, source, target, batch, report)
+                    if slower and graph.calibration and graph.calibration.higher_precision_layers:
+                        raise GateError(f"it is accurate but {slower}")
+                    manifest = manifest.model_copy(update={"evidence": evidence})
+                else:
+                    report("verifying the graph with OpenVINO")
+                    unverified += f". {_verify_graph(source, graph, path, batch, gate, report)}"
+            except GateError as error:
+                tried.append(_label(graph))
+                rejected.append(f"{_label(graph)}: {error}")
+                continue
+            report("publishing")
+            manifest = stage.publish(manifest)
+            return Package(output / name, manifest, tuple(rejected), unverified, slower)
+    raise GateError(f"{name} was not published. " + "; ".join(rejected))
+
+
+def _label(graph: Graph) -> str:
+    """What distinguishes a graph from the others of its precision."""
+    if graph.calibration is None:
+        return graph.precision
+    kept = graph.calibration.higher_precision_layers
+    return graph.calibration.method + (f", {len(kept)} layers in {graph.rest}" if kept else "")
+
+
+def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: int) -> Evidence:
+    """Load the engine as a server would, hold it against the gate, then time it."""
+    with closing(load_engine(folder)) as engine:
+        comparison = compare(engine, images)
+        gate.check(comparison)
+        speed = measure(engine)
+    return Evidence(image_set=images.name, **asdict(comparison), **asdict(speed), weights_bytes=weights_bytes)
+
+
+def _verify_graph(
+    source: GraphSource, graph: Graph, path: Path, batch: BatchSizes, gate: Gate, report: Report
+) -> str:
+    """Hold the graph of an engine that cannot be run here against the gate, with OpenVINO in its place.
+
+    That tells a bad conversion or calibration from a good one; it says nothing of the engine itself.
+
+    Returns:
+        What was found, in words.
+    """
+    with _trial(source, open_target("openvino"), graph, path, batch, report) as engine:
+        comparison = compare(engine, source.verification)
+    gate.check(comparison)
+    return (
+        f"Its graph, run with OpenVINO, passes the gate: top-1 {comparison.engine_top1:.2%}, "
+        f"agreement {comparison.label_agreement:.2%} on {comparison.images} images"
+    )
+
+
+def _no_faster(
+    folder: Path, graph: Graph, source: GraphSource, target: Target, batch: BatchSizes, report: Report
+) -> str | None:
+    """How an INT8 engine compares with one without any INT8, if it is no faster; else None.
+
+    TensorRT takes minutes to build the other engine. It is asked only where layers were kept out of INT8.
+    """
+    kept = graph.calibration is not None and graph.calibration.higher_precision_layers
+    if not graph.precision.startswith("int8") or (target.backend != "openvino" and not kept):
+        return None
+    rest = INT8_REST[target.backend]
+    try:
+        other, path = next(iter(source.graphs(rest, rest)))
+    except KitError:
+        return None  # a kit without that graph; there is nothing to compare with
+    report(f"comparing with {rest}")
+    with (
+        _trial(source, target, other, path, batch, report) as plain,
+        closing(load_engine(folder)) as engine,
+    ):
+        ours, theirs = measure_in_turns([engine, plain])
+    if ours.latency_ms < theirs.latency_ms or ours.throughput > theirs.throughput:
+        return None
+    return (
+        f"not faster than {rest} on this machine: {ours.latency_ms:.2f} ms against "
+        f"{theirs.latency_ms:.2f} ms, {ours.throughput:,.0f} images/s against {theirs.throughput:,.0f}"
+    )
+
+
+@contextmanager
+def _trial(
+    source: GraphSource, target: Target, graph: Graph, path: Path, batch: BatchSizes, report: Report
+) -> Iterator[Engine]:
+    """An engine that is not published, gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
+        folder = Path(name)
+        artefact = target.compile(path, folder, batch, report)
+        write_manifest(
+            folder, _describe("trial", source, target, graph, artefact, folder, [], "trimrt build")
+        )
+        with closing(load_engine(folder)) as engine:
+            yield engine
+
+
+def _describe(
+    name: str,
+    source: GraphSource,
+    target: Target,
+    graph: Graph,
+    artefact: Artefact,
+    folder: Path,
+    tried: list[str],
+    command: str,
+) -> Manifest:
+    student = source.student
+    spec = student.preprocessing
+    calibration = graph.calibration
+    if calibration is not None:
+        calibration = calibration.model_copy(update={"tried": list(tried)})
+    return Manifest(
+        name=name,
+        created_at=datetime.now(timezone.utc),
+        builder_version=version("trimrt"),
+        backend=target.backend,
+        backend_version=artefact.backend_version,
+        precision=graph.precision,
+        arithmetic=artefact.arithmetic,
+        weight_bits=artefact.weight_bits if graph.precision.startswith("int8") else None,
+        input=Tensor(name=INPUT, dtype="uint8", shape=[-1, spec.height, spec.width, 3], layout="NHWC"),
+        outputs=[
+            Tensor(name=output, dtype="float32", shape=[-1, len(student.labels)])
+            for output in (LOGITS, PROBABILITIES)
+        ],
+        batch=artefact.batch,
+        profiles=list(artefact.profiles),
+        labels=student.labels,
+        preprocessing=spec,
+        compatibility=artefact.compatibility,
+        provenance=Provenance(
+            checkpoint_sha256=student.checkpoint_sha256,
+            onnx_sha256=graph.sha256,
+            artefact=artefact.file,
+            artefact_sha256=sha256_of(folder / artefact.file),
+            calibration=calibration,
+            parameters=student.parameters,
+            macs=student.macs,
+        ),
+        build_command=command,
+    )

@@ -1,0 +1,101 @@
+"""`--precision best`: the fastest precision that passes the accuracy gate, on this device."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from builder.compile.measurement import measure_in_turns
+from builder.compile.packages import Package, build_package
+from builder.compile.publication import staging
+from builder.compile.targets.base import CompileError, Target
+from builder.compile.verification import Gate, GateError
+from builder.kit import GraphSource, Report
+from runtime.loading import load_engine
+from runtime.manifest import Backend, BatchSizes, Candidate, Evidence, Precision
+
+# CPUs compute FP16 graphs in FP32, so that there is nothing to choose between these two.
+COMPARED: Final[dict[Backend, tuple[Precision, ...]]] = {
+    "openvino": ("fp32", "int8"),
+    "tensorrt": ("fp16", "int8"),
+    "tensorrt-rtx": ("fp16", "int8"),
+}
+
+
+def build_best(
+    source: GraphSource,
+    target: Target,
+    output: Path,
+    *,
+    batch: BatchSizes,
+    gate: Gate,
+    command: str,
+    report: Report,
+) -> Package:
+    """Build INT8 and the best precision beside it, time them in turns, and publish the one with less latency.
+
+    The published manifest says what was compared. Arguments as for `build_package`.
+
+    Raises:
+        CompileError: engines cannot be run here, so there is nothing to measure.
+        GateError: neither passes; nothing was published.
+    """
+    if missing := target.missing_device():
+        raise CompileError(
+            f"--precision best has to run what it compares: {missing}. Name a precision instead"
+        )
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as scratch:
+        build = partial(build_package, source, target, batch=batch, gate=gate, command=command, report=report)
+        packages: list[Package] = []
+        candidates: list[Candidate] = []
+        for precision in COMPARED[target.backend]:
+            try:
+                package = build(precision, Path(scratch))
+            except GateError as error:
+                candidates.append(Candidate(precision=precision, refused=str(error)))
+            else:
+                packages.append(package)
+        if not packages:
+            raise GateError("; ".join(str(candidate.refused) for candidate in candidates))
+        report("comparing speeds")
+        packages = _timed_in_turns(packages)
+        candidates += [_measured(package) for package in packages]
+        best = min(packages, key=lambda package: _evidence(package).latency_ms)
+        with staging(output / best.manifest.name) as stage:
+            shutil.copytree(best.folder, stage.folder, dirs_exist_ok=True)
+            manifest = stage.publish(best.manifest.model_copy(update={"candidates": candidates}))
+    return replace(best, folder=output / best.manifest.name, manifest=manifest)
+
+
+def _timed_in_turns(packages: Sequence[Package]) -> list[Package]:
+    """The packages with new latencies and throughputs in their evidence."""
+    with ExitStack() as stack:
+        engines = [stack.enter_context(closing(load_engine(package.folder))) for package in packages]
+        speeds = measure_in_turns(engines)
+    found = []
+    for package, speed in zip(packages, speeds, strict=True):
+        evidence = _evidence(package).model_copy(update=asdict(speed))
+        found.append(replace(package, manifest=package.manifest.model_copy(update={"evidence": evidence})))
+    return found
+
+
+def _measured(package: Package) -> Candidate:
+    evidence = _evidence(package)
+    return Candidate(
+        precision=package.manifest.precision,
+        latency_ms=evidence.latency_ms,
+        throughput=evidence.throughput,
+        engine_top1=evidence.engine_top1,
+    )
+
+
+def _evidence(package: Package) -> Evidence:
+    evidence = package.manifest.evidence
+    assert evidence is not None, "it was built where it can run"
+    return evidence

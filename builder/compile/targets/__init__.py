@@ -1,0 +1,1 @@
+"""The compilers: `base` is what each offers, `choice` opens one."""

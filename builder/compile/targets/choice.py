@@ -1,0 +1,52 @@
+"""Which compiler: the one that is asked for, or the one that makes most of this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from builder.compile.targets.base import Target
+from runtime.manifest import Backend, EngineError
+
+if TYPE_CHECKING:
+    from builder.compile.targets.tensorrt.options import BuildOptions
+    from builder.compile.targets.tensorrt.progress import BuildListener
+
+
+def open_target(
+    backend: Backend, options: BuildOptions | None = None, listener: BuildListener | None = None
+) -> Target:
+    """The target for that backend.
+
+    Args:
+        backend: what to compile with.
+        options: for TensorRT; OpenVINO has none.
+        listener: told of TensorRT's build phases.
+
+    Raises:
+        EngineError: its library is not installed here.
+    """
+    if backend == "openvino":
+        try:
+            from builder.compile.targets.openvino.target import OpenVINOTarget
+        except ModuleNotFoundError as error:  # the images for Jetsons do without
+            raise EngineError(
+                f"openvino cannot be imported: {error}; `pip install openvino` installs it"
+            ) from error
+        return OpenVINOTarget()
+    from builder.compile.targets.tensorrt.options import BuildOptions
+    from builder.compile.targets.tensorrt.target import TensorRTTarget
+
+    return TensorRTTarget(backend, options or BuildOptions(), listener)
+
+
+def choose_backend() -> tuple[Backend, str]:
+    """The backend that makes most of this machine, and why."""
+    from runtime.cuda import open_cuda
+    from runtime.tensorrt.library import find_tensorrt
+
+    try:
+        library = find_tensorrt()
+        open_cuda()
+    except EngineError as error:
+        return "openvino", str(error).splitlines()[0]
+    return library.backend, f"version {library.version} and a GPU are here"

@@ -1,0 +1,126 @@
+"""Is a compiled engine as good as the network it was made from? Measured, on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builder.kit import VerificationSet
+from models.preprocessing import Pixels
+from runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from models.datasets import ImageSet
+
+
+class GateError(RuntimeError):
+    """An engine that is too far from its reference to be published."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine beside its reference, over the same images; shares are of 1.
+
+    Attributes:
+        images: how many.
+        reference_top1: share that the reference labels rightly.
+        engine_top1: share that the engine labels rightly.
+        label_agreement: share that both label alike, rightly or not.
+        max_logit_difference: largest absolute difference of any logit.
+    """
+
+    images: int
+    reference_top1: float
+    engine_top1: float
+    label_agreement: float
+    max_logit_difference: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an engine may lose and still be published.
+
+    Attributes:
+        max_drop: of top-1 accuracy, as a share (0.005 is half a point).
+        min_agreement: share of images that engine and reference label alike.
+    """
+
+    max_drop: float = 0.005
+    min_agreement: float = 0.98
+
+    def check(self, comparison: Comparison) -> None:
+        """Pass, or say what is wrong.
+
+        Raises:
+            GateError: the engine is beyond a limit.
+        """
+        drop = comparison.reference_top1 - comparison.engine_top1
+        faults = []
+        if not drop <= self.max_drop + 1e-9:  # the shares are rounded quotients; NaN fails too
+            faults.append(
+                f"top-1 falls by {100 * drop:.2f} points, from {comparison.reference_top1:.2%} to "
+                f"{comparison.engine_top1:.2%} (at most {100 * self.max_drop:g} allowed)"
+            )
+        if not comparison.label_agreement >= self.min_agreement - 1e-9:
+            faults.append(
+                f"it agrees with FP32 on {comparison.label_agreement:.2%} of the labels "
+                f"(at least {self.min_agreement:.2%} required)"
+            )
+        if faults:
+            raise GateError(f"{'; '.join(faults)}; measured on {comparison.images} images")
+
+
+def compare(engine: Engine, images: VerificationSet) -> Comparison:
+    """Run `engine` over `images` and hold it against the reference.
+
+    Raises:
+        EngineError: the engine failed.
+    """
+    return compare_logits(engine_logits(engine, images.pixels), images)
+
+
+def compare_logits(logits: NDArray[np.float32], images: VerificationSet) -> Comparison:
+    """The same for logits of all `images`, shape (N, classes)."""
+    labels, reference = logits.argmax(axis=1), images.logits.argmax(axis=1)
+    return Comparison(
+        images=len(logits),
+        reference_top1=float(np.mean(reference == images.targets)),
+        engine_top1=float(np.mean(labels == images.targets)),
+        label_agreement=float(np.mean(labels == reference)),
+        max_logit_difference=float(np.abs(logits - images.logits).max()),
+    )
+
+
+def engine_logits(engine: Engine, pixels: Pixels) -> NDArray[np.float32]:
+    """The engine's logits of uint8 NHWC `pixels`, in batches as large as it takes; shape (N, classes).
+
+    Raises:
+        EngineError: the engine failed.
+    """
+    batch = engine.manifest.batch
+    parts = []
+    with closing(engine.open_slot()) as slot:
+        for start in range(0, len(pixels), batch.max):
+            part = pixels[start : start + batch.max]
+            slot.pixels[: len(part)] = part
+            # A fixed batch size is filled up; what it gives for the rest is cut off.
+            outputs = slot.infer(max(len(part), batch.min))
+            parts.append(outputs.logits[: len(part)].copy())
+    return np.concatenate(parts)
+
+
+def accuracy(engine: Engine, images: ImageSet) -> float:
+    """Top-1 accuracy of `engine` on `images`, read with the preprocessing of its manifest; a share of 1.
+
+    Raises:
+        DatasetError: an image cannot be read.
+        EngineError: the engine failed, or its labels are not those of the images.
+    """
+    pixels = images.load_pixels(engine.manifest.preprocessing)
+    labels: Sequence[int] = engine_logits(engine, pixels).argmax(axis=1).tolist()
+    return float(np.mean(np.asarray(labels) == images.targets))

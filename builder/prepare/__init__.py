@@ -1,0 +1,1 @@
+"""From a student to ONNX graphs in each precision. Needs torch, ModelOpt and onnx."""

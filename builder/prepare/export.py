@@ -1,0 +1,182 @@
+"""PyTorch network to the *master graph*: FP32 ONNX that takes pixels.
+
+Every other graph is derived from it. Its input is what `models.preprocessing.load_pixels` returns,
+so nobody can normalise wrongly, and a quarter of the bytes move to the device:
+
+    images uint8 (N, H, W, 3) -> pre/cast -> pre/centre -> pre/scale -> pre/layout -> network
+    -> logits -> post/softmax -> probabilities
+
+The cast comes first because TensorRT lets a UINT8 tensor feed nothing else. The nodes `pre/*` and
+`post/*` are what the precision conversions leave in FP32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builder.kit import INPUT, LOGITS, PROBABILITIES
+from models.preprocessing import Pixels, Preprocessing
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+OPSET: Final = 20  # the newest that TensorRT 10.3 (JetPack 6) knows; FP16 quantisation scales need 19
+TOLERANCE: Final = 1e-4  # of the largest logit: FP32 rounding through a hundred layers stays below it
+
+
+class ExportError(RuntimeError):
+    """A network that cannot be exported, or whose graph does not compute what it computes."""
+
+
+def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Path) -> float:
+    """Write the master graph of `network`, and measure how far it is from it.
+
+    Args:
+        network: takes normalised float32 NCHW images, gives logits of shape `(N, classes)`.
+        preprocessing: input size and normalisation, which become part of the graph.
+        path: the `.onnx` file to write.
+
+    Returns:
+        The largest absolute difference between the graph's logits, computed by ONNX Runtime, and
+        the network's, computed by PyTorch, over random pixels.
+
+    Raises:
+        ExportError: that difference is more than rounding.
+    """
+    import onnx
+
+    from models.evaluation import predict_logits
+
+    network = network.eval()
+    onnx.save(trace_onnx(network, preprocessing), str(path))
+
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (3, preprocessing.height, preprocessing.width, 3), dtype=np.uint8)
+    expected = predict_logits(network, pixels, preprocessing).numpy()
+    difference = float(np.abs(run_onnx(path, pixels) - expected).max())
+    bound = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    if not difference <= bound:  # not `>`, so that NaN fails too
+        raise ExportError(
+            f"the exported graph's logits differ from PyTorch's by {difference:.2g}, more than rounding "
+            f"explains ({bound:.2g}): the network does something that the ONNX exporter does not carry over"
+        )
+    return difference
+
+
+def trace_onnx(network: torch.nn.Module, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """The graph of `network`, in evaluation mode, with pixels as input, not yet compared with it."""
+    import onnx
+    import torch
+
+    example = torch.zeros(2, 3, preprocessing.height, preprocessing.width)
+    with quiet():
+        program = torch.onnx.export(
+            network.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None  # None is what the exporter before dynamo returned
+    model = add_pixels_input(program.model_proto, preprocessing)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def add_pixels_input(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """A network's graph with pixels as input, and probabilities as second output.
+
+    Args:
+        model: one input, normalised float32 NCHW images; one output, logits.
+        preprocessing: input size and normalisation.
+
+    Raises:
+        ExportError: the model has not exactly one input and one output.
+    """
+    from onnx import TensorProto, compose, helper, numpy_helper
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value.name for value in model.graph.input if value.name not in weights]
+    outputs = [value.name for value in model.graph.output]
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ExportError(f"the network needs one input and one output; it has {inputs} and {outputs}")
+
+    # The prefix keeps the network's own names clear of ours, whatever they are.
+    model = compose.add_prefix(model, "network/")
+    graph = model.graph
+    for node in graph.node:
+        node.output[:] = [LOGITS if name == f"network/{outputs[0]}" else name for name in node.output]
+        node.input[:] = [LOGITS if name == f"network/{outputs[0]}" else name for name in node.input]
+        node.ClearField("metadata_props")  # the exporter's stack traces: paths of the machine it ran on
+        node.ClearField("doc_string")
+
+    mean = 255 * np.asarray(preprocessing.mean, dtype=np.float64)
+    scale = 1 / (255 * np.asarray(preprocessing.std, dtype=np.float64))
+    pre = [
+        helper.make_node("Cast", [INPUT], ["pre/float"], "pre/cast", to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["pre/float", "pre/mean"], ["pre/centred"], "pre/centre"),
+        helper.make_node("Mul", ["pre/centred", "pre/inverse_std"], ["pre/scaled"], "pre/scale"),
+        helper.make_node(
+            "Transpose", ["pre/scaled"], [f"network/{inputs[0]}"], "pre/layout", perm=[0, 3, 1, 2]
+        ),
+    ]
+    post = helper.make_node("Softmax", [LOGITS], [PROBABILITIES], "post/softmax", axis=1)
+    nodes = [*pre, *graph.node, post]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(mean.astype(np.float32), "pre/mean"),
+            numpy_helper.from_array(scale.astype(np.float32), "pre/inverse_std"),
+        ]
+    )
+
+    classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    kept = [value for value in graph.input if value.name != f"network/{inputs[0]}"]
+    del graph.input[:], graph.output[:], graph.value_info[:]
+    shape: list[str | int | None] = ["batch", preprocessing.height, preprocessing.width, 3]
+    graph.input.extend([helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape), *kept])
+    graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes])
+        for name in (LOGITS, PROBABILITIES)
+    )
+    return model
+
+
+def run_onnx(path: Path, pixels: Pixels) -> NDArray[np.float32]:
+    """A graph's logits of uint8 NHWC `pixels`, computed by ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    logits: NDArray[np.float32] = session.run([LOGITS], {INPUT: pixels})[0]
+    return logits
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the exporter and the converters print and warn of: none of it is for the user."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,392 @@
+"""Checkpoint to graphs: export, convert, calibrate."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from builder.kit import (
+    KIT_NAME,
+    VERIFICATION_NAME,
+    Graph,
+    KitManifest,
+    Report,
+    Rest,
+    Student,
+    VerificationSet,
+    write_verification,
+)
+from builder.prepare import qat
+from builder.prepare.export import ExportError, export_onnx
+from builder.prepare.fp16 import convert_to_fp16
+from builder.prepare.int8 import METHODS, Method, convert_to_int8
+from builder.prepare.int8_dynamic import convert_to_dynamic_int8
+from builder.prepare.legality import require_legal
+from builder.prepare.sensitivity import LayerCost, fallback_groups, rank_layers
+from models.card import Card
+from models.checkpoint import load_checkpoint
+from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
+from models.evaluation import predict_logits
+from models.files import replace_folder
+from models.preprocessing import Pixels
+from models.recipe import Augmentation, Training
+from models.training import Images
+from runtime.manifest import Calibration, FineTuning, Precision, sha256_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SENSITIVITY_IMAGES: Final = 128
+
+# One pixel down, right, and so on; the image where it is comes first.
+_SHIFTS: Final = sorted(
+    itertools.product((-1, 0, 1), repeat=2), key=lambda shift: (np.abs(shift).sum(), shift)
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a checkpoint is prepared.
+
+    Attributes:
+        calibration_images: training images to calibrate INT8 with, at most.
+        verification_images: validation images to judge engines by, at most; fewer are shown in several
+            positions, up to that number.
+        methods: ways to find activation ranges, the preferred one first.
+        seed: of the choice of images.
+        sensitivity: rank the layers, and offer graphs with the costliest ones in higher precision.
+        qat: epochs and so on of quantisation-aware training, offered after all else; None: none.
+    """
+
+    calibration_images: int = 512
+    verification_images: int = 1024
+    methods: Sequence[Method] = METHODS
+    seed: int = 0
+    sensitivity: bool = False
+    qat: Training | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is prepared: a network, wherever it comes from.
+
+    Attributes:
+        path: what the user named.
+        student: what a kit says of it.
+        data: training images to calibrate with, validation images to judge by.
+        export: writes the master graph to a file, and returns its largest logit difference.
+        reference: the FP32 logits of uint8 NHWC pixels, shape (N, classes).
+        network: to fine-tune; None where there is only a graph.
+        augmentation: how its training images are varied.
+    """
+
+    path: Path
+    student: Student
+    data: DataSplit
+    export: Callable[[Path], float]
+    reference: Callable[[Pixels], NDArray[np.float32]]
+    network: nn.Module | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A network whose graphs are made when they are asked for.
+
+    Attributes:
+        subject: the network and its data.
+        verification: held-out images with PyTorch's logits.
+        workspace: folder that the graphs are written to.
+        master: the FP32 graph in it.
+        export_difference: largest logit difference of `master` and PyTorch.
+        calibration: the training images to calibrate with.
+        progress: running; shows trainings.
+    """
+
+    subject: Subject
+    verification: VerificationSet
+    workspace: Path
+    master: Path
+    export_difference: float
+    calibration: ImageSet
+    settings: Settings
+    report: Report
+    progress: Progress
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint, or what else the user named."""
+        return self.subject.path
+
+    @property
+    def student(self) -> Student:
+        """What a kit says of the network."""
+        return self.subject.student
+
+    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+        """Convert the master graph; for static INT8, in every way that the settings allow."""
+        path = self.workspace / f"{precision}.onnx"
+        if precision == "fp32":
+            yield self._graph(self.master, precision, "fp32"), self.master
+        elif precision == "fp16":
+            self.report("converting to FP16")
+            convert_to_fp16(self.master, path, self._calibration_pixels[:8])
+            yield self._graph(path, precision, "fp16"), path
+        elif precision == "int8-dynamic":
+            self.report("quantising weights")
+            convert_to_dynamic_int8(self.master, path)
+            yield self._graph(path, precision, "fp32"), path
+        else:
+            for method in self.settings.methods:
+                yield self._int8(method, rest)
+            if self.settings.sensitivity:
+                for layers in fallback_groups(self.layer_costs):
+                    yield self._int8(self.settings.methods[0], rest, layers)
+            if self.settings.qat is not None:
+                yield self._fine_tuned(self.settings.qat, rest)
+
+    @cached_property
+    def layer_costs(self) -> list[LayerCost]:
+        """What quantising each layer alone costs, the costliest first."""
+        _, quantised = self._int8(self.settings.methods[0], "fp32")
+        return rank_layers(self.master, quantised, self._calibration_pixels[:SENSITIVITY_IMAGES], self.report)
+
+    def _int8(self, method: Method, rest: Rest, keep: Sequence[str] = ()) -> tuple[Graph, Path]:
+        """The graph calibrated with `method`, with the layers `keep` in the precision `rest`."""
+        kept = f"-{len(keep)}-kept" if keep else ""
+        path = self.workspace / f"int8-{method}-{rest}{kept}.onnx"
+        if not path.exists():
+            self.report(f"calibrating INT8 ({method}) with {len(self.calibration)} training images")
+            convert_to_int8(
+                self.master, path, self._calibration_pixels, method=method, rest=rest, exclude=keep
+            )
+        calibration = self._calibration(method).model_copy(update={"higher_precision_layers": list(keep)})
+        return self._graph(path, "int8", rest, calibration), path
+
+    def _fine_tuned(self, training: Training, rest: Rest) -> tuple[Graph, Path]:
+        """The graph of the network fine-tuned for INT8."""
+        train = self.subject.data.train
+        master = self.workspace / "int8-qat-fp32.onnx"
+        if not master.exists():
+            self._fine_tune(training, train, master)
+        path = self.workspace / f"int8-qat-{rest}.onnx"
+        if not path.exists():
+            qat.convert_rest_to_fp16(master, path)
+        tuning = FineTuning(
+            epochs=training.epochs,
+            images=len(train),
+            images_sha256=train.sha256,
+            learning_rate=training.learning_rate,
+        )
+        calibration = self._calibration("qat").model_copy(update={"fine_tuning": tuning})
+        return self._graph(path, "int8", rest, calibration), path
+
+    def _fine_tune(self, training: Training, train: ImageSet, path: Path) -> None:
+        subject, spec = self.subject, self.student.preprocessing
+        assert subject.network is not None, "prepare() has seen to that"
+        self.report(f"fine-tuning for INT8 with {len(train)} training images")
+        quantised = qat.fine_tune(
+            subject.network,
+            self._calibration_pixels,
+            Images(train.load_pixels(spec), train.targets),
+            spec,
+            qat.Settings(training, subject.augmentation, self.settings.seed),
+            self.progress,
+        )
+        qat.export_quantised(quantised, spec, path)
+
+    def _calibration(self, method: Literal["entropy", "max", "qat"]) -> Calibration:
+        return Calibration(
+            method=method,
+            images=len(self.calibration),
+            images_sha256=self.calibration.sha256,
+            seed=self.settings.seed,
+        )
+
+    @cached_property
+    def _calibration_pixels(self) -> Pixels:
+        return self.calibration.load_pixels(self.student.preprocessing)
+
+    def _graph(
+        self, path: Path, precision: Precision, rest: Rest, calibration: Calibration | None = None
+    ) -> Graph:
+        import onnx
+
+        model = onnx.load(str(path))
+        require_legal(model)
+        return Graph(
+            file=path.name,
+            sha256=sha256_of(path),
+            precision=precision,
+            rest=rest,
+            calibration=calibration,
+            weights_bytes=sum(
+                onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer
+            ),
+        )
+
+
+def open_checkpoint(path: Path, data: str | None) -> Subject:
+    """The checkpoint in a folder, with the data it was trained on or the data named.
+
+    Raises:
+        CheckpointError: no valid checkpoint there.
+        DatasetError: its data cannot be found, or is not what it was trained on.
+    """
+    network, card = load_checkpoint(path)
+    spec = card.preprocessing
+    return Subject(
+        path=path,
+        student=Student(
+            name=card.name,
+            labels=card.labels,
+            preprocessing=spec,
+            checkpoint_sha256=card.weights_sha256,
+            parameters=card.metrics.parameters,
+            macs=card.metrics.macs,
+        ),
+        data=_open_data(card, data),
+        export=lambda master: export_onnx(network, spec, master),
+        reference=lambda pixels: predict_logits(network, pixels, spec).numpy(),
+        network=network,
+        augmentation=Augmentation.model_validate(card.recipe.get("augmentation", {})),
+    )
+
+
+def prepare(
+    subject: Subject,
+    workspace: Path,
+    settings: Settings,
+    report: Report,
+    progress: Progress | None = None,
+) -> Preparation:
+    """Export the master graph, and compute the reference logits.
+
+    Args:
+        subject: the network and its data.
+        workspace: an empty folder for the graphs.
+        settings: where images come from, and how many.
+        report: takes lines of progress.
+        progress: running, for trainings; None: they are not shown.
+
+    Raises:
+        DatasetError: an image cannot be read.
+        ExportError: the network cannot be exported faithfully, or not be fine-tuned where that is asked for.
+    """
+    student, data = subject.student, subject.data
+    if settings.qat is not None:
+        if subject.network is None:
+            raise ExportError(
+                f"{subject.path} is a graph, and --qat needs a network that can be trained: "
+                "a checkpoint, torchvision:NAME or timm:NAME"
+            )
+        qat.require_modelopt()
+    report("loading calibration and validation images")
+    calibration = _sample(data.train, settings.calibration_images, settings.seed)
+    validation = _sample(data.validation, settings.verification_images, settings.seed)
+    positions = min(settings.verification_images // len(validation), len(_SHIFTS))
+    pixels = _in_positions(validation.load_pixels(student.preprocessing), positions)
+    report("exporting to ONNX")
+    master = workspace / "fp32.onnx"
+    difference = subject.export(master)
+    report("computing the FP32 reference")
+    return Preparation(
+        subject=subject,
+        verification=VerificationSet(
+            name=validation.name if positions == 1 else f"{validation.name} in {positions} positions",
+            pixels=pixels,
+            targets=np.tile(validation.targets, positions),
+            logits=subject.reference(pixels),
+        ),
+        workspace=workspace,
+        master=master,
+        export_difference=difference,
+        calibration=calibration,
+        settings=settings,
+        report=report,
+        progress=progress or Progress(disable=True),
+    )
+
+
+def write_kit(
+    preparation: Preparation,
+    folder: Path,
+    precisions: Sequence[Precision],
+    rests: Sequence[Rest],
+    command: str,
+) -> KitManifest:
+    """Write a build kit with every graph that compiling those precisions may need.
+
+    Args:
+        preparation: where the graphs come from.
+        folder: the kit's; an older kit there is replaced in one step.
+        precisions: what can be built from the kit.
+        rests: precisions of what INT8 graphs do not quantise, one for each kind of target.
+        command: the command that makes this kit.
+    """
+    graphs: dict[str, Graph] = {}
+    with replace_folder(folder) as new:
+        for precision in precisions:
+            for rest in rests if precision == "int8" else rests[:1]:
+                for graph, path in preparation.graphs(precision, rest):
+                    shutil.copyfile(path, new / graph.file)
+                    graphs[graph.file] = graph
+        write_verification(new / VERIFICATION_NAME, preparation.verification)
+        manifest = KitManifest(
+            builder_version=version("trimrt"),
+            student=preparation.student,
+            graphs=list(graphs.values()),
+            verification_sha256=sha256_of(new / VERIFICATION_NAME),
+            verification_images=preparation.verification.name,
+            export_difference=preparation.export_difference,
+            command=command,
+        )
+        (new / KIT_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _open_data(card: Card, data: str | None) -> DataSplit:
+    split = open_dataset(data or card.dataset.source, fold=card.dataset.fold or 0)
+    if list(split.labels) != card.labels:
+        raise DatasetError(
+            f"{split.source} has other classes than {card.name} was trained on; "
+            "name the right data with --data"
+        )
+    if data is None and split.sha256 != card.dataset.sha256:
+        raise DatasetError(
+            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
+            "so its validation images may be ones that the network has learned. Restore it, or name other "
+            "data with --data"
+        )
+    return split
+
+
+def _sample(images: ImageSet, count: int, seed: int) -> ImageSet:
+    """At most `count` of the images, chosen by `seed`, in the set's own order."""
+    if len(images) <= count:
+        return images
+    chosen = np.random.default_rng(seed).choice(len(images), count, replace=False)
+    return images.subset(np.sort(chosen), f"{images.name}-{count}")
+
+
+def _in_positions(pixels: Pixels, positions: int) -> Pixels:
+    """Every image in the first `positions` of `_SHIFTS`, its border repeated where it moves away.
+
+    The gate weighs half points. Among 144 images a single one that FP32 itself can hardly tell is 0.7
+    points, so a small set would refuse good engines by chance.
+    """
+    height, width = pixels.shape[1:3]
+    padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    return np.concatenate(
+        [padded[:, 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in _SHIFTS[:positions]]
+    )

@@ -1,0 +1,46 @@
+"""Symmetric integer weights with one scale for each output channel: the one form that every target takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVELS: Final = 127  # on either side of zero; -128 is not used
+SMALLEST_SCALE: Final = float(np.finfo(np.float32).tiny)  # of a channel that is all zeros
+
+
+class IntegerWeights(NamedTuple):
+    """Weights as integers and scales; `integers * scale` is what they stand for.
+
+    Attributes:
+        integers: INT8, of the weights' shape.
+        scale: float32, of the same rank, 1 along every axis that shares a scale.
+    """
+
+    integers: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+
+def quantise(
+    weights: NDArray[np.floating[Any]],
+    *,
+    axes: Sequence[int] = (0,),
+    levels: int = LEVELS,
+    smallest_scale: float = SMALLEST_SCALE,
+) -> IntegerWeights:
+    """Round weights to `levels` steps on either side of zero, the largest magnitude to the last step.
+
+    Args:
+        weights: float, of any shape.
+        axes: along which every position has a scale of its own, such as the output channels.
+        levels: at most 127.
+        smallest_scale: no scale is smaller, so that whoever stores it in a smaller type does not get 0.
+    """
+    shared = tuple(axis for axis in range(weights.ndim) if axis not in axes)
+    largest = np.abs(weights).max(axis=shared, keepdims=True, initial=0)
+    scale = np.maximum(largest / levels, smallest_scale).astype(np.float32)
+    integers = np.clip(np.rint(weights / scale), -levels, levels)
+    return IntegerWeights(integers.astype(np.int8), scale)

@@ -1,0 +1,40 @@
+"""Loads an engine package. Each backend has a module, imported only when an engine of its kind is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Final
+
+from runtime.engine import Engine, Options
+from runtime.manifest import Backend, EngineError, read_manifest
+from runtime.tuning import with_tuning
+
+# Each module has `load(folder, manifest, options) -> Engine`.
+_RUNTIMES: Final[dict[Backend, str]] = {
+    "openvino": "runtime.openvino",
+    "tensorrt": "runtime.tensorrt.engine",
+    "tensorrt-rtx": "runtime.tensorrt.engine",
+}
+
+
+def load_engine(folder: Path, options: Options | None = None) -> Engine:
+    """The engine package in `folder`, checked against this machine and ready to open slots.
+
+    Nothing in the package but its manifest is interpreted before versions, device and hashes fit. What
+    `options` leave open is taken from the package's tuning for this machine, if it has one.
+
+    Raises:
+        EngineError: no package, or one that is damaged or was built for something else; the message
+            says what was built, what is here, and which command rebuilds it.
+    """
+    manifest = read_manifest(folder)
+    try:
+        runtime = importlib.import_module(_RUNTIMES[manifest.backend])
+    except ImportError as error:
+        raise EngineError(
+            f"{folder} needs {manifest.backend} {manifest.backend_version}, "
+            f"which cannot be imported here: {error}"
+        ) from error
+    engine: Engine = runtime.load(folder, manifest, with_tuning(folder, options or Options()))
+    return engine

@@ -1,0 +1,216 @@
+"""The engine package's manifest: what was built, from what, for which machine, and how good it is.
+
+An engine package is a folder with `manifest.json` (this) and the artefact: `engine.plan` for
+TensorRT, `engine.blob` plus `model.onnx` for OpenVINO. The builder writes it, the server reads it;
+the schema lives here because the server must not import the builder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.preprocessing import Preprocessing
+
+MANIFEST_NAME: Final = "manifest.json"
+
+Backend = Literal["tensorrt", "tensorrt-rtx", "openvino"]
+Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
+
+
+class EngineError(RuntimeError):
+    """An engine package that cannot be used; the message names the reason and the remedy."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tensor(_Strict):
+    """One input or output of the engine; dimension -1 is the batch."""
+
+    name: str
+    dtype: Literal["uint8", "float32"]
+    shape: list[int] = Field(min_length=1)
+    layout: str | None = Field(default=None, description="e.g. NHWC")
+
+
+class BatchSizes(_Strict):
+    """The optimisation profile's batch sizes."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BatchSizes:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"batch sizes must be ordered, not min={self.min} opt={self.opt} max={self.max}")
+        return self
+
+
+class Compatibility(_Strict):
+    """The machine the engine was built on; what does not apply is None."""
+
+    os: str
+    cpu_architecture: str
+    cpu_name: str | None = None
+    cpu_features: list[str] = Field(
+        default=[], description="instruction sets that a CPU engine may have been compiled to use"
+    )
+    gpu_name: str | None = None
+    compute_capability: str | None = None
+    compute_capabilities: list[str] = Field(
+        default=[], description="GPUs that TensorRT-RTX compiled for; empty means Ampere and later"
+    )
+    dla_core: int | None = None
+    cuda: str | None = None
+    driver: str | None = None
+    l4t: str | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+
+
+class FineTuning(_Strict):
+    """How quantisation-aware training changed the weights."""
+
+    epochs: int
+    images: int = Field(description="all training images")
+    images_sha256: str
+    learning_rate: float
+
+
+class Calibration(_Strict):
+    """How the INT8 activation ranges were found. Only training images are ever used."""
+
+    method: Literal["entropy", "max", "qat"] = Field(
+        description="qat: the largest magnitude, to which the weights were then fine-tuned"
+    )
+    images: int
+    images_sha256: str
+    seed: int
+    fine_tuning: FineTuning | None = Field(default=None, description="of `qat` alone")
+    tried: list[str] = Field(default=[], description="methods that failed the accuracy gate before this one")
+    higher_precision_layers: list[str] = Field(default=[], description="kept out of INT8 to pass the gate")
+
+
+class Provenance(_Strict):
+    """Hashes of what the engine was made from, and of the artefact itself."""
+
+    checkpoint_sha256: str | None = Field(
+        default=None, description="of the weights; None for an ONNX from elsewhere"
+    )
+    onnx_sha256: str
+    artefact: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="file name inside the package")
+    artefact_sha256: str
+    calibration: Calibration | None = None
+    parameters: int | None = None
+    macs: int | None = None
+
+
+class Evidence(_Strict):
+    """What the accuracy gate and the timing after the build measured, on this machine."""
+
+    image_set: str = Field(description="which images, never the test images")
+    images: int
+    reference_top1: float = Field(description="of the FP32 reference, as a share")
+    engine_top1: float
+    label_agreement: float = Field(description="share of images on which engine and reference agree")
+    max_logit_difference: float
+    latency_ms: float = Field(description="median of one image alone, milliseconds")
+    throughput: float = Field(description="images per second at the largest batch")
+    weights_bytes: int = Field(description="weights as stored in the ONNX graph")
+
+
+class Candidate(_Strict):
+    """An engine that `--precision best` tried; what was not measured is None."""
+
+    precision: Precision
+    latency_ms: float | None = None
+    throughput: float | None = None
+    engine_top1: float | None = None
+    refused: str | None = Field(default=None, description="what the accuracy gate said of it")
+
+
+class Manifest(_Strict):
+    """One engine package's description; `manifest.json`."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    version: str = Field(default="1", pattern=r"^[0-9]+$")
+    created_at: datetime
+    builder_version: str
+    backend: Backend
+    backend_version: str
+    precision: Precision
+    arithmetic: Literal["fp32"] | None = Field(
+        default=None,
+        description="what is computed in where not in INT8, if that is not what the graph says: "
+        "CPUs compute FP16 graphs in FP32",
+    )
+    weight_bits: Literal[7, 8] | None = Field(
+        default=None,
+        description="of an INT8 engine's weights: 7 where the processor adds INT8 products in 16 bits, which "
+        "8 bits would overflow",
+    )
+    input: Tensor
+    outputs: list[Tensor] = Field(min_length=1)
+    batch: BatchSizes
+    profiles: list[BatchSizes] = Field(
+        default=[], description="TensorRT's optimisation profiles, in their order; `batch` spans them"
+    )
+    labels: list[str] = Field(min_length=2)
+    preprocessing: Preprocessing
+    compatibility: Compatibility
+    provenance: Provenance
+    evidence: Evidence | None = Field(
+        default=None, description="None when the engine could not be run where it was built"
+    )
+    candidates: list[Candidate] = Field(default=[], description="what `--precision best` chose from")
+    build_command: str = Field(description="the command that rebuilds it")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the engine package in `folder`; the artefact is not looked at.
+
+    Raises:
+        EngineError: no package there, or not a valid one.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise EngineError(
+            f"{folder} is not an engine package: it has no {MANIFEST_NAME} (`trimrt build` makes one)"
+        ) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path} is not a valid engine manifest: {error}") from error
+
+
+def check_artefact(folder: Path, manifest: Manifest) -> Path:
+    """The artefact's path, once its hash is what the manifest says.
+
+    Raises:
+        EngineError: the file is missing or was changed after the build.
+    """
+    path = folder / manifest.provenance.artefact
+    if not path.is_file():
+        raise EngineError(f"{folder} has no {path.name}; rebuild it: {manifest.build_command}")
+    if sha256_of(path) != manifest.provenance.artefact_sha256:
+        raise EngineError(
+            f"{path} was damaged or changed since it was built; rebuild it: {manifest.build_command}"
+        )
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

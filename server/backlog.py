@@ -1,0 +1,109 @@
+"""Images that wait for a slot: handed from the event loop and the decoding threads to the slots' threads."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from server.batching import Shares, collate
+from server.jobs import Image
+
+
+class Backlog:
+    """A queue of images from which each slot takes batches; safe to use from any thread.
+
+    Args:
+        slots: of the engine.
+        most: the most images in a batch.
+        shares: divides the images among the slots; None: each batch may have `most`.
+        delay: how long an image may be held back for a fuller batch, seconds.
+
+    Attributes:
+        under_way: images admitted and not yet answered or abandoned; only the event loop writes it.
+    """
+
+    def __init__(self, slots: int, most: int, *, shares: Shares | None = None, delay: float = 0.0) -> None:
+        self.under_way = 0
+        self._slots = slots
+        self._most = most
+        self._shares = shares
+        self._delay = delay
+        self._waiting: deque[Image] = deque()
+        self._lock = threading.Lock()
+        self._sleeping: list[threading.Lock] = []  # one for each slot that waits; released to wake it
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def sleeping(self) -> int:
+        """Slots that wait for images."""
+        return len(self._sleeping)
+
+    @property
+    def others_sleep(self) -> bool:
+        """Whether all slots but the calling one wait for images."""
+        return len(self._sleeping) >= self._slots - 1
+
+    def put(self, images: Sequence[Image]) -> None:
+        """Add images, and wake a slot for each."""
+        with self._lock:
+            self._waiting.extend(images)
+            self._wake(len(images))
+
+    def take(self) -> list[Image]:
+        """The next batch if there is one already, else an empty one."""
+        if not self._waiting:
+            return []
+        with self._lock:
+            return self._collate()[0]
+
+    def join(self, size: int) -> list[Image]:
+        """Images that may still join a batch of `size`, for which no slot has been woken."""
+        with self._lock:
+            if not self._waiting or self._sleeping:
+                return []
+            room = self._batch_size() - size
+            return collate(self._waiting, time.monotonic(), room)[0] if room > 0 else []
+
+    def wait(self) -> list[Image]:
+        """Wait for the next batch; it is empty once the backlog is closed."""
+        while True:
+            with self._lock:
+                batch, ask_again_at = self._collate()
+                if batch or self._closed:
+                    return batch
+                asleep = threading.Lock()
+                asleep.acquire()
+                self._sleeping.append(asleep)
+            seconds = -1 if ask_again_at == math.inf else max(0.0, ask_again_at - time.monotonic())
+            if not asleep.acquire(timeout=seconds):
+                with self._lock:
+                    if asleep in self._sleeping:  # else it was woken at this very moment
+                        self._sleeping.remove(asleep)
+
+    def close(self) -> None:
+        """End the waiting of all slots."""
+        with self._lock:
+            self._closed = True
+            self._wake(len(self._sleeping))
+
+    def _collate(self) -> tuple[list[Image], float]:
+        batch, ask_again_at = collate(self._waiting, time.monotonic(), self._batch_size(), self._delay)
+        if batch and self._shares is not None:
+            self._shares.begin(self.under_way)
+        return batch, ask_again_at
+
+    def _batch_size(self) -> int:
+        return self._most if self._shares is None else self._shares.size(self.under_way)
+
+    def _wake(self, slots: int) -> None:
+        """Wake slots, first those that fell asleep last: their core's cache is warm."""
+        for _ in range(min(slots, len(self._sleeping))):
+            self._sleeping.pop().release()

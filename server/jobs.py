@@ -1,0 +1,164 @@
+"""A request on its way through the scheduler: its job, the job's images, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.preprocessing import Pixels
+from server.problems import Problem
+
+
+class Result(NamedTuple):
+    """One image's answer, and when its stages began and ended (seconds, by `time.monotonic`).
+
+    Attributes:
+        probabilities: `float32` of shape `(classes,)`.
+        logits: same shape and dtype.
+        order: `int64`, class numbers by falling logit, ties by number; as many as the request asked for, or
+            more.
+        batch_size: images in its batch.
+        admitted: the request was admitted.
+        decoding: a thread began to decode the image.
+        decoded: its pixels were there.
+        running: its batch began.
+        computed: its batch ended.
+        delivered: the result reached the event loop.
+        device: seconds of the batch's stages on the device, by name; empty for a CPU.
+    """
+
+    probabilities: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    order: NDArray[np.int64]
+    batch_size: int
+    admitted: float
+    decoding: float
+    decoded: float
+    running: float
+    computed: float
+    delivered: float
+    device: Mapping[str, float]
+
+    @property
+    def decode(self) -> float:
+        """Time of decoding."""
+        return self.decoded - self.decoding
+
+    @property
+    def queue(self) -> float:
+        """Time spent waiting: to be decoded, and for the batch to begin."""
+        return self.decoding - self.admitted + self.running - self.decoded
+
+    @property
+    def inference(self) -> float:
+        """The batch's time in the engine."""
+        return self.computed - self.running
+
+    @property
+    def total(self) -> float:
+        """From admission to the result."""
+        return self.delivered - self.admitted
+
+    def stages(self) -> list[tuple[str, float, float]]:
+        """What happened when: name, begin and end."""
+        return [
+            ("queue for decoding", self.admitted, self.decoding),
+            ("decode", self.decoding, self.decoded),
+            ("queue for inference", self.decoded, self.running),
+            ("inference", self.running, self.computed),
+        ]
+
+
+Done: TypeAlias = "Callable[[list[Result] | Problem], None]"
+
+
+class Job:
+    """The images of one request. Only the event loop writes to it.
+
+    Attributes:
+        admitted: when the request was, by `time.monotonic`.
+        deadline: when its answer becomes useless.
+        done: takes the results, one per image, or the problem.
+        top: how many classes of each image to rank.
+        results: by image; None for those still under way.
+        remaining: how many are under way.
+        over: answered or dropped; decoding and slot threads read it too.
+    """
+
+    __slots__ = ("admitted", "deadline", "done", "over", "remaining", "results", "top")
+
+    def __init__(self, count: int, admitted: float, deadline: float, done: Done, top: int) -> None:
+        self.admitted = admitted
+        self.deadline = deadline
+        self.done = done
+        self.top = top
+        self.results: list[Result | None] = [None] * count
+        self.remaining = count
+        self.over = False
+
+
+class Image:
+    """One image of a job. One thread at a time has it: whoever takes it from a queue.
+
+    Attributes:
+        job: its request.
+        index: its place among the job's images.
+        data: the encoded file; pixels once it is decoded ahead of its batch.
+        decoding: when a thread began to decode it, by `time.monotonic`.
+        decoded: when its pixels were there.
+        ready_at: when it joined the backlog.
+    """
+
+    __slots__ = ("data", "decoded", "decoding", "index", "job", "ready_at")
+
+    def __init__(self, job: Job, index: int, data: bytes | Pixels) -> None:
+        self.job = job
+        self.index = index
+        self.data = data
+        self.decoding = job.admitted
+        self.decoded = job.admitted
+        self.ready_at = job.admitted
+
+    def is_dead(self, now: float) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.job.over or now >= self.job.deadline
+
+
+class Computed(NamedTuple):
+    """A batch's outputs, which a slot's thread hands to the event loop.
+
+    Attributes:
+        images: the batch, in the order of the rows.
+        probabilities: `float32` of shape `(images, classes)`.
+        logits: same shape and dtype.
+        order: `int64`, class numbers of each image by falling logit; as many as any of the images needs.
+        started: when the engine began, by `time.monotonic`.
+        finished: when it ended.
+        device: see `Result`.
+    """
+
+    images: Sequence[Image]
+    probabilities: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    order: NDArray[np.int64]
+    started: float
+    finished: float
+    device: Mapping[str, float]
+
+
+class Failed(NamedTuple):
+    """Images without a result, which a slot's or a decoding thread hands to the event loop.
+
+    Attributes:
+        images: of one or more jobs, each of which is answered with the problem.
+        problem: why.
+    """
+
+    images: Sequence[Image]
+    problem: Problem
+
+
+Outcome: TypeAlias = Computed | Failed

@@ -1,0 +1,170 @@
+"""How slots that compute on CPUs share the cores with the event loop, as Linux lets them.
+
+Without it the server does the same with less throughput and longer tails (benchmarks/NOTES.md has figures).
+`--no-linux-scheduling` turns all of it off; on other systems it is never on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import platform
+import socket
+import struct
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, Generic, TypeVar
+
+Message = TypeVar("Message")
+
+_WAKE_UPS: Final = 4096  # read at once
+_NICER: Final = 10
+_SLICE_NS: Final = 100_000_000  # the most that Linux allows
+_SWITCH_SECONDS: Final = 20e-6
+_PR_SET_TIMERSLACK: Final = 29
+_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
+
+
+class Mailbox(Generic[Message]):
+    """Messages from other threads to the event loop.
+
+    Args:
+        loop: takes the messages; the mailbox is made and closed on its thread.
+        receive: called with each message, on the loop's thread.
+        sockets: let `on_this_core` have its effect.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, receive: Callable[[Message], None], *, sockets: bool = True
+    ) -> None:
+        self._loop = loop
+        self._receive = receive
+        self._messages: deque[Message] = deque()
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        if sockets and sys.platform == "linux":
+            self._sockets = reader, writer = socket.socketpair()
+            reader.setblocking(False)
+            writer.setblocking(False)
+            loop.add_reader(reader, self._empty)
+
+    def leave(self, message: Message, *, on_this_core: bool = False) -> None:
+        """Have the event loop receive `message`. From any thread, until `close`.
+
+        uvloop's own wake-up is an eventfd, after which Linux may run the event loop on a core where another
+        slot computes. Linux assumes that a thread writing to a socket will sleep, and wakes the reader on
+        the same core (since 6.13, with epoll).
+
+        Args:
+            message: received after those that were left before it in the same way.
+            on_this_core: the calling thread has no work left on its core, and other cores are busy.
+        """
+        if on_this_core and self._sockets is not None:
+            self._messages.append(message)
+            with suppress(BlockingIOError):  # it is full of wake-ups that are still to be read
+                self._sockets[1].send(b"\0")
+        else:
+            self._loop.call_soon_threadsafe(self._receive, message)
+
+    def close(self) -> None:
+        """Free the sockets; messages already left are still received."""
+        if self._sockets is not None:
+            self._empty()
+            self._loop.remove_reader(self._sockets[0])
+            for end in self._sockets:
+                end.close()
+
+    def _empty(self) -> None:
+        assert self._sockets is not None
+        with suppress(BlockingIOError):
+            self._sockets[0].recv(_WAKE_UPS)
+        while self._messages:
+            self._loop.call_soon(self._receive, self._messages.popleft())
+
+
+@contextmanager
+def giving_way() -> Iterator[None]:
+    """Let all other threads run before the calling one, which computes, until the block ends.
+
+    Without it, the event loop and clients on this machine often wait for a core, and so does the thread that
+    holds the interpreter's lock while others wait for that lock.
+
+    In return, every thread of the process hands the lock over after 20 us instead of 5 ms: the calling thread
+    needs it for moments only, and its core would idle until the event loop has answered a whole batch.
+
+    The end of the block undoes everything, except that only a privileged process may raise a thread's
+    priority again. On other systems than Linux nothing happens.
+    """
+    if sys.platform == "linux":
+        with _short_switch_interval, _low_priority():
+            yield
+    else:
+        yield
+
+
+class _ShortSwitchInterval:
+    """A short switch interval of the interpreter while any thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(_SWITCH_SECONDS)
+            self._inside += 1
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                sys.setswitchinterval(self._before)
+
+
+_short_switch_interval = _ShortSwitchInterval()
+
+
+@contextmanager
+def _low_priority() -> Iterator[None]:
+    """Priority, scheduling class and timers of the calling thread."""
+    thread = threading.get_native_id()
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    nice = os.getpriority(os.PRIO_PROCESS, thread)
+    # Linux lengthens timed waits by 50 us, to wake several threads at once.
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    with suppress(OSError):  # some sandboxes refuse
+        # Relative to the main thread: this one may still be at the lower priority of an engine before.
+        lower = min(19, os.getpriority(os.PRIO_PROCESS, os.getpid()) + _NICER)
+        os.setpriority(os.PRIO_PROCESS, thread, lower)
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        _set_slice(os.SCHED_BATCH, lower, _SLICE_NS)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 0, 0, 0, 0)
+        with suppress(OSError):
+            _set_slice(os.SCHED_BATCH, os.getpriority(os.PRIO_PROCESS, thread), 0)
+            os.sched_setscheduler(0, policy, parameters)
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
+
+
+def _set_slice(policy: int, nice: int, nanoseconds: int) -> None:
+    """Set the calling thread's time slice; 0: the default.
+
+    No thread with a shorter slice waits for the end of a longer one (since Linux 6.12; older kernels
+    ignore it). The attributes are `struct sched_attr` of sched_setattr(2), its first version, for which
+    neither Python nor every C library has a function.
+    """
+    number = _SCHED_SETATTR.get(platform.machine())
+    if number is not None:
+        size, flags, priority, deadline, period = 48, 0, 0, 0, 0
+        attributes = struct.pack(
+            "=IIQiIQQQ", size, policy, flags, nice, priority, nanoseconds, deadline, period
+        )
+        ctypes.CDLL(None).syscall(number, 0, attributes, 0)

@@ -1,0 +1,75 @@
+"""`--precision best`: both are built and measured, the faster one is published with the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from builder.compile.selection import build_best
+from builder.compile.targets.choice import open_target
+from builder.compile.verification import Gate, GateError
+from builder.kit import Kit
+from runtime.loading import load_engine
+from runtime.manifest import BatchSizes
+
+BATCH = BatchSizes(min=1, opt=8, max=16)
+
+
+def test_the_fastest_that_passes_is_published_with_the_comparison(
+    kit: Kit, tmp_path: Path, trimrt: Callable[..., Result]
+) -> None:
+    result = trimrt(
+        *("build", kit.path, "-p", "best", "--target", "openvino", "-o", tmp_path),
+        *("--max-drop", 2, "--min-agreement", 95),
+    )
+    assert result.exit_code == 0, result.output
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    manifest = load_engine(folder).manifest
+    measured = {candidate.precision: candidate for candidate in manifest.candidates}
+    assert set(measured) == {"fp32", "int8"}
+    assert all(candidate.refused is None for candidate in measured.values())
+    assert manifest.evidence is not None
+    assert manifest.evidence.latency_ms == measured[manifest.precision].latency_ms, "timed in turns, once"
+    fastest = min(measured.values(), key=lambda candidate: candidate.latency_ms or 0)
+    assert manifest.precision == fastest.precision
+    assert folder.name == f"tiny-digits-{fastest.precision}-openvino"
+    assert "--precision best" in manifest.build_command
+
+
+def test_what_the_gate_refuses_is_not_chosen_however_fast(kit: Kit, tmp_path: Path, monkeypatch) -> None:
+    class RefusesInt8(Gate):
+        def check(self, comparison) -> None:
+            if comparison.max_logit_difference > 0.05:  # FP32 stays far below it, INT8 does not
+                raise GateError("as the test asked")
+
+    package = build_best(
+        kit,
+        open_target("openvino"),
+        tmp_path,
+        batch=BATCH,
+        gate=RefusesInt8(),
+        command="",
+        report=lambda _: None,
+    )
+    assert package.manifest.precision == "fp32"
+    refused = {candidate.precision: candidate.refused for candidate in package.manifest.candidates}
+    assert refused["fp32"] is None
+    assert "as the test asked" in str(refused["int8"])
+
+
+def test_if_neither_passes_nothing_is_published(kit: Kit, tmp_path: Path) -> None:
+    impossible = Gate(max_drop=-1)
+    with pytest.raises(GateError, match=r"fp32-openvino was not published.*int8-openvino was not published"):
+        build_best(
+            kit,
+            open_target("openvino"),
+            tmp_path,
+            batch=BATCH,
+            gate=impossible,
+            command="",
+            report=lambda _: None,
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,237 @@
+"""Bring your own ONNX: what is adapted, what is refused, and that nothing about it is guessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from small_student import SPEC
+
+from builder.prepare.export import ExportError, quiet, run_onnx
+from builder.prepare.import_onnx import NORMALISATIONS, export_imported, import_onnx
+from builder.prepare.legality import require_legal
+from models.checkpoint import load_checkpoint
+from models.datasets import DataSplit
+from runtime.loading import load_engine
+from runtime.manifest import read_manifest
+
+SIZE, CLASSES = 8, 5
+
+
+def classifier(
+    *,
+    batch: int | str = "batch",
+    shape: tuple[int | str, ...] = (3, SIZE, SIZE),
+    opset: int = 18,
+    softmax: bool = False,
+    kind: int = TensorProto.FLOAT,
+    metadata: dict[str, str] | None = None,
+    reshape: list[int] | None = None,
+) -> onnx.ModelProto:
+    """A linear classifier of images, as other tools might write it."""
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(3 * SIZE * SIZE, CLASSES)).astype(np.float32) / 50
+    constants = [numpy_helper.from_array(weights, "weights")]
+    nodes = [helper.make_node("Flatten", ["input"], ["flat"])]
+    if reshape:
+        constants.append(numpy_helper.from_array(np.asarray(reshape, np.int64), "shape"))
+        nodes = [helper.make_node("Reshape", ["input", "shape"], ["flat"])]
+    nodes.append(helper.make_node("MatMul", ["flat", "weights"], ["scores"]))
+    if softmax:
+        nodes.append(helper.make_node("Softmax", ["scores"], ["output"], axis=-1))
+    output = "output" if softmax else "scores"
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [helper.make_tensor_value_info("input", kind, [batch, *shape])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, CLASSES])],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    helper.set_model_props(model, metadata or {})
+    return model
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[onnx.ModelProto], Path]:
+    def write(model: onnx.ModelProto) -> Path:
+        onnx.save(model, tmp_path / "model.onnx")
+        return tmp_path / "model.onnx"
+
+    return write
+
+
+def pixels(count: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def expected_logits(images: np.ndarray, normalisation: str) -> np.ndarray:
+    """The classifier in plain NumPy."""
+    mean, std = (np.asarray(values) for values in NORMALISATIONS[normalisation])
+    weights = numpy_helper.to_array(classifier().graph.initializer[0])
+    normalised = ((images / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(len(images), -1)
+    return normalised @ weights
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_the_master_graph_takes_pixels_and_gives_the_models_logits(save, tmp_path, normalisation):
+    imported = import_onnx(save(classifier()), normalisation)
+    difference = export_imported(imported, tmp_path / "master.onnx")
+    images = pixels(5)
+    logits = run_onnx(tmp_path / "master.onnx", images)
+    np.testing.assert_allclose(logits, expected_logits(images, normalisation), rtol=1e-3, atol=1e-3)
+    assert difference < 1e-2
+    assert require_legal(onnx.load(tmp_path / "master.onnx")) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"softmax": True}, {"batch": 1}, {"batch": 4, "reshape": [4, -1]}, {"opset": 13}],
+)
+def test_a_softmax_a_fixed_batch_and_an_older_opset_are_adapted(save, tmp_path, changes):
+    export_imported(import_onnx(save(classifier(**changes)), "imagenet"), tmp_path / "master.onnx")
+    images = pixels(7)
+    logits = run_onnx(tmp_path / "master.onnx", images)
+    np.testing.assert_allclose(logits, expected_logits(images, "imagenet"), rtol=1e-3, atol=1e-3)
+
+
+def test_preprocessing_and_labels_are_read_from_the_files_metadata(save):
+    labels = ["ant", "bee", "cat", "dog", "emu"]
+    spec = {"resize": 10, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
+    names = str(dict(enumerate(labels)))  # as Ultralytics writes them
+    imported = import_onnx(
+        save(classifier(metadata={"preprocessing": json.dumps(spec), "names": names})), None
+    )
+    assert (imported.preprocessing.resize, imported.preprocessing.height) == (10, SIZE)
+    assert imported.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert imported.labels == labels
+    assert imported.classes == CLASSES
+
+
+def test_preprocessing_is_read_from_a_file(save, tmp_path):
+    file = tmp_path / "preprocessing.json"
+    file.write_text(json.dumps({"resize": 9, "mean": [0, 0, 0], "std": [1, 1, 1]}))
+    assert import_onnx(save(classifier()), str(file)).preprocessing.resize == 9
+
+
+@pytest.mark.parametrize(
+    ("model", "preprocess", "message"),
+    [
+        (
+            classifier(),
+            None,
+            "does not say how its images are normalised; say so with --preprocess: imagenet",
+        ),
+        (classifier(), "caffe", r"--preprocess caffe is neither one of imagenet, .* nor a JSON file"),
+        (classifier(metadata={"preprocessing": "{"}), None, "metadata describe no preprocessing"),
+        (classifier(shape=(SIZE, SIZE, 3)), "imagenet", "takes NHWC images; export it for NCHW"),
+        (classifier(shape=(1, SIZE, SIZE)), "imagenet", r"must be \(3, H, W\)"),
+        (classifier(shape=(3, "height", "width")), "imagenet", "H and W fixed"),
+        (classifier(kind=TensorProto.DOUBLE), "imagenet", "not a valid ONNX model|no batch of float images"),
+        (classifier(reshape=[2, 192]), "imagenet", "Export it with a dynamic batch size"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_what_to_do(save, model, preprocess, message):
+    with pytest.raises(ExportError, match=message):
+        import_onnx(save(model), preprocess)
+
+
+def test_two_outputs_are_refused(save):
+    model = classifier()
+    model.graph.output.append(helper.make_tensor_value_info("flat", TensorProto.FLOAT, ["batch", 192]))
+    with pytest.raises(ExportError, match=r"outputs \['scores', 'flat'\]; a classifier has one of each"):
+        import_onnx(save(model), "imagenet")
+
+
+def test_a_model_that_mixes_the_images_of_a_batch_is_refused(save):
+    model = classifier()
+    axes = numpy_helper.from_array(np.asarray([0], np.int64), "axes")
+    model.graph.initializer.append(axes)
+    model.graph.node[-1].output[0] = "own"
+    model.graph.node.append(helper.make_node("ReduceMean", ["own", "axes"], ["mean"], keepdims=1))
+    model.graph.node.append(helper.make_node("Sub", ["own", "mean"], ["scores"]))
+    with pytest.raises(ExportError, match="other scores in another batch"):
+        import_onnx(save(model), "imagenet")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(position=st.integers(0, 4000), value=st.integers(0, 255), length=st.integers(1, 64))
+def test_a_damaged_file_is_refused_or_read_but_never_crashes(tmp_path, position, value, length):
+    data = bytearray(classifier().SerializeToString())
+    start = position % len(data)
+    data[start : start + length] = bytes([value]) * length
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(bytes(data))
+    try:
+        assert import_onnx(path, "imagenet").preprocessing.height > 0
+    except ExportError as error:
+        assert str(path) in str(error)  # noqa: PT017  # refused is as good as read
+
+
+# The whole way
+
+
+@pytest.fixture(scope="module")
+def foreign(checkpoint: Path, tmp_path_factory) -> Path:
+    """The small student as someone else would export it: NCHW floats, one image, no metadata."""
+    network, _ = load_checkpoint(checkpoint)
+    path = tmp_path_factory.mktemp("foreign") / "My Model.onnx"
+    with quiet():
+        torch.onnx.export(
+            network.eval(),
+            (torch.zeros(1, 3, SPEC.height, SPEC.width),),
+            str(path),
+            dynamo=True,
+            opset_version=18,
+        )
+    spec = {"resize": SPEC.resize, "mean": SPEC.mean, "std": SPEC.std}
+    (path.parent / "preprocessing.json").write_text(json.dumps(spec))
+    return path
+
+
+def test_a_foreign_model_becomes_the_same_engine_as_the_checkpoint(
+    foreign: Path, checkpoint: Path, data: DataSplit, tmp_path: Path, trimrt: Callable[..., Result]
+):
+    result = trimrt(
+        *("build", foreign, "-p", "fp32", "--target", "openvino", "-o", tmp_path, "--data", "digits"),
+        *("--preprocess", foreign.parent / "preprocessing.json", "--calibration-images", 8),
+    )
+    assert result.exit_code == 0, result.output
+    package = tmp_path / "my-model-fp32-openvino"
+    manifest = read_manifest(package)
+    assert manifest.labels == list(data.labels)
+    assert manifest.evidence is not None
+    images = data.test.load_pixels(SPEC)[:8]
+    slot = load_engine(package).open_slot()
+    slot.pixels[:8] = images
+    network, _ = load_checkpoint(checkpoint)
+    from models.evaluation import predict_logits
+
+    np.testing.assert_allclose(
+        slot.infer(8).logits, predict_logits(network, images, SPEC), rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "does not say how its images are normalised"),
+        (["--preprocess", "imagenet"], "a network from elsewhere needs --data"),
+        (["--preprocess", "imagenet", "--data", "digits", "--labels", "/nowhere"], "/nowhere cannot be read"),
+    ],
+)
+def test_what_is_missing_is_asked_for(
+    foreign: Path, tmp_path: Path, trimrt: Callable[..., Result], arguments, message
+):
+    result = trimrt("build", foreign, "-p", "fp32", "-o", tmp_path, *arguments)
+    assert result.exit_code != 0
+    assert message in result.output

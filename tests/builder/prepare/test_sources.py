@@ -1,0 +1,83 @@
+"""torchvision and timm models by name, with weights from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from builder.prepare.export import ExportError, run_onnx
+from builder.prepare.sources import Details, open_named
+from models.datasets import DatasetError, DataSplit
+
+
+@pytest.fixture(scope="module")
+def small_images(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("preprocessing") / "small.json"
+    path.write_text(json.dumps({"resize": 32, "height": 32, "width": 32}))
+    return str(path)
+
+
+def weights_of(network: torch.nn.Module, folder: Path) -> str:
+    path = folder / "weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    return str(path)
+
+
+def test_a_torchvision_model_by_name(data: DataSplit, small_images: str, tmp_path: Path):
+    torch.manual_seed(0)
+    network = torchvision.models.squeezenet1_1(num_classes=10).eval()
+    details = Details(data="digits", preprocess=small_images, weights=weights_of(network, tmp_path))
+    subject = open_named("torchvision:squeezenet1_1", details)
+    assert subject.student.name == "squeezenet1_1"
+    assert subject.student.labels == list(data.labels)
+    assert subject.student.parameters == sum(p.numel() for p in network.parameters())
+    assert subject.export(tmp_path / "master.onnx") < 1e-3
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    logits = run_onnx(tmp_path / "master.onnx", pixels)
+    np.testing.assert_allclose(logits, subject.reference(pixels), rtol=1e-3, atol=1e-3)
+
+
+def test_a_timm_model_by_name_has_timms_preprocessing(data: DataSplit, tmp_path: Path):
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'trimrt[timm]'")
+    network = timm.create_model("test_resnet", num_classes=10)
+    config = timm.data.resolve_model_data_config(network)
+    details = Details(data="digits", weights=weights_of(network, tmp_path))
+    student = open_named("timm:test_resnet", details).student
+    assert student.name == "test_resnet"
+    assert (student.preprocessing.height, student.preprocessing.width) == config["input_size"][1:]
+    assert student.preprocessing.mean == pytest.approx(config["mean"])
+    assert student.preprocessing.resize >= student.preprocessing.height
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("torchvision:resnet18_x", "torchvision has no model 'resnet18_x'"),
+        ("timm:resnet18_x", "timm: .*resnet18_x"),
+    ],
+)
+def test_an_unknown_model_is_refused(data: DataSplit, tmp_path: Path, source: str, message: str):
+    if source.startswith("timm"):
+        pytest.importorskip("timm", reason="timm is not installed: pip install 'trimrt[timm]'")
+    with pytest.raises(ExportError, match=message):
+        open_named(source, Details(data="digits", weights=str(tmp_path / "weights.safetensors")))
+
+
+def test_weights_of_another_number_of_classes_are_refused(data: DataSplit, small_images: str, tmp_path: Path):
+    weights = weights_of(torchvision.models.squeezenet1_1(num_classes=7), tmp_path)
+    details = Details(data="digits", preprocess=small_images, weights=weights)
+    with pytest.raises(ExportError, match=r"classifier\.1\.weight.*with 10 classes"):
+        open_named("torchvision:squeezenet1_1", details)
+
+
+def test_weights_and_data_are_asked_for():
+    with pytest.raises(ExportError, match="needs weights: --weights FILE"):
+        open_named("torchvision:resnet18", Details(data="digits"))
+    with pytest.raises(DatasetError, match="needs --data"):
+        open_named("torchvision:resnet18", Details(weights="file"))

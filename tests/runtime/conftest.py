@@ -1,0 +1,1 @@
+from serving import encode, engine_dir, reference  # noqa: F401

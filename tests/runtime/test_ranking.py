@@ -1,0 +1,48 @@
+"""The order of the classes: by falling logit, equal ones by number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
+from runtime.ranking import ranked
+
+# Few values, so that many are equal; and any others.
+FEW = [-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, 1e-45, -1e-45]
+LOGITS = st.sampled_from(FEW) | st.floats(width=32, allow_nan=False)
+
+
+@given(
+    arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=LOGITS),
+)
+def test_it_is_the_stable_order_of_falling_logits(logits: NDArray[np.float32]) -> None:
+    before, classes = logits.copy(), logits.shape[1]
+    stable = np.argsort(-logits, axis=1, kind="stable")
+    for count in range(classes + 1):
+        np.testing.assert_array_equal(ranked(logits, count), stable[:, :count])
+    np.testing.assert_array_equal(logits, before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+def test_a_thousand_classes_of_a_batch(count: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(8, 1000)).astype(np.float32).round(1)
+    stable = np.argsort(-logits, axis=1, kind="stable")
+    np.testing.assert_array_equal(ranked(logits, count), stable[:, :count])
+
+
+def test_what_is_infinitely_unlikely_is_ranked_too() -> None:
+    logits = np.array([[-np.inf, 1, -np.inf, 2], [4, 3, 2, 1]], np.float32)
+    np.testing.assert_array_equal(ranked(logits, 4), [[3, 1, 0, 2], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(ranked(np.array([[-2.5, -np.inf]], np.float32), 2), [[0, 1]])
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_rows_of_a_larger_array_may_be_given(count: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+    np.testing.assert_array_equal(
+        ranked(logits[::2, :6], count), np.argsort(-logits[::2, :6], axis=1)[:, :count]
+    )

@@ -1,0 +1,165 @@
+"""Images that wait for a slot, and slots that wait for images."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from running import wait_until
+
+from server.backlog import Backlog
+from server.batching import Shares
+from server.jobs import Image, Job
+
+
+def images(count: int, *, lifetime: float = 60.0) -> list[Image]:
+    now = time.monotonic()
+    job = Job(count, now, now + lifetime, lambda _outcome: None, top=0)
+    return [Image(job, index, b"") for index in range(count)]
+
+
+class Slots:
+    """Threads that wait at backlogs, until the test ends."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._backlogs: list[Backlog] = []
+
+    def asleep(self, backlog: Backlog) -> Future[list[Image]]:
+        """One that has fallen asleep, after all that slept before."""
+        self._backlogs.append(backlog)
+        before = backlog.sleeping
+        slot = self._pool.submit(backlog.wait)
+        wait_until(lambda: backlog.sleeping == before + 1)
+        return slot
+
+    def end(self) -> None:
+        for backlog in self._backlogs:
+            backlog.close()
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    with ThreadPoolExecutor(4) as pool:
+        it = Slots(pool)
+        yield it
+        it.end()
+
+
+def test_what_waits_is_taken_at_once_up_to_a_batch() -> None:
+    backlog = Backlog(slots=1, most=4)
+    put = images(6)
+    backlog.put(put)
+    assert backlog.take() == put[:4]
+    assert backlog.wait() == put[4:]
+    assert backlog.take() == []
+
+
+def test_an_image_wakes_the_slot_that_fell_asleep_last(slots: Slots) -> None:
+    backlog = Backlog(slots=2, most=4)
+    first, last = slots.asleep(backlog), slots.asleep(backlog)
+    put = images(1)
+    backlog.put(put)
+    assert last.result(timeout=20) == put
+    assert backlog.sleeping == 1
+    backlog.close()
+    assert first.result(timeout=20) == []
+
+
+def test_dead_images_are_never_taken() -> None:
+    backlog = Backlog(slots=1, most=4)
+    expired, abandoned, alive = images(2, lifetime=0.0), images(1), images(1)
+    backlog.put([*expired, *abandoned, *alive])
+    abandoned[0].job.over = True
+    assert backlog.take() == alive
+    assert backlog.waiting == 0
+
+
+def test_slots_share_what_is_under_way() -> None:
+    backlog = Backlog(slots=2, most=8, shares=Shares(2, (1, 2, 4), 8))
+    put = images(4)
+    backlog.under_way = 4
+    backlog.put(put)
+    assert [backlog.take(), backlog.take()] == [put[:2], put[2:]]
+
+
+def test_late_images_join_a_batch_up_to_its_size() -> None:
+    backlog = Backlog(slots=1, most=4)
+    put = images(3)
+    backlog.put(put)
+    assert backlog.join(4) == []
+    assert backlog.join(2) == put[:2]
+
+
+def test_images_for_which_a_slot_has_been_woken_join_no_other_batch(slots: Slots) -> None:
+    backlog = Backlog(slots=3, most=4)
+    waiting = [slots.asleep(backlog), slots.asleep(backlog)]
+    put = images(1)
+    backlog.put(put)  # wakes one; the other sleeps on, so there is no need to join
+    assert backlog.join(1) == []
+    backlog.close()
+    assert sorted((slot.result(timeout=20) for slot in waiting), key=len) == [[], put]
+
+
+def test_a_delay_holds_images_back_until_the_batch_is_full(slots: Slots) -> None:
+    backlog = Backlog(slots=1, most=2, delay=60.0)
+    slot = slots.asleep(backlog)
+    put = images(2)
+    backlog.put(put[:1])
+    assert backlog.take() == []
+    backlog.put(put[1:])
+    assert slot.result(timeout=20) == put
+
+
+def test_a_delay_that_is_over_ends_the_wait() -> None:
+    backlog = Backlog(slots=1, most=2, delay=0.05)
+    put = images(1)
+    backlog.put(put)
+    assert backlog.wait() == put
+    assert time.monotonic() - put[0].ready_at >= 0.05
+    assert backlog.sleeping == 0
+
+
+def test_others_sleep_says_who_is_alone(slots: Slots) -> None:
+    backlog = Backlog(slots=3, most=4)
+    first = slots.asleep(backlog)
+    assert not backlog.others_sleep
+    second = slots.asleep(backlog)
+    assert backlog.others_sleep
+    backlog.close()
+    assert first.result(timeout=20) == second.result(timeout=20) == []
+
+
+def test_a_closed_backlog_gives_what_is_left_and_then_ends_every_slot() -> None:
+    backlog = Backlog(slots=1, most=4)
+    put = images(1)
+    backlog.put(put)
+    backlog.close()
+    assert backlog.wait() == put
+    assert backlog.wait() == []
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001])
+def test_every_image_is_taken_once_whatever_the_threads_do(delay: float) -> None:
+    backlog = Backlog(slots=3, most=4, delay=delay)
+    put = [image for _ in range(500) for image in images(2)]
+    taken: list[int] = []
+
+    def slot() -> None:
+        while batch := backlog.wait():
+            taken.extend(map(id, batch))
+            taken.extend(map(id, backlog.join(len(batch))))
+
+    slots = [threading.Thread(target=slot) for _ in range(3)]
+    for thread in slots:
+        thread.start()
+    for first in range(0, len(put), 2):
+        backlog.put(put[first : first + 2])
+    wait_until(lambda: len(taken) >= len(put))
+    backlog.close()
+    for thread in slots:
+        thread.join(timeout=20)
+    assert sorted(taken) == sorted(map(id, put))

@@ -1,0 +1,56 @@
+"""A real engine with a step of the test's before each of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from runtime.engine import Engine, Options, Outputs, Slot
+from runtime.loading import load_engine
+from server.registry import LoadEngine
+
+# Takes the batch's pixels, and whether the slot is alone at work.
+Before: TypeAlias = "Callable[[np.ndarray, bool], None]"
+
+
+class _WrappedSlot:
+    def __init__(self, slot: Slot, before: Before) -> None:
+        self._slot = slot
+        self._before = before
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return self._slot.pixels
+
+    def infer(self, count: int, *, alone: bool = False) -> Outputs:
+        self._before(self._slot.pixels[:count], alone)
+        return self._slot.infer(count, alone=alone)
+
+    def close(self) -> None:
+        self._slot.close()
+
+
+class WrappedEngine:
+    """`on_cpu` is the test's choice: which threads decode."""
+
+    def __init__(self, engine: Engine, before: Before, *, on_cpu: bool) -> None:
+        self._engine = engine
+        self._before = before
+        self.best_batch = engine.manifest.batch.max
+        self.on_cpu = on_cpu
+
+    def open_slot(self) -> _WrappedSlot:
+        return _WrappedSlot(self._engine.open_slot(), self._before)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def load_wrapped(before: Before, *, slots: int = 1, on_cpu: bool = False) -> LoadEngine:
+    """How a server loads its engines so that each batch is preceded by `before`, on the slot's thread."""
+    return lambda folder: WrappedEngine(
+        load_engine(Path(folder), Options(slots=slots)), before, on_cpu=on_cpu
+    )

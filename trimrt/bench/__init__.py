@@ -1,0 +1,1 @@
+"""`trimrt bench`: engine packages timed side by side, and tuned to this machine."""

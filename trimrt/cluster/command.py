@@ -1,0 +1,107 @@
+"""`trimrt cluster`: what a Ray cluster needs to serve engine packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from pydantic import ValidationError
+
+from runtime.manifest import EngineError
+from trimrt.cluster import options
+from trimrt.output import OutputFile, write_output
+
+_HEADER = "# From `trimrt cluster config`. On one machine: serve run FILE; on a cluster: serve deploy FILE\n"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cluster() -> None:
+    """Serve engine packages on a Ray cluster."""
+
+
+def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.startswith("/") or (value.endswith("/") and value != "/") or set(value) & set("{}"):
+        raise click.BadParameter("it begins with a slash, does not end with one, and has no braces")
+    return value
+
+
+@cluster.command(context_settings={"max_content_width": 100})
+@click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
+@click.option(
+    "--replicas",
+    multiple=True,
+    type=options.replicas,
+    metavar="N[-M]",
+    help="Replicas of an engine; a range such as 1-4 scales with the load. Once for all engines, or once "
+    "for each in their order.  [default: 1]",
+)
+@click.option(
+    "--cpus",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="CPU cores of a replica.",
+)
+@click.option(
+    "--gpus",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="GPUs of a replica whose engine needs one; 0.25 lets four share a GPU.",
+)
+@click.option(
+    "--target-ongoing",
+    type=click.IntRange(min=1),
+    help="Requests under way in a replica that scaling aims at.  [default: the engine's best batch]",
+)
+@click.option("--name", default="trimrt", show_default=True, help="Name of the application.")
+@click.option(
+    "--route-prefix", default="/", show_default=True, callback=_prefix, help="Where its paths begin."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on, on every node.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="TCP port.")
+@click.option("--output", type=OutputFile(), help="Write it here, not on the terminal.")
+def config(
+    engines: tuple[Path, ...],
+    replicas: tuple[options.Replicas, ...],
+    cpus: float,
+    gpus: float,
+    target_ongoing: int | None,
+    name: str,
+    route_prefix: str,
+    host: str,
+    port: int,
+    output: Path | None,
+) -> None:
+    """Write a Ray Serve configuration for engine packages.
+
+    With several engines of one student (a TensorRT plan, an OpenVINO blob) the first is asked first, and
+    the others answer what it has no room for. `serve run FILE` serves on this machine, `serve deploy FILE`
+    on a cluster. Example:
+
+        trimrt cluster config engines/digits-resnet18-int8-openvino --replicas 1-4 --output serve.yaml
+    """
+    if len(replicas) not in (0, 1, len(engines)):
+        raise click.UsageError(f"--replicas is given {len(replicas)} times for {len(engines)} engines")
+    each = replicas or (options.Replicas(1, 1),)
+    if len(each) == 1:
+        each *= len(engines)
+    with options.needs_ray():
+        import yaml
+
+        from trimrt.cluster.config import Pool, configure
+    pools = [
+        Pool(engine, number, cpus, gpus, target_ongoing) for engine, number in zip(engines, each, strict=True)
+    ]
+    try:
+        configuration = configure(pools, name=name, host=host, port=port, route_prefix=route_prefix)
+    except EngineError as error:
+        raise click.ClickException(str(error)) from None
+    except ValidationError as error:
+        raise click.UsageError("; ".join(item["msg"] for item in error.errors())) from None
+    text = _HEADER + yaml.safe_dump(configuration, sort_keys=False)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_output(output, text)
+    click.echo(f"wrote {output}; on one machine: serve run {output}; on a cluster: serve deploy {output}")

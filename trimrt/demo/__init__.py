@@ -1,0 +1,1 @@
+"""`trimrt demo`: from the shipped student to a served, measured prediction."""

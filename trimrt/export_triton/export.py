@@ -1,0 +1,146 @@
+"""Writing an engine package into a Triton model repository.
+
+The folder `REPOSITORY/ENGINE` holds `config.pbtxt` (what Triton is to do with it), `labels.txt` (for the
+classification extension), `README.md` (how to serve it and how to ask it), the package's own
+`manifest.json`, and `VERSION/model.plan` or `VERSION/model.onnx`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final, Literal
+
+import click
+
+from models.files import replace_folder
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, check_artefact, read_manifest, sha256_of
+from trimrt.export_triton.config import (
+    LABELS_NAME,
+    Backend,
+    ExportError,
+    Options,
+    choose_backend,
+    model_config,
+    model_file,
+)
+from trimrt.export_triton.readme import write_readme
+from trimrt.export_triton.textproto import dump
+
+CONFIG_NAME: Final = "config.pbtxt"
+README_NAME: Final = "README.md"
+
+_GRAPH_NAME: Final = "model.onnx"
+
+
+def export_model(package: Path, repository: Path, options: Options | None = None) -> Path:
+    """Write the engine package in `package` to `repository`, as a folder that appears whole or not at all.
+
+    An earlier export of the same engine is replaced.
+
+    Returns:
+        The model's folder, named as the engine.
+
+    Raises:
+        EngineError: no engine package, or one whose files are not what its manifest says.
+        ExportError: Triton cannot serve it so, or something else is in the way.
+    """
+    options = options or Options()
+    manifest = read_manifest(package)
+    backend = choose_backend(manifest, options)
+    model = _model(package, manifest, backend)
+    folder = repository / manifest.name
+    _check_replaceable(folder)
+    with replace_folder(folder) as new:
+        version = new / manifest.version
+        version.mkdir()
+        shutil.copyfile(model, version / model_file(backend))
+        shutil.copyfile(package / MANIFEST_NAME, new / MANIFEST_NAME)
+        _write(new / CONFIG_NAME, dump(model_config(manifest, options)))
+        _write(new / LABELS_NAME, "".join(f"{_one_line(label)}\n" for label in manifest.labels))
+        _write(new / README_NAME, write_readme(manifest, backend))
+    return folder
+
+
+def _model(package: Path, manifest: Manifest, backend: Backend) -> Path:
+    """What Triton is given: the plan, or the ONNX graph that the blob was compiled from."""
+    if backend == "tensorrt":
+        return check_artefact(package, manifest)
+    graph = package / _GRAPH_NAME
+    if not graph.is_file() or sha256_of(graph) != manifest.provenance.onnx_sha256:
+        raise EngineError(
+            f"{graph} is missing or was changed since the build; rebuild it: {manifest.build_command}"
+        )
+    return graph
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace anything but an earlier export of this engine."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    try:
+        earlier = read_manifest(folder)
+    except EngineError:
+        earlier = None
+    if folder.is_symlink() or earlier is None or earlier.name != folder.name:
+        raise ExportError(
+            f"{folder} is in the way and is no earlier export of this engine; "
+            "move it away, or export to another repository"
+        )
+    ours = {CONFIG_NAME, LABELS_NAME, README_NAME, MANIFEST_NAME, earlier.version}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    if others:
+        raise ExportError(
+            f"{folder} also holds {', '.join(others)}, which no export wrote; "
+            "move that away, or export to another repository"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode())  # the same line ends on every system
+
+
+def _one_line(label: str) -> str:
+    """Triton reads a label a line, and knows no way to quote one."""
+    return label.replace("\n", " ")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    type=click.Choice(["openvino", "onnxruntime"]),
+    help="Triton's backend for an OpenVINO package: openvino, which does not batch, or onnxruntime, "
+    "which does.  [default: openvino]",
+)
+@click.option(
+    "--instances",
+    type=click.IntRange(min=1),
+    help="Batches that run at once on each device.  [default: 2 on GPUs, else 1]",
+)
+@click.option(
+    "--max-queue-delay-us",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How long a request may wait for others to fill its batch, microseconds.",
+)
+def export_triton(
+    engine: Path,
+    repository: Path,
+    backend: Literal["openvino", "onnxruntime"] | None,
+    instances: int | None,
+    max_queue_delay_us: int,
+) -> None:
+    """Write the package ENGINE as a model into the Triton model repository REPOSITORY.
+
+    TensorRT packages become plans, OpenVINO packages ONNX graphs. TensorRT-RTX has no Triton backend.
+    """
+    try:
+        folder = export_model(engine, repository, Options(backend, instances, max_queue_delay_us))
+    except (EngineError, ExportError) as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"cannot write to {repository}: {error.strerror or error}") from error
+    click.echo(f"exported {folder}; its {README_NAME} says how to serve it and how to ask it")

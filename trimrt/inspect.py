@@ -1,0 +1,124 @@
+"""`trimrt inspect`: what an engine package is. It needs no backend, and nothing of the builder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from runtime.manifest import (
+    Calibration,
+    EngineError,
+    Evidence,
+    Manifest,
+    Tensor,
+    check_artefact,
+    read_manifest,
+)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
+def inspect(engine: Path, as_json: bool) -> None:
+    """Show what the package ENGINE is: built from what, for which machine, how good and how fast.
+
+    The exit code is 0 if the artefact is what the manifest says, and not 0 otherwise.
+    """
+    try:
+        manifest = read_manifest(engine)
+        if as_json:
+            click.echo(manifest.model_dump_json(indent=2))
+        else:
+            _print(engine, manifest)
+        check_artefact(engine, manifest)
+    except EngineError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _print(folder: Path, manifest: Manifest) -> None:
+    table = Table(box=SIMPLE, show_header=False, title=escape(str(folder)), title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(folder, manifest):
+        table.add_row(name, escape(value))
+    Console().print(table, highlight=False)
+
+
+def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
+    spec, batch, origin = manifest.preprocessing, manifest.batch, manifest.provenance
+    machine = manifest.compatibility.model_dump(exclude_defaults=True)
+    rows = [
+        ("engine", f"{manifest.name}, version {manifest.version}"),
+        ("precision", manifest.precision),
+        *([("computed in", f"{manifest.arithmetic} where not in INT8")] if manifest.arithmetic else []),
+        *([("INT8 weights", f"{manifest.weight_bits} bits")] if manifest.weight_bits else []),
+        ("backend", f"{manifest.backend} {manifest.backend_version}"),
+        ("built", f"{manifest.created_at:%Y-%m-%d %H:%M:%S %Z} by TrimRT {manifest.builder_version}"),
+        *((name.replace("_", " "), _text(value)) for name, value in machine.items()),
+        ("input", _tensor(manifest.input)),
+        ("outputs", ", ".join(_tensor(tensor) for tensor in manifest.outputs)),
+        ("batch", f"{batch.min} to {batch.max}, best at {batch.opt}"),
+        ("pixels", f"shorter side to {spec.resize}, centre crop {spec.height}x{spec.width}, RGB"),
+        ("labels", f"{len(manifest.labels)}: {', '.join(manifest.labels)}"),
+    ]
+    if origin.parameters is not None:
+        rows.append(("parameters", f"{origin.parameters:,}"))
+    if origin.macs is not None:
+        rows.append(("MACs", f"{origin.macs:,}"))
+    if origin.calibration is not None:
+        rows.append(("calibration", _calibration(origin.calibration)))
+    rows += _evidence(manifest.evidence)
+    sizes = [f"{path.name} {path.stat().st_size / 1e6:.2f} MB" for path in sorted(folder.iterdir())]
+    return [
+        *rows,
+        ("files", ", ".join(sizes)),
+        ("checkpoint", origin.checkpoint_sha256 or "none: an ONNX graph from elsewhere"),
+        ("ONNX graph", origin.onnx_sha256),
+        (origin.artefact, origin.artefact_sha256),
+        ("rebuild with", manifest.build_command),
+    ]
+
+
+def _calibration(calibration: Calibration) -> str:
+    text = f"{calibration.method}, {calibration.images} training images, seed {calibration.seed}"
+    if calibration.fine_tuning:
+        text += (
+            f"; fine-tuned for {calibration.fine_tuning.epochs} epochs on {calibration.fine_tuning.images}"
+        )
+    if calibration.tried:
+        text += f"; failed the gate before: {', '.join(calibration.tried)}"
+    if calibration.higher_precision_layers:
+        text += f"; kept in higher precision: {', '.join(calibration.higher_precision_layers)}"
+    return text
+
+
+def _evidence(evidence: Evidence | None) -> list[tuple[str, str]]:
+    if evidence is None:
+        return [("verified", "NO: the engine could not be run where it was built")]
+    return [
+        ("verified on", f"{evidence.images} images of {evidence.image_set}"),
+        ("top-1", f"{evidence.engine_top1:.2%} (the FP32 network: {evidence.reference_top1:.2%})"),
+        ("agreement", f"{evidence.label_agreement:.2%} of the labels"),
+        ("logits", f"differ by at most {evidence.max_logit_difference:.3g}"),
+        ("latency", f"{evidence.latency_ms:.3f} ms for the smallest batch"),
+        ("throughput", f"{evidence.throughput:,.0f} images per second at the largest batch"),
+        ("weights", f"{evidence.weights_bytes / 1e6:.2f} MB"),
+    ]
+
+
+def _tensor(tensor: Tensor) -> str:
+    sizes = ["N" if size < 0 else str(size) for size in tensor.shape]
+    return f"{tensor.name} {tensor.dtype} ({', '.join(sizes)})" + (
+        f" {tensor.layout}" if tensor.layout else ""
+    )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "yes" if value is True else str(value)

@@ -1,0 +1,167 @@
+"""`trimrt loadtest`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimrt.output import OutputFile, write_output
+
+
+def _loads(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    try:
+        loads = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers like 1,8,32") from None
+    if min(loads) <= 0:
+        raise click.BadParameter("loads must be positive")
+    return loads
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
+@click.option(
+    "--images",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="A folder of images, sent in turn; or one image.",
+)
+@click.option(
+    "--scenario",
+    type=click.Choice(["single-stream", "multi-stream", "server", "offline", "closed-loop"]),
+    default="closed-loop",
+    show_default=True,
+    help="As MLPerf Inference names them: one image at a time; eight to a request; Poisson arrivals; "
+    "many at once. closed-loop sweeps connections.",
+)
+@click.option(
+    "--load",
+    "loads",
+    callback=_loads,
+    metavar="N,N,…",
+    help="Loads to sweep: connections, or requests a second for the server scenario.",
+)
+@click.option(
+    "--duration", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds a load."
+)
+@click.option(
+    "--warmup", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Seconds not counted."
+)
+@click.option("--engine", help="Engine to ask; the server's default one if absent.")
+@click.option("--api-key", envvar="TRIMRT_API_KEY", help="Where the server asks for it.  [TRIMRT_API_KEY]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrival times.")
+@click.option("--p99-ms", type=float, help="Fail if the 99th percentile is above this at any load.")
+@click.option("--min-rps", type=float, help="Fail if fewer requests a second are answered at any load.")
+@click.option(
+    "--max-errors", type=click.FloatRange(0, 1), help="Fail if a larger share than this is not answered."
+)
+@click.option("--json", "json_file", type=OutputFile(), help="Write the result here.")
+@click.option("--html", "html_file", type=OutputFile(), help="Write a report here.")
+def loadtest(
+    scenario: Any,
+    loads: tuple[float, ...] | None,
+    p99_ms: float | None,
+    min_rps: float | None,
+    max_errors: float | None,
+    json_file: Path | None,
+    html_file: Path | None,
+    **options: Any,
+) -> None:
+    r"""Load a running server and measure what it does.
+
+    The exit code is 1 if a threshold is missed. Examples:
+
+    \b
+        trimrt loadtest --images photos --load 1,8,32 --html report.html
+        trimrt loadtest --images photos --scenario server --load 50,100,200 --p99-ms 50 --max-errors 0
+    """
+    try:
+        from trimrt.loadtest.runs import LoadTestError, Plan, default_loads, run
+    except ImportError as error:
+        raise click.ClickException(
+            f"{error}; install the load generators: pip install 'trimrt[loadtest]'"
+        ) from None
+    from trimrt.loadtest.html import render
+    from trimrt.loadtest.results import Thresholds
+
+    plan = Plan(scenario=scenario, loads=loads or default_loads(scenario), **options)
+    thresholds = Thresholds(p99_ms=p99_ms, min_rps=min_rps, max_errors=max_errors)
+    try:
+        with _Display(plan.scenario == "server") as start_point:
+            report = run(plan, thresholds, start_point)
+    except LoadTestError as error:
+        raise click.ClickException(str(error)) from None
+    if json_file is not None:
+        write_output(json_file, report.model_dump_json(indent=2))
+    if html_file is not None:
+        write_output(html_file, render(report))
+    _print(report)
+    if report.failures:
+        raise SystemExit(1)
+
+
+class _Display:
+    """A progress bar for every load."""
+
+    def __init__(self, is_rate: bool) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._unit = "requests/s" if is_rate else "connections"
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[answered]} answered"),
+            TimeElapsedColumn(),
+        )
+
+    def __enter__(self) -> Callable[[float], Callable[[float, int], None]]:
+        self._progress.start()
+        return self._start
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _start(self, load: float) -> Callable[[float, int], None]:
+        task = self._progress.add_task(f"{load:g} {self._unit}", total=1.0, answered=0)
+        return lambda share, answered: self._progress.update(task, completed=share, answered=answered)
+
+
+def _print(report: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{report.scenario}: {report.engine} at {report.url}")
+    for heading in (
+        report.unit,
+        "answered",
+        "errors",
+        "requests/s",
+        "images/s",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "p99.9 ms",
+    ):
+        table.add_column(heading, justify="right")
+    for point in report.points:
+        latency = point.latency_ms
+        table.add_row(
+            f"{point.load:g}",
+            str(point.answered),
+            str(sum(point.errors.values())),
+            f"{point.requests_per_s:.1f}",
+            f"{point.images_per_s:.1f}",
+            *(
+                "–" if value is None else f"{value:.2f}"
+                for value in (latency.p50, latency.p95, latency.p99, latency.p99_9)
+            ),
+        )
+    console.print(table)
+    for failure in report.failures:
+        console.print(f"[bold red]missed[/] {failure}")

@@ -1,0 +1,274 @@
+"""`trimrt predict`: label a folder, some files, or a column of a Parquet file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from runtime.packages import find_package
+from trimrt.cluster import options
+from trimrt.output import OutputFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from trimrt.predict.parts import Failures, Parts, Plan
+    from trimrt.predict.scoring import Workload
+    from trimrt.predict.sources import Source
+
+_PART_SIZE: Final = 1024
+_INTERRUPTED: Final = 130  # as shells have it
+
+
+class _Cluster(NamedTuple):
+    address: str
+    actors: options.Replicas | None
+    cpus: float
+    gpus: float
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument(
+    "inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="INPUT..."
+)
+@click.option(
+    "--engine", required=True, help="Engine package: its path, or its name in the engine directory."
+)
+@click.option(
+    "--engine-dir",
+    default=Path("engines"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where engine packages are found by name.",
+)
+@click.option(
+    "--out",
+    "output",
+    required=True,
+    type=OutputFile(),
+    help="Parquet file to write; CSV if its suffix says so.",
+)
+@click.option("--top-k", default=3, show_default=True, type=click.IntRange(min=1), help="Labels per image.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Images in a batch; the engine's most if not given."
+)
+@click.option("--column", help="Column of a Parquet file with the images or their paths.")
+@click.option("--id-column", help="Column of a Parquet file that names the rows of the output.")
+@click.option(
+    "--part-size",
+    default=_PART_SIZE,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Images in a part, which is what an interruption may cost; rounded up to whole batches.",
+)
+@click.option("--restart", is_flag=True, help="Forget what an interrupted run has done; replace the output.")
+@click.option(
+    "--slots", type=click.IntRange(min=1), help="Batches at once; the engine's choice if not given."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads of an engine on the CPU; all if not given."
+)
+@click.option(
+    "--decode-threads",
+    type=click.IntRange(min=1),
+    help="Threads that read and decode; one a core if not given.",
+)
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Score on a Ray cluster: its address, `auto` for the one that runs here, `local` for a new one.",
+)
+@click.option(
+    "--actors",
+    type=options.replicas,
+    metavar="N[-M]",
+    help="Engines on the cluster; as many as fit if not given.",
+)
+@click.option(
+    "--cpus",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="CPU cores of each of them.",
+)
+@click.option(
+    "--gpus",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="GPUs of each whose engine needs one; 0.25 lets four share a GPU.",
+)
+def predict(
+    inputs: tuple[Path, ...],
+    engine: str,
+    engine_dir: Path,
+    output: Path,
+    top_k: int,
+    batch_size: int | None,
+    column: str | None,
+    id_column: str | None,
+    part_size: int,
+    restart: bool,
+    slots: int | None,
+    threads: int | None,
+    decode_threads: int | None,
+    address: str | None,
+    actors: options.Replicas | None,
+    cpus: float,
+    gpus: float,
+) -> None:
+    """Label many images at once.
+
+    INPUT is a folder, image files, or one Parquet file. An image that cannot be decoded gets a row that
+    says why. After an interruption the same command goes on where it stopped. Example:
+
+        trimrt predict photos --engine digits-resnet18-int8-openvino --out labels.parquet
+    """
+    try:
+        from trimrt.predict import parts, scoring, sources
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "pyarrow":
+            raise
+        raise click.ClickException("this needs pyarrow: pip install 'trimrt[batch]'") from None
+    try:
+        folder = (
+            Path(engine) if (Path(engine) / MANIFEST_NAME).is_file() else find_package(engine_dir, engine)
+        )
+        manifest = read_manifest(folder)
+        batch_size = _checked_sizes(manifest, batch_size, top_k)
+        source = sources.open_source(inputs, column, id_column)
+        plan = parts.Plan(
+            engine=manifest.name,
+            engine_version=manifest.version,
+            engine_sha256=manifest.provenance.artefact_sha256,
+            images=len(source),
+            images_sha256=source.digest(),
+            top_k=top_k,
+            batch_size=batch_size,
+            part_size=-(-part_size // batch_size) * batch_size,
+        )
+        kept = parts.Parts(output, plan, restart=restart)
+        cluster = None
+        if address is not None:
+            cluster = _Cluster(address, actors, cpus, 0 if manifest.backend == "openvino" else gpus)
+            threads, decode_threads = threads or max(1, int(cpus)), decode_threads or max(1, int(cpus))
+        workload = scoring.Workload(
+            folder.resolve(), top_k, batch_size, decode_threads or os.cpu_count() or 1, slots, threads
+        )
+        _run(workload, manifest, source, plan, kept, cluster)
+    except (EngineError, sources.SourceError, parts.PartsError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"wrote {output}")
+
+
+def _checked_sizes(manifest: Manifest, batch_size: int | None, top_k: int) -> int:
+    """The batch size, once it and the number of labels are known to fit the engine."""
+    sizes, classes = manifest.batch, len(manifest.labels)
+    if top_k > classes:
+        raise click.BadParameter(f"{manifest.name} knows {classes} labels", param_hint="'--top-k'")
+    if batch_size is not None and not sizes.min <= batch_size <= sizes.max:
+        raise click.BadParameter(
+            f"{manifest.name} takes batches of {sizes.min} to {sizes.max}", param_hint="'--batch-size'"
+        )
+    return batch_size or sizes.max
+
+
+def _run(
+    workload: Workload,
+    manifest: Manifest,
+    source: Source,
+    plan: Plan,
+    kept: Parts,
+    cluster: _Cluster | None,
+) -> None:
+    missing = kept.missing()
+    images = sum(len(plan.span(part)) for part in missing)
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn()),
+    )
+    began = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("scoring", total=plan.images, completed=plan.images - images, rate="")
+        scored = 0
+
+        def advance(more: int) -> None:
+            nonlocal scored
+            scored += more
+            rate = scored / (time.monotonic() - began)
+            progress.update(task, advance=more, rate=f"{rate:,.0f} images/s")
+
+        try:
+            with closing(_score(workload, manifest, source, plan, missing, cluster, advance)) as tables:
+                for part, table in tables:
+                    kept.write(part, table)
+        except KeyboardInterrupt:
+            progress.stop()
+            left = sum(len(plan.span(part)) for part in kept.missing())
+            click.echo(
+                f"interrupted: {plan.images - left:,} of {plan.images:,} images are scored; "
+                "the same command, without --restart, goes on",
+                err=True,
+            )
+            raise SystemExit(_INTERRUPTED) from None
+    seconds = time.monotonic() - began
+    _report(plan, kept.assemble(), images, seconds)
+
+
+def _score(
+    workload: Workload,
+    manifest: Manifest,
+    source: Source,
+    plan: Plan,
+    missing: list[int],
+    cluster: _Cluster | None,
+    advance: Callable[[int], None],
+) -> Generator[tuple[int, pa.Table], None, None]:
+    """The missing parts, here or on the cluster; `advance` is told of images as they are scored."""
+    if not missing:
+        return
+    if cluster is None:
+        from trimrt.predict.runs import score_parts
+        from trimrt.predict.scoring import open_scorer
+
+        with open_scorer(workload) as scorer:
+            yield from score_parts(scorer, manifest, source, plan, missing, advance)
+        return
+    with options.needs_ray():
+        from trimrt.predict.cluster import connect, score_on_cluster
+    try:
+        connect(cluster.address)
+    except ConnectionError as error:
+        raise click.ClickException(str(error)) from None
+    for part, table in score_on_cluster(
+        *(workload, manifest, source, plan, missing),
+        actors=cluster.actors,
+        cpus=cluster.cpus,
+        gpus=cluster.gpus,
+    ):
+        advance(len(table))
+        yield part, table
+
+
+def _report(plan: Plan, failures: Failures, images: int, seconds: float) -> None:
+    click.echo(
+        f"{plan.images:,} images by {plan.engine}: {images:,} now, in {seconds:.1f} s "
+        f"({images / seconds:,.0f} images/s)"
+        + (f", {plan.images - images:,} before an interruption" if images < plan.images else "")
+    )
+    if failures.count:
+        click.echo(f"{failures.count:,} could not be scored; their rows say why:")
+        for path, error in failures.first:
+            click.echo(f"  {path}: {error}")
+        if failures.count > len(failures.first):
+            click.echo(f"  and {failures.count - len(failures.first):,} more")

@@ -1,0 +1,170 @@
+"""An engine at work on batch after batch: decoding threads run ahead of its slots."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.preprocessing import ImageError, Pixels, load_pixels
+from runtime.engine import Engine, Options, Slot
+from runtime.loading import load_engine
+from runtime.ranking import ranked
+from runtime.threads import start_in_engine_thread
+from trimrt.predict.sources import Item
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How to score.
+
+    Attributes:
+        engine: folder of the engine package.
+        top_k: labels to give for each image.
+        batch_size: images in a batch, at most the engine's.
+        decode_threads: threads that read and decode.
+        slots: batches that run at once; None: the engine's choice.
+        threads: CPU threads that a CPU engine computes with; None: all.
+    """
+
+    engine: Path
+    top_k: int
+    batch_size: int
+    decode_threads: int
+    slots: int | None = None
+    threads: int | None = None
+
+
+class Rows(NamedTuple):
+    """The results of one batch, in its order.
+
+    Attributes:
+        paths: what the images are called.
+        indices: `int32` of shape `(count, top_k)`: classes, likeliest first; -1 where there is no result.
+        probabilities: `float32` of the same shape.
+        errors: why there is no result, or None.
+    """
+
+    paths: list[str]
+    indices: NDArray[np.int32]
+    probabilities: NDArray[np.float32]
+    errors: list[str | None]
+
+
+class _Batch(NamedTuple):
+    items: Sequence[Item]
+    decoding: list[Future[Pixels | str]]
+    rows: Future[Rows]
+
+
+@contextmanager
+def open_scorer(workload: Workload) -> Iterator[Scorer]:
+    """A scorer, with its engine loaded and its slots open until the block ends.
+
+    Raises:
+        EngineError: the package is refused, or no slot can be opened.
+    """
+    options = Options(slots=workload.slots, threads=workload.threads)
+    engine = load_engine(workload.engine, options)
+    decoders = ThreadPoolExecutor(workload.decode_threads, "trimrt-decode")
+    scorer = Scorer(workload, engine, decoders)
+    opened: list[Future[None]] = [Future() for _ in range(engine.slots)]
+    slots = [start_in_engine_thread(partial(scorer.run_slot, future)) for future in opened]
+    try:
+        for future in opened:
+            future.result()
+        yield scorer
+    finally:
+        decoders.shutdown(cancel_futures=True)  # which lets the slots pass by what is left over
+        for _ in slots:
+            scorer.batches.put(None)
+        for slot in slots:
+            slot.result()
+        engine.close()
+
+
+class Scorer:
+    """An engine, threads that decode for it, and the batches on their way to its slots."""
+
+    def __init__(self, workload: Workload, engine: Engine, decoders: ThreadPoolExecutor) -> None:
+        self.batches: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._top_k = workload.top_k
+        self._engine = engine
+        self._decoders = decoders
+
+    def score(self, batches: Iterable[Sequence[Item]]) -> Iterator[Rows]:
+        """The results of `batches`, in their order; a few more are read and decoded ahead.
+
+        Args:
+            batches: of at most the workload's size.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        ahead: deque[Future[Rows]] = deque()
+        for items in batches:
+            decoding = [self._decoders.submit(self._decode, item) for item in items]
+            batch = _Batch(items, decoding, Future())
+            self.batches.put(batch)
+            ahead.append(batch.rows)
+            if len(ahead) > self._engine.slots + 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _decode(self, item: Item) -> Pixels | str:
+        """The image's pixels, or why there are none."""
+        if item.image is None:
+            return "there is no image"
+        try:
+            data = item.image.read_bytes() if isinstance(item.image, Path) else item.image
+            return load_pixels(data, self._engine.manifest.preprocessing)
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+        except ImageError as error:
+            return str(error)
+        except Exception as error:  # one image is no reason to give up the others
+            return f"cannot be decoded: {error}"
+
+    def run_slot(self, opened: Future[None]) -> None:
+        """Open a slot and run batches in it until there is a None among them."""
+        try:
+            slot = self._engine.open_slot()
+        except BaseException as error:
+            opened.set_exception(error)
+            return
+        opened.set_result(None)
+        try:
+            while batch := self.batches.get():
+                try:
+                    batch.rows.set_result(
+                        self._run(slot, batch.items, [future.result() for future in batch.decoding])
+                    )
+                except BaseException as error:  # whoever waits for the rows is to have it
+                    batch.rows.set_exception(error)
+        finally:
+            slot.close()
+
+    def _run(self, slot: Slot, items: Sequence[Item], decoded: Sequence[Pixels | str]) -> Rows:
+        errors = [outcome if isinstance(outcome, str) else None for outcome in decoded]
+        good = [number for number, error in enumerate(errors) if error is None]
+        indices = np.full((len(items), self._top_k), -1, np.int32)
+        probabilities = np.zeros(indices.shape, np.float32)
+        if good:
+            for row, number in enumerate(good):
+                slot.pixels[row] = decoded[number]
+            # A plan may have a least batch size; what lies in the rows beyond is ignored.
+            outputs = slot.infer(max(len(good), self._engine.manifest.batch.min))
+            order = ranked(outputs.logits[: len(good)], self._top_k)
+            indices[good] = order
+            probabilities[good] = np.take_along_axis(outputs.probabilities[: len(good)], order, axis=1)
+        return Rows([item.path for item in items], indices, probabilities, errors)

@@ -1,0 +1,150 @@
+"""`trimrt report`: the command."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from runtime.manifest import EngineError
+from trimrt.output import OutputFile, write_output
+from trimrt.report.discovery import ReportError, discover
+
+if TYPE_CHECKING:
+    from trimrt.report import measuring
+    from trimrt.report.results import Measured, Report
+
+
+class _Command(click.Command):
+    """A command that knows how it was typed."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[__name__] = shlex.join(["trimrt", "report", *args])
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option(
+    "-o",
+    "--out",
+    type=OutputFile(),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page.",
+)
+@click.option(
+    "--data",
+    help="Measure all on the test part of this data set: digits, fashion-mnist, or an ImageFolder "
+    "directory.  [default: of what each was trained on]",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=OutputFile(),
+    help="Write the same figures as JSON here.",
+)
+@click.option(
+    "--seconds",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time all models in turns for so long.",
+)
+@click.option(
+    "--sensitivity/--no-sensitivity",
+    default=True,
+    show_default=True,
+    help="Rank the layers of INT8 engines; large networks take minutes.",
+)
+@click.pass_context
+def report(
+    context: click.Context,
+    paths: tuple[Path, ...],
+    out: Path,
+    data: str | None,
+    json_file: Path | None,
+    seconds: float,
+    sensitivity: bool,
+) -> None:
+    """Measure checkpoints and engine packages side by side, and write one HTML page about them.
+
+    PATHs are checkpoints, engine packages, or folders with some in them. All are run on the test images
+    of their data set and timed in turns on this machine. Those that cannot run here are listed with what
+    their build measured. Example:
+
+        trimrt report runs/digits-fold0 engines --out digits.html
+    """
+    console = Console(stderr=True)
+    with _clear_errors():
+        found = discover(paths)
+        try:
+            from trimrt.report.measuring import measure
+            from trimrt.report.page import render
+        except ImportError as error:
+            raise click.ClickException(f"this needs `pip install 'trimrt[report]'` ({error})") from error
+        with _progress(console) as progress:
+            measured = measure(
+                found,
+                data=data,
+                seconds=seconds,
+                sensitivity=sensitivity,
+                command=context.meta[__name__],
+                progress=progress,
+            )
+            progress("drawing")
+            page = render(measured)
+        write_output(out, page)
+        if json_file is not None:
+            write_output(json_file, measured.model_dump_json(indent=2) + "\n")
+    _tell(console, measured, out, len(page.encode()))
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except (EngineError, ReportError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[measuring.Progress]:
+    columns: tuple[Any, ...] = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(text: str, share: float | None = None) -> None:
+            bar.update(
+                task, description=escape(text), total=None if share is None else 1.0, completed=share or 0
+            )
+
+        yield show
+
+
+def _tell(console: Console, measured: Report, out: Path, size: int) -> None:
+    for item in measured.left_out:
+        console.print(f"[yellow]left out[/] {escape(item.path)}: {escape(item.reason)}", soft_wrap=True)
+    for model in measured.models:
+        if model.accuracy is None or model.latency is None:
+            what: Measured = "accuracy" if model.accuracy is None else "latency"
+            reason = model.missing[what]
+            console.print(
+                f"[yellow]no {what}[/] of #{model.number} {escape(model.label)}: {escape(reason)}",
+                soft_wrap=True,
+            )
+    click.echo(f"{out}: {len(measured.models)} models, {size / 1e3:,.0f} kB")

@@ -1,0 +1,148 @@
+"""Which test images a model is measured on: those of its own data set, or of the one that was named."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from models.card import Card, CheckpointError, read_card
+from models.datasets import DatasetError, DataSplit, open_dataset
+from models.preprocessing import Pixels, Preprocessing
+from runtime.manifest import Manifest
+from trimrt.report.discovery import Checkpoint, EnginePackage
+
+_FOLD: Final = re.compile(r"-fold(\d)-validation\b")
+
+
+class DataSets:
+    """Opens each data set once, and reads its test images once for each preprocessing.
+
+    Args:
+        source: what `--data` names, for all models; None: what each was trained on.
+    """
+
+    def __init__(self, source: str | None) -> None:
+        self.source = source
+        self.open = lru_cache(maxsize=None)(lambda source, fold: open_dataset(source, fold=fold))
+        self._pixels: dict[tuple[str, int | None, str], Pixels] = {}
+
+    def test_pixels(self, split: DataSplit, spec: Preprocessing) -> Pixels:
+        """The test images as a network with that preprocessing gets them, uint8 NHWC.
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        key = (split.test.sha256, split.fold, spec.model_dump_json())
+        if key not in self._pixels:
+            self._pixels[key] = split.test.load_pixels(spec)
+        return self._pixels[key]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The data that a model is measured on.
+
+    Attributes:
+        split: None if there is none.
+        reason: why there is none.
+        card: of the model, or of the checkpoint that an engine was built from, if that is known.
+        caution: what is uncertain about this choice.
+    """
+
+    split: DataSplit | None
+    reason: str = ""
+    card: Card | None = None
+    caution: str | None = None
+
+
+def data_of_checkpoint(card: Card, data: DataSets) -> Choice:
+    """The data that `card` names, if it is here and unchanged, or `--data`."""
+    try:
+        split = data.open(data.source or card.dataset.source, card.dataset.fold or 0)
+    except DatasetError as error:
+        return Choice(None, f"its test images are not here: {error}", card)
+    if list(split.labels) != card.labels:
+        return Choice(None, f"{split.source} has other classes than {card.name}", card)
+    if data.source is None and split.sha256 != card.dataset.sha256:
+        reason = (
+            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
+            "so it may have learned today's test images; restore it, or name other data with --data"
+        )
+        return Choice(None, reason, card)
+    return Choice(split, card=card)
+
+
+def data_of_package(manifest: Manifest, checkpoints: Sequence[Checkpoint], data: DataSets) -> Choice:
+    """The data of the checkpoint that the package was built from, or `--data`.
+
+    The checkpoint is one of those given, or the one that the package's build command names, if it
+    still has the same weights. Without it, the data of another checkpoint that was judged by images of
+    the same name will do.
+    """
+    card = _card_of(manifest, checkpoints)
+    if card is not None:
+        choice = data_of_checkpoint(card, data)
+        if choice.split is not None and list(choice.split.labels) != manifest.labels:
+            return Choice(None, f"{choice.split.source} has other classes than the engine", card)
+        return choice
+    if data.source is None:
+        return _data_by_name(manifest, checkpoints, data)
+    judged_by = manifest.evidence.image_set if manifest.evidence else ""
+    fold = _FOLD.search(judged_by)
+    try:
+        split = data.open(data.source, int(fold[1]) if fold else 0)
+    except DatasetError as error:
+        return Choice(None, f"its test images are not here: {error}")
+    if list(split.labels) != manifest.labels:
+        return Choice(None, f"{split.source} has other classes than the engine")
+    caution = None
+    if split.fold is not None and not judged_by.startswith(split.validation.name):
+        caution = (
+            f"the package does not say which of {split.source}'s folds it was kept from, "
+            "so it may have learned these test images"
+        )
+    return Choice(split, caution=caution)
+
+
+def _data_by_name(manifest: Manifest, checkpoints: Sequence[Checkpoint], data: DataSets) -> Choice:
+    """The data of a checkpoint beside the package that was judged by images of the same name."""
+    judged_by = manifest.evidence.image_set if manifest.evidence else ""
+    for checkpoint in checkpoints:
+        split = data_of_checkpoint(checkpoint.card, data).split
+        if split and judged_by.startswith(split.validation.name) and list(split.labels) == manifest.labels:
+            caution = (
+                f"the checkpoint that it was built from is not here; that its data is {split.source} is "
+                f"known from the name of its validation images only ({judged_by})"
+            )
+            return Choice(split, caution=caution)
+    return Choice(
+        None,
+        "its data set is not known: the package was built from a checkpoint that is not here; "
+        "give that too, or name the data with --data",
+    )
+
+
+def _card_of(manifest: Manifest, checkpoints: Sequence[Checkpoint]) -> Card | None:
+    wanted = manifest.provenance.checkpoint_sha256
+    if wanted is None:
+        return None
+    for checkpoint in checkpoints:
+        if checkpoint.card.weights_sha256 == wanted:
+            return checkpoint.card
+    try:
+        words = shlex.split(manifest.build_command)
+        card = read_card(Path(words[2]))
+    except (CheckpointError, IndexError, OSError, ValueError):
+        return None
+    return card if card.weights_sha256 == wanted else None
+
+
+def checkpoint_of(package: EnginePackage, checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint that `package` was built from, if it is among those."""
+    wanted = package.manifest.provenance.checkpoint_sha256
+    return next((item for item in checkpoints if wanted and item.card.weights_sha256 == wanted), None)

@@ -1,0 +1,78 @@
+"""Where a model came from, in lines that a reader can check."""
+
+from __future__ import annotations
+
+from models.card import Card
+from runtime.manifest import Candidate, Compatibility, Manifest
+from trimrt.report.results import Fact
+
+
+def facts_of_checkpoint(card: Card) -> list[Fact]:
+    """What a card says of its origin."""
+    data = card.dataset
+    part = f", fold {data.fold} of {data.folds}" if data.fold is not None else ""
+    lines = {
+        "made by": card.command,
+        "trained on": f"{data.name}{part}: {data.train_images} training, {data.validation_images} "
+        f"validation, {data.test_images} test images; {data.split}",
+        "seed": str(card.seed),
+        "made from": ", ".join(
+            f"{ancestor.name} ({ancestor.architecture}, {ancestor.weights_sha256[:12]}…)"
+            for ancestor in card.lineage
+        ),
+        "with": _versions(card.versions),
+        "weights SHA-256": card.weights_sha256,
+        "data SHA-256": data.sha256,
+    }
+    return _facts(lines)
+
+
+def facts_of_package(manifest: Manifest) -> list[Fact]:
+    """What a manifest says of its origin."""
+    origin, calibration = manifest.provenance, manifest.provenance.calibration
+    lines = {
+        "built by": manifest.build_command,
+        "version": f"{manifest.version}, {manifest.created_at:%Y-%m-%d %H:%M:%S %Z}, "
+        f"by TrimRT {manifest.builder_version}",
+        "compiled with": f"{manifest.backend} {manifest.backend_version}",
+        "compiled for": _machine(manifest.compatibility),
+        "batch": f"{manifest.batch.min} to {manifest.batch.max}, best at {manifest.batch.opt}",
+        "calibration": "",
+        "kept out of INT8": "",
+        "chosen from": "; ".join(_candidate(candidate) for candidate in manifest.candidates),
+        "checkpoint SHA-256": origin.checkpoint_sha256 or "none: an ONNX graph from elsewhere",
+        "ONNX SHA-256": origin.onnx_sha256,
+        f"{origin.artefact} SHA-256": origin.artefact_sha256,
+    }
+    if calibration is not None:
+        failed = f"; failed the gate before: {', '.join(calibration.tried)}" if calibration.tried else ""
+        lines["calibration"] = (
+            f"{calibration.method}, {calibration.images} training images, seed {calibration.seed}{failed}"
+        )
+        lines["kept out of INT8"] = ", ".join(calibration.higher_precision_layers)
+    return _facts(lines)
+
+
+def _facts(lines: dict[str, str]) -> list[Fact]:
+    return [Fact(term=term, text=text) for term, text in lines.items() if text]
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def _machine(machine: Compatibility) -> str:
+    parts = [machine.gpu_name or machine.cpu_name, f"{machine.os} {machine.cpu_architecture}"]
+    if machine.compute_capability:
+        parts.append(f"compute capability {machine.compute_capability}")
+    if machine.l4t:
+        parts.append(f"L4T {machine.l4t}")
+    return ", ".join(part for part in parts if part)
+
+
+def _candidate(candidate: Candidate) -> str:
+    if candidate.refused:
+        return f"{candidate.precision}: refused, {candidate.refused}"
+    if candidate.latency_ms is None:
+        return str(candidate.precision)
+    return f"{candidate.precision}: {candidate.latency_ms:.2f} ms"
