@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,19 +19,21 @@ from starlette.staticfiles import StaticFiles
 from runtime.manifest import EngineError
 from server.bodies import BodyMemory
 from server.devices import find_devices
-from server.exchange import Service
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
 from server.registry import LoadEngine, Registry, resolve_engines
 from server.routes import engines, health, observability, page, predict
+from server.service import Service
 from server.settings import Settings
 from server.telemetry import RequestObserver, Telemetry
 from server.v2 import rest
 from server.version import VERSION
 
 log = logging.getLogger("trimrt")
+
+OnFailure: TypeAlias = "Callable[[Exception], None]"
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's; never sent, but logged
 _HTTP_PROBLEMS = {404: "not-found", 405: "method-not-allowed"}
@@ -41,7 +43,7 @@ def create_app(
     settings: Settings,
     *,
     load: LoadEngine | None = None,
-    on_failure: Callable[[Exception], None] | None = None,
+    on_failure: OnFailure | None = None,
     observers: Sequence[RequestObserver] = (),
 ) -> FastAPI:
     """The server as an ASGI application.
@@ -57,19 +59,26 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.telemetry = telemetry = Telemetry([*observers, *_tracers(settings)])
-        app.state.registry = registry = Registry(settings, telemetry, load)
-        app.state.service = Service(settings, app.state.lifecycle, app.state.body_memory, telemetry, registry)
-        app.state.metrics = Metrics(telemetry, registry, find_devices())
-        app.state.loading = loading = asyncio.create_task(_load_configured(app, settings, on_failure))
-        grpc_server = await _start_grpc(app, settings)
+        telemetry = Telemetry([*observers, *_tracers(settings)])
+        registry = Registry(settings, telemetry, load)
+        lifecycle = Lifecycle()
+        app.state.service = service = Service(
+            settings,
+            lifecycle,
+            BodyMemory(settings.max_body_memory_bytes),
+            telemetry,
+            registry,
+            Metrics(telemetry, registry, find_devices()),
+            asyncio.create_task(_load_configured(settings, registry, lifecycle, on_failure)),
+        )
+        grpc_server = await _start_grpc(service)
         watching = asyncio.create_task(registry.watch()) if settings.watch else None
         yield
         if watching is not None:
             watching.cancel()
         if grpc_server is not None:
             await grpc_server.stop(settings.grace_s)
-        await loading
+        await service.loading
         await registry.close()
         for observer in telemetry.observers:
             await asyncio.to_thread(observer.close)
@@ -80,9 +89,6 @@ def create_app(
         summary="Image classification by compressed networks.",
         lifespan=lifespan,
     )
-    app.state.settings = settings
-    app.state.lifecycle = Lifecycle()
-    app.state.body_memory = BodyMemory(settings.max_body_memory_bytes)
     app.add_middleware(RequestContext)
     for module in (predict, engines, health, observability, rest, page):
         app.include_router(module.router)
@@ -103,24 +109,25 @@ def _tracers(settings: Settings) -> list[RequestObserver]:
     return [Tracer(settings.otlp_endpoint)]
 
 
-async def _start_grpc(app: FastAPI, settings: Settings) -> Any:
-    if settings.grpc_port is None:
+async def _start_grpc(service: Service) -> Any:
+    if service.settings.grpc_port is None:
         return None
     from server.v2 import grpc
 
-    return await grpc.start(app, settings)
+    return await grpc.start(service)
 
 
 async def _load_configured(
-    app: FastAPI, settings: Settings, on_failure: Callable[[Exception], None] | None
+    settings: Settings, registry: Registry, lifecycle: Lifecycle, on_failure: OnFailure | None
 ) -> None:
     try:
         for folder in resolve_engines(settings):
-            await app.state.registry.load(folder)
-        # What lives by now lives on. Looking through it would stop every thread for 40 ms now and then.
+            await registry.load(folder)
+        # Everything allocated so far is permanent: exclude it from collections, which would stop every thread
+        # for 40 ms now and then.
         gc.collect()
         gc.freeze()
-        app.state.lifecycle.loaded = True
+        lifecycle.loaded = True
     except Exception as error:
         log.error("an engine could not be loaded", exc_info=not isinstance(error, EngineError))
         if on_failure is not None:

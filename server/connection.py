@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, in which `POST /predict` goes straight from the parser to an `Exchange`.
+"""uvicorn's HTTP protocol, in which an inference goes straight from the parser to the `Admission`.
 
 The layers of ASGI in between (a task, events, messages, requests and responses as objects) took half of the
 event loop's time, and what uvicorn makes for each request a fifth of the rest. Everything else, and what
@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from server.exchange import Exchange
+from server.admission import Admission
+from server.exchange import HttpAnswer, HttpCall, PredictCall
 from server.middleware import access_log, request_id_of
+from server.service import service_of
+from server.v2.rest import infer_call
 
 
 class _Straight:
@@ -36,9 +38,9 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._state = self.config.app.state  # type: ignore[union-attr]
+        self._service = service_of(self.config.app)  # type: ignore[arg-type]
         self._straight: Any = _Straight()
-        self._exchange: Exchange | None = None  # the request under way, if it goes straight
+        self._admission: Admission[HttpAnswer] | None = None  # the request under way, if it goes straight
         self._idle_since = math.inf  # with no request under way
         self._idle_timer: asyncio.TimerHandle | None = None
         self._date: list[tuple[bytes, bytes]] = []
@@ -54,9 +56,9 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is there."""
-        path, _, query = self.url.partition(b"?")
-        if self._goes_straight(path, query):
-            self._begin(query)
+        call = self._straight_call() if self._may_go_straight() else None
+        if call is not None:
+            self._begin(call)
             return
         url, headers, expects = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
@@ -64,57 +66,61 @@ class Connection(HttpToolsProtocol):
         self.headers += headers  # the list that the scope has
         super().on_headers_complete()
 
-    def _goes_straight(self, path: bytes, query: bytes) -> bool:
+    def _may_go_straight(self) -> bool:
         return (
-            path == b"/predict"
-            and self.parser.get_method() == b"POST"
-            and not self._state.service.settings.protect_predict
+            self.parser.get_method() == b"POST"
             and (self.cycle is None or self.cycle.response_complete)
             and not self.expect_100_continue
             and not self.parser.should_upgrade()
             and not self.flow.write_paused  # a client that does not read its answers is waited for
-            and not access_log.isEnabledFor(logging.INFO)  # there, who is behind a proxy is found out
-            and b"#" not in query
+            and not access_log.isEnabledFor(logging.INFO)  # the long way resolves proxy headers for it
             and not self.root_path
             and self.limit_concurrency is None
         )
 
-    def _begin(self, query: bytes) -> None:
+    def _straight_call(self) -> HttpCall | None:
+        """The inference that the request asks for, if it does."""
+        path, _, query = self.url.partition(b"?")
+        if b"#" in query:
+            return None
+        scope = {"headers": self.headers, "query_string": query, "client": self.client, "scheme": self.scheme}
+        self._request_id = request_id_of(self.headers)
+        return PredictCall(scope, self._request_id) if path == b"/predict" else infer_call(path, scope)
+
+    def _begin(self, call: HttpCall) -> None:
         straight = self.cycle = self._straight
         straight.response_complete = False
         straight.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        self._request_id = request_id_of(self.headers)
-        scope = {"headers": self.headers, "query_string": query}
-        exchange = Exchange(self._state.service, scope, self._request_id, self._respond)
-        if not straight.response_complete:
-            self._exchange = exchange
+        self._admission = Admission(self._service, call, self._respond)
+        self._admission.open()
 
     def on_body(self, body: bytes) -> None:
         """A part of the body of the newest request."""
-        if self._exchange is not None and self.cycle is self._straight:
-            self._exchange.receive(body)
+        if self._admission is not None and self.cycle is self._straight:
+            self._admission.receive(body)
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The newest request is whole."""
-        if self._exchange is not None and self.cycle is self._straight:
-            self._exchange.complete()
+        if self._admission is not None and self.cycle is self._straight:
+            self._admission.complete()
         else:
             super().on_message_complete()
 
     # --- the end of a request --------------------------------------------------------------------------
 
-    def _respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """See `Exchange`. Head and body in one piece: one system call, and one reading by the client."""
+    def _respond(self, answer: HttpAnswer) -> None:
+        """Write the answer. Head and body in one piece: one system call, and one reading by the client."""
+        status, headers, body = answer
         straight = self._straight
-        self._exchange = None
+        self._admission = None
         straight.response_complete = True
         if self._date is not self.server_state.default_headers:  # a new list every second
             self._date = self.server_state.default_headers
             self._date_lines = b"".join([b"%b: %b\r\n" % header for header in self._date])
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        keep_alive = straight.keep_alive and not self._state.lifecycle.draining
+        keep_alive = straight.keep_alive and not self._service.lifecycle.draining
         connection = "" if keep_alive else "connection: close\r\n"
         end = f"{lines}{connection}x-request-id: {self._request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
         self.transport.write(b"".join((STATUS_LINE[status], self._date_lines, end.encode(), body)))
@@ -128,9 +134,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport: the client is gone."""
-        if self._exchange is not None:
-            self._exchange.abandon()
-            self._exchange = None
+        if self._admission is not None:
+            self._admission.abandon()
+            self._admission = None
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         super().connection_lost(exc)

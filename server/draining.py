@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from server.service import service_of
 from server.settings import Settings
 
 log = logging.getLogger("trimrt")
@@ -74,7 +75,8 @@ class DrainingServer(uvicorn.Server):
             self._drain = self._loop.create_task(self._drain_and_stop())
 
     async def _drain_and_stop(self) -> None:
-        lifecycle, telemetry = self._app.state.lifecycle, self._app.state.telemetry
+        service = service_of(self._app)
+        lifecycle, telemetry = service.lifecycle, service.telemetry
         log.info("draining", extra={"in_flight": telemetry.in_flight})
         lifecycle.draining = True
         await asyncio.sleep(self._settings.drain_delay_s)

@@ -1,185 +1,118 @@
-"""One `POST /predict`, from its head to its answer, whatever carries it.
+"""`POST /predict`: what its request means, and what its answer looks like; and how ASGI carries an inference.
 
-It is driven by calls and answers by one, all on the event loop's thread: a task, futures and further timers
-for each request would cost the event loop more than all that is done here.
+`HttpCall` is what it shares with the Open Inference Protocol over HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl
 
 import orjson
-from starlette.datastructures import Headers
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive
 
-from models.preprocessing import MEDIA_TYPES
-from server.auth import require_key
-from server.bodies import BodyMemory, Part, body_too_large, parse_multipart
-from server.jobs import Job, Result
-from server.lifecycle import Lifecycle
-from server.problems import Problem, internal_error
+from models.preprocessing import MEDIA_TYPES, Pixels
+from runtime.manifest import Manifest
+from server.admission import Admission, Call
+from server.auth import Caller
+from server.bodies import Part, parse_multipart
+from server.jobs import Result
+from server.problems import Problem
 from server.registry import Registry
-from server.scheduler import Scheduler, deadline_exceeded
-from server.settings import Settings
-from server.telemetry import Observed, RequestKey, Telemetry, outcome_of
-
-log = logging.getLogger("trimrt")
+from server.scheduler import Scheduler
+from server.service import service_of
 
 DEFAULT_TOP_K: Final = 5
 _FORM: Final = "multipart/form-data"
 
-Respond: TypeAlias = "Callable[[int, Mapping[str, str], bytes], None]"
+HttpAnswer: TypeAlias = "tuple[int, Mapping[str, str], bytes]"
+"""Status, headers less `Content-Length`, and body."""
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """What all exchanges of an application share."""
-
-    settings: Settings
-    lifecycle: Lifecycle
-    body_memory: BodyMemory
-    telemetry: Telemetry
-    registry: Registry
-
-
-class Exchange:
-    """A request under way. Whoever carries it hands over the body, and abandons it if the client leaves.
+class HttpCall(Call[HttpAnswer]):
+    """What all inference over HTTP has in common.
 
     Args:
-        service: the application's.
-        scope: the request's, as in ASGI.
-        request_id: to repeat in the answer.
-        respond: called once, unless the exchange is abandoned before: status, headers (less
-            `Content-Length`) and body of the answer. It may be called from within any method, this one too.
+        scope: the request's, as in ASGI: `headers`, `query_string`, `client` and `scheme`.
     """
 
-    __slots__ = (
-        "_began",
-        "_chunks",
-        "_deadline",
-        "_form",
-        "_job",
-        "_observed",
-        "_over",
-        "_parts",
-        "_query",
-        "_request_id",
-        "_respond",
-        "_scheduler",
-        "_scope",
-        "_service",
-        "_size",
-        "_timer",
-        "_top_k",
-    )
-
-    def __init__(self, service: Service, scope: Mapping[str, Any], request_id: str, respond: Respond) -> None:
-        self._service = service
+    def __init__(self, scope: Mapping[str, Any]) -> None:
         self._scope = scope
-        self._request_id = request_id
-        self._respond = respond
-        self._observed = Observed()
-        self._over = False
-        self._chunks: list[bytes] = []
-        self._size = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._job: Job | None = None
-        self._parts: Sequence[Part] = ()
-        self._began = service.telemetry.begin()
-        self._attempt(self._open)
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
 
-    def receive(self, chunk: bytes) -> None:
-        """A part of the body has come."""
-        if not self._over:
-            self._attempt(self._keep, chunk)
+    def caller(self) -> Caller:
+        """See `Call`."""
+        return Caller.over_http(self._scope)
 
-    def complete(self) -> None:
-        """All of the body has come."""
-        if not self._over:
-            self._attempt(self._submit)
-
-    def abandon(self) -> None:
-        """The client is gone; nothing happens if it was answered."""
-        if not self._over:
-            if self._job is not None:
-                self._scheduler.drop(self._job, "cancelled")
-            self._end("cancelled", "disconnected")
-
-    # --- steps -------------------------------------------------------------------------------------
-
-    def _attempt(self, step: Callable[..., None], *arguments: Any) -> None:
+    def timeout(self) -> float | None:
+        """See `Call`."""
+        header = self._headers.get(b"x-request-timeout-ms")
+        if header is None:
+            return None
         try:
-            step(*arguments)
-        except Problem as problem:
-            self._refuse(problem)
-        except Exception:
-            log.exception("a request failed")
-            self._refuse(internal_error())
+            milliseconds = float(header)
+        except ValueError:
+            milliseconds = float("nan")
+        if not milliseconds > 0:
+            sent = header.decode("latin-1")
+            raise Problem(
+                "invalid-parameter", f"X-Request-Timeout-Ms must be a positive number, not {sent!r}"
+            )
+        return milliseconds / 1000
 
-    def _open(self) -> None:
-        """Turned away before the body is read, an overload costs little."""
-        service, settings = self._service, self._service.settings
-        headers = dict(self._scope["headers"])
-        service.lifecycle.check_serving()
-        if settings.protect_predict:
-            require_key(HTTPConnection(dict(self._scope)), settings.api_key)
-        self._query = _parse_query(self._scope["query_string"])
-        timeout = headers.get(b"x-request-timeout-ms")
-        seconds = request_timeout(None if timeout is None else timeout.decode("latin-1"), settings)
-        self._deadline = self._began + seconds
-        service.registry.get(self._query.get("engine")).check_room()
-        content_type = headers.get(b"content-type", b"").decode("latin-1")
+    def announced_bytes(self) -> int:
+        """See `Call`."""
+        length = self._headers.get(b"content-length", b"")
+        return int(length) if length.isdigit() else 0
+
+    def refusal(self, problem: Problem) -> HttpAnswer:
+        """See `Call`."""
+        response = problem.response()
+        headers = dict(response.headers)
+        del headers["content-length"]
+        return problem.status, headers, bytes(response.body)
+
+
+class PredictCall(HttpCall):
+    """One `POST /predict`.
+
+    Args:
+        scope: see `HttpCall`.
+        request_id: to repeat in the answer.
+    """
+
+    protocol = "predict"
+
+    def __init__(self, scope: Mapping[str, Any], request_id: str) -> None:
+        super().__init__(scope)
+        self._request_id = request_id
+        self._query = _parse_query(scope["query_string"])
+
+    def find_engine(self, registry: Registry) -> Scheduler:
+        """See `Call`."""
+        return registry.get(self._query.get("engine"))
+
+    def announced_bytes(self) -> int:
+        """See `Call`."""
+        content_type = self._headers.get(b"content-type", b"").decode("latin-1")
         self._form = content_type if _media_type(content_type) == _FORM else None
-        declared = headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > settings.max_body_bytes:
-            raise body_too_large(settings.max_body_bytes)
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+        return super().announced_bytes()
 
-    def _keep(self, chunk: bytes) -> None:
-        size = len(chunk)
-        if self._size + size > self._service.settings.max_body_bytes:
-            raise body_too_large(self._service.settings.max_body_bytes)
-        self._service.body_memory.take(size)
-        self._size += size
-        self._chunks.append(chunk)
+    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+        """See `Call`."""
+        self._parts = [Part("file", None, body)] if self._form is None else _files(self._form, body)
+        scheduler = self.find_engine(registry)
+        self._top_k = _top_k(self._query.get("top_k"), len(scheduler.engine.manifest.labels))
+        return scheduler, [part.data for part in self._parts], self._top_k
 
-    def _submit(self) -> None:
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._parts = _images(self._form, body, self._service.settings)
-        # Engines may have been switched since the request came.
-        self._scheduler: Scheduler = self._service.registry.get(self._query.get("engine"))
-        self._observed.manifest = manifest = self._scheduler.engine.manifest
-        self._top_k = _top_k(self._query.get("top_k"), len(manifest.labels))
-        images = [part.data for part in self._parts]
-        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top_k)
-
-    def _done(self, outcome: list[Result] | Problem) -> None:
-        if isinstance(outcome, Problem):
-            self._refuse(outcome)
-        else:
-            self._attempt(self._answer, outcome)
-
-    def _expire(self) -> None:
-        if self._job is None:
-            seconds = self._deadline - self._began
-            self._refuse(Problem("body-timeout", f"the body had not arrived after {seconds:g} s"))
-        else:
-            self._scheduler.drop(self._job, "expired")
-            self._refuse(deadline_exceeded())
-
-    # --- its end -----------------------------------------------------------------------------------
-
-    def _answer(self, results: Sequence[Result]) -> None:
-        self._observed.results = results
-        manifest = self._scheduler.engine.manifest
+    def render(self, results: Sequence[Result], manifest: Manifest) -> HttpAnswer:
+        """See `Call`."""
         latencies = [latency_ms(result) for result in results]
         body = {
             "request_id": self._request_id,
@@ -200,32 +133,45 @@ class Exchange:
             ],
         }
         headers = {"Server-Timing": server_timing(latencies), "Content-Type": "application/json"}
-        self._close(200, headers, orjson.dumps(body), "ok", "")
+        return 200, headers, orjson.dumps(body)
 
-    def _refuse(self, problem: Problem) -> None:
-        response = problem.response()
-        headers = dict(response.headers)
-        del headers["content-length"]
-        self._close(problem.status, headers, bytes(response.body), outcome_of(problem), problem.name)
 
-    def _close(self, status: int, headers: Mapping[str, str], body: bytes, outcome: str, reason: str) -> None:
-        if not self._over:
-            try:
-                self._respond(status, headers, body)
-            finally:
-                self._end(outcome, reason)
+async def answer_over_asgi(request: Request, call: HttpCall) -> Response:
+    """Carry `call`, which is `request` understood, through the admission.
 
-    def _end(self, outcome: str, reason: str) -> None:
-        self._over = True
-        if self._timer is not None:
-            self._timer.cancel()
-        service = self._service
-        service.body_memory.back(self._size)
-        key = RequestKey("predict", outcome, reason)
-        service.telemetry.end(key, Headers(raw=self._scope["headers"]), self._began, self._observed)
-        # The job knows the exchange: a cycle would keep the body until the next garbage collection.
-        self._job = self._timer = None
-        self._chunks, self._parts = [], ()
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+
+    def respond(answer: HttpAnswer) -> None:
+        if not answered.done():
+            status, headers, body = answer
+            answered.set_result(Response(body, status, headers))
+
+    admission = Admission(service_of(request.app), call, respond)
+    admission.open()
+    carrier = asyncio.create_task(_carry(request.receive, admission, answered))
+    try:
+        return await answered
+    finally:
+        carrier.cancel()
+        admission.abandon()
+
+
+async def _carry(
+    receive: Receive, admission: Admission[HttpAnswer], answered: asyncio.Future[Response]
+) -> None:
+    """Hand the body over as it comes, then watch for a client that leaves."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            if not answered.done():
+                answered.set_exception(ClientDisconnect())
+            return
+        admission.receive(message.get("body", b""))
+        if not message.get("more_body", False):
+            admission.complete()
 
 
 @lru_cache(maxsize=64)
@@ -243,23 +189,6 @@ def _top_k(value: str | None, classes: int) -> int:
     return int(value)
 
 
-def request_timeout(header: str | None, settings: Settings) -> float:
-    """How long a request may take, seconds: what it asks for in milliseconds, up to the server's maximum.
-
-    Raises:
-        Problem: `invalid-parameter`.
-    """
-    if header is None:
-        return settings.timeout_ms / 1000
-    try:
-        asked = float(header)
-    except ValueError:
-        asked = float("nan")
-    if not asked > 0:
-        raise Problem("invalid-parameter", f"X-Request-Timeout-Ms must be a positive number, not {header!r}")
-    return min(asked, settings.timeout_ms) / 1000
-
-
 def _media_type(content_type: str) -> str:
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type not in MEDIA_TYPES and media_type != _FORM:
@@ -271,16 +200,11 @@ def _media_type(content_type: str) -> str:
     return media_type
 
 
-def _images(form: str | None, body: bytes, settings: Settings) -> Sequence[Part]:
-    """The files of a form, of which `form` is the content type, or the body as the only one."""
-    if form is None:
-        return [Part("file", None, body)]
-    images = [part for part in parse_multipart(form, body) if part.name == "file"]
-    if not images:
+def _files(content_type: str, body: bytes) -> list[Part]:
+    files = [part for part in parse_multipart(content_type, body) if part.name == "file"]
+    if not files:
         raise Problem("invalid-parameter", "the form has no field `file`")
-    if len(images) > settings.max_images:
-        raise Problem("too-many-images", f"{len(images)} images; the limit is {settings.max_images}")
-    return images
+    return files
 
 
 def _predictions(result: Result, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.service import service_of
+
 access_log = logging.getLogger("trimrt.access")
 
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -36,7 +38,7 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].append((b"x-request-id", request_id.encode()))
-                if scope["app"].state.lifecycle.draining:
+                if service_of(scope["app"]).lifecycle.draining:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 

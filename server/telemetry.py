@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
-
-from starlette.requests import ClientDisconnect
 
 from runtime.manifest import Manifest
 from server.problems import Problem
@@ -17,6 +14,9 @@ from server.stats import EngineStats
 
 if TYPE_CHECKING:
     from server.jobs import Result
+
+
+log = logging.getLogger("trimrt")
 
 
 class EngineKey(NamedTuple):
@@ -48,41 +48,29 @@ class RequestKey(NamedTuple):
     reason: str
 
 
-class Observed:
-    """What a request tells of itself while it is served."""
+class Ended(NamedTuple):
+    """An inference request that just ended.
 
-    __slots__ = ("manifest", "results")
+    Attributes:
+        key: how it ended.
+        headers: the request's; names in lower case.
+        began: when it began, by `time.monotonic`.
+        manifest: of the engine that was asked; None if it did not come to that.
+        results: its images' results; empty unless they were computed.
+    """
 
-    def __init__(self) -> None:
-        self.manifest: Manifest | None = None
-        self.results: Sequence[Result] = ()
+    key: RequestKey
+    headers: Mapping[str, str]
+    began: float
+    manifest: Manifest | None
+    results: Sequence[Result]
 
 
 class RequestObserver(Protocol):
     """Told of every inference request when it ends, on the event loop's thread."""
 
-    def record(
-        self,
-        protocol: str,
-        headers: Mapping[str, str],
-        started: float,
-        *,
-        outcome: str,
-        problem: str,
-        manifest: Manifest | None,
-        results: Sequence[Result],
-    ) -> None:
-        """Take note of a request that just ended.
-
-        Args:
-            protocol: see `RequestKey`.
-            headers: the request's; names in lower case.
-            started: when it began, by `time.monotonic`.
-            outcome: see `RequestKey`.
-            problem: the reason it failed; empty if it did not.
-            manifest: of the engine that answered.
-            results: its images' results.
-        """
+    def record(self, request: Ended) -> None:
+        """Take note of a request that just ended."""
 
     def close(self) -> None:
         """The last request has ended; may block."""
@@ -116,36 +104,15 @@ class Telemetry:
         self.in_flight += 1
         return time.monotonic()
 
-    def end(self, key: RequestKey, headers: Mapping[str, str], began: float, observed: Observed) -> None:
-        """Count a request that ended, and tell the observers of it."""
+    def end(self, key: RequestKey) -> None:
+        """Count a request that ended."""
         self.in_flight -= 1
         self.requests[key] += 1
-        for observer in self.observers:
-            observer.record(
-                key.protocol,
-                headers,
-                began,
-                outcome=key.outcome,
-                problem=key.reason,
-                manifest=observed.manifest,
-                results=observed.results,
-            )
 
-    @contextmanager
-    def request(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Observed]:
-        """Count one inference request, and tell the observers of it, by how the block ends."""
-        observed, began = Observed(), self.begin()
-        outcome, reason = "ok", ""
-        try:
-            yield observed
-        except Problem as problem:
-            outcome, reason = outcome_of(problem), problem.name
-            raise
-        except (ClientDisconnect, CancelledError):
-            outcome, reason = "cancelled", "disconnected"
-            raise
-        except Exception:
-            outcome, reason = "failed", "internal-error"
-            raise
-        finally:
-            self.end(RequestKey(protocol, outcome, reason), headers, began, observed)
+    def tell(self, request: Ended) -> None:
+        """Tell the observers of a request that ended."""
+        for observer in self.observers:
+            try:
+                observer.record(request)
+            except Exception:
+                log.exception("an observer of requests failed")

@@ -6,7 +6,6 @@ Only imported when an endpoint is configured; needs the extra `otel`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -15,8 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from runtime.manifest import Manifest
-from server.jobs import Result
+from server.telemetry import Ended
 from server.version import VERSION
 
 
@@ -31,17 +29,7 @@ class Tracer:
         self._tracer = self._provider.get_tracer("trimrt", VERSION)
         self._propagator = TraceContextTextMapPropagator()
 
-    def record(
-        self,
-        protocol: str,
-        headers: Mapping[str, str],
-        started: float,
-        *,
-        outcome: str,
-        problem: str,
-        manifest: Manifest | None,
-        results: Sequence[Result],
-    ) -> None:
+    def record(self, request: Ended) -> None:
         """Export a span of the request, in its `traceparent`'s trace if any, and one for each image's stages.
 
         See `RequestObserver`.
@@ -51,15 +39,18 @@ class Tracer:
         def at(seconds: float) -> int:
             return epoch + int(seconds * 1e9)
 
-        context = self._propagator.extract(headers)
-        span = self._tracer.start_span(protocol, context, trace.SpanKind.SERVER, start_time=at(started))
-        span.set_attribute("trimrt.images", len(results))
+        context = self._propagator.extract(request.headers)
+        span = self._tracer.start_span(
+            request.key.protocol, context, trace.SpanKind.SERVER, start_time=at(request.began)
+        )
+        span.set_attribute("trimrt.images", len(request.results))
+        manifest = request.manifest
         if manifest is not None:
             span.set_attributes({"trimrt.engine": manifest.name, "trimrt.precision": manifest.precision})
-        if problem:
-            span.set_status(trace.StatusCode.ERROR, problem)
+        if request.key.reason:
+            span.set_status(trace.StatusCode.ERROR, request.key.reason)
         inside = trace.set_span_in_context(span)
-        for number, result in enumerate(results):
+        for number, result in enumerate(request.results):
             for stage, begin, end in result.stages():
                 child = self._tracer.start_span(stage, inside, start_time=at(begin))
                 child.set_attributes({"trimrt.image": number, "trimrt.batch_size": result.batch_size})

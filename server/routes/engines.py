@@ -7,9 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Request
 from pydantic import BaseModel
 
-from server.auth import require_key
+from server.auth import Caller, require_key
 from server.problems import documented
 from server.registry import EngineRow, Registry
+from server.service import Served
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
@@ -29,10 +30,9 @@ class Default(BaseModel):
     name: str
 
 
-def _manager(request: Request) -> Registry:
-    require_key(request, request.app.state.settings.api_key)
-    registry: Registry = request.app.state.registry
-    return registry
+def _manager(request: Request, service: Served) -> Registry:
+    require_key(Caller.over_http(request.scope), service.settings.api_key)
+    return service.registry
 
 
 Manager = Annotated[Registry, Depends(_manager)]
@@ -40,10 +40,9 @@ _MANAGED = documented(400, 401, 403, 404, 409, 422)
 
 
 @router.get("")
-async def list_engines(request: Request) -> Engines:
+async def list_engines(service: Served) -> Engines:
     """Every engine that is loaded, or that lies in the engine directory."""
-    registry: Registry = request.app.state.registry
-    return Engines(default=registry.default, engines=await registry.describe())
+    return Engines(default=service.registry.default, engines=await service.registry.describe())
 
 
 @router.put("/default", responses=_MANAGED)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from server.problems import documented
+from server.service import Served
 
 router = APIRouter(prefix="/health", tags=["health"])
 
@@ -16,10 +17,10 @@ async def live() -> dict[str, str]:
 
 
 @router.get("/ready", responses=documented(503))
-async def ready(request: Request) -> dict[str, str]:
+async def ready(service: Served) -> dict[str, str]:
     """Every engine named at the start is loaded and warm, and the server is not draining."""
-    request.app.state.lifecycle.check_ready()
-    manifest = request.app.state.registry.get(None).engine.manifest
+    service.lifecycle.check_ready()
+    manifest = service.registry.get(None).engine.manifest
     return {
         "status": "ready",
         "engine": manifest.name,

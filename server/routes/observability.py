@@ -5,35 +5,33 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from server.problems import documented
-from server.registry import Registry
 from server.scheduler import Scheduler
+from server.service import Served
 from server.stats import PERCENTILES, WINDOW_S, EngineStats, Histogram
-from server.telemetry import Telemetry
 from server.version import VERSION
 
 router = APIRouter(tags=["observability"])
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(request: Request) -> Response:
+async def metrics(service: Served) -> Response:
     """Prometheus's text format."""
-    return Response(await request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/stats", responses=documented(422))
 async def stats(
-    request: Request,
+    service: Served,
     window_s: Annotated[int, Query(ge=1, le=WINDOW_S, description="length of `recent`, seconds")] = WINDOW_S,
 ) -> dict[str, Any]:
     """Percentiles of every stage in milliseconds, since start and lately, and how requests ended."""
-    telemetry: Telemetry = request.app.state.telemetry
-    registry: Registry = request.app.state.registry
+    telemetry, registry = service.telemetry, service.registry
     return {
         "version": VERSION,
         "uptime_s": round(time.time() - telemetry.started, 1),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive
 
 from models.preprocessing import MEDIA_TYPES
-from server.exchange import DEFAULT_TOP_K, Exchange
+from server.exchange import DEFAULT_TOP_K, PredictCall, answer_over_asgi
 from server.problems import documented
 
 
@@ -128,29 +125,4 @@ router = APIRouter(tags=["inference"], route_class=_DirectRoute)
 )
 async def predict(request: Request) -> Response:
     """Classify one image (a raw `image/*` body) or several (multipart field `file`, repeated)."""
-    answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-
-    def respond(status: int, headers: Mapping[str, str], body: bytes) -> None:
-        if not answered.done():
-            answered.set_result(Response(body, status, headers))
-
-    exchange = Exchange(request.app.state.service, request.scope, request.state.request_id, respond)
-    carrier = asyncio.create_task(_carry(request.receive, exchange, answered))
-    try:
-        return await answered
-    finally:
-        carrier.cancel()
-        exchange.abandon()
-
-
-async def _carry(receive: Receive, exchange: Exchange, answered: asyncio.Future[Response]) -> None:
-    """Hand the body over as it comes, then watch for a client that leaves."""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            if not answered.done():
-                answered.set_exception(ClientDisconnect())
-            return
-        exchange.receive(message.get("body", b""))
-        if not message.get("more_body", False):
-            exchange.complete()
+    return await answer_over_asgi(request, PredictCall(request.scope, request.state.request_id))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -39,16 +39,16 @@ class RequestedOutput:
     classification: int = 0
 
 
+ALL_OUTPUTS: Final = tuple(RequestedOutput(name) for name in OUTPUTS)
+
+
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """One inference request."""
+    """One inference request; `id` is to be repeated in the answer, unless empty."""
 
-    model: str
-    version: str
+    id: str
     inputs: Sequence[InputTensor]
-    outputs: Sequence[RequestedOutput] = field(
-        default_factory=lambda: [RequestedOutput(name) for name in OUTPUTS]
-    )
+    outputs: Sequence[RequestedOutput]
 
     @property
     def top(self) -> int:
@@ -86,12 +86,13 @@ def _input_shape(manifest: Manifest) -> tuple[int, int, int, int]:
     return (-1, manifest.preprocessing.height, manifest.preprocessing.width, 3)
 
 
-def images_of(request: InferRequest, manifest: Manifest, max_images: int) -> Sequence[bytes | Pixels]:
-    """The request's images, encoded or as pixels.
+def images_of(request: InferRequest, manifest: Manifest) -> Sequence[bytes | Pixels]:
+    """The request's images, encoded or as pixels, once it is sure that the outputs asked for exist.
 
     Raises:
-        Problem: `malformed-request`, `invalid-parameter` or `too-many-images`.
+        Problem: `malformed-request` or `invalid-parameter`.
     """
+    _check_outputs(request, len(manifest.labels))
     if len(request.inputs) != 1 or request.inputs[0].name != manifest.input.name:
         names = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
         raise Problem(
@@ -109,8 +110,6 @@ def images_of(request: InferRequest, manifest: Manifest, max_images: int) -> Seq
         )
     if not images:
         raise Problem("invalid-parameter", "the input has no images")
-    if len(images) > max_images:
-        raise Problem("too-many-images", f"{len(images)} images; the limit is {max_images}")
     return images
 
 
@@ -136,12 +135,7 @@ def _pixels(tensor: InputTensor, shape: tuple[int, int, int]) -> list[Pixels]:
     return list(pixels.reshape(tensor.shape))
 
 
-def check_outputs(request: InferRequest, classes: int) -> None:
-    """Make sure that what is asked for exists, before anything is computed.
-
-    Raises:
-        Problem: `invalid-parameter`.
-    """
+def _check_outputs(request: InferRequest, classes: int) -> None:
     for output in request.outputs:
         if output.name not in OUTPUTS:
             raise Problem("invalid-parameter", f"no output {output.name!r}; there are {', '.join(OUTPUTS)}")

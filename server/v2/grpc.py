@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, TypeAlias
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeAlias, cast
 from urllib.parse import unquote
 
 import grpc
 import numpy as np
-from fastapi import FastAPI
+from google.protobuf.message import DecodeError
 
-from server.auth import is_key
+from models.preprocessing import Pixels
+from runtime.manifest import Manifest
+from server.admission import Admission, Call
+from server.auth import Caller
+from server.jobs import Result
 from server.problems import Problem
-from server.settings import Settings
+from server.registry import Registry
+from server.scheduler import Scheduler
+from server.service import Service
 from server.v2 import core
 from server.v2 import inference_pb2 as pb
 from server.v2.tensors import InputTensor
@@ -34,22 +40,19 @@ _CODES: Final = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_MESSAGE_OVERHEAD: Final = 1 << 16  # of a request around its images
 
 
-async def start(app: FastAPI, settings: Settings) -> grpc.aio.Server:
-    """Serve `app`'s engines on `settings.grpc_port`, in the running event loop.
+async def start(service: Service) -> grpc.aio.Server:
+    """Serve the application's engines on `settings.grpc_port`, in the running event loop.
 
     Raises:
         RuntimeError: the port is taken.
     """
+    settings = service.settings
     server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", settings.max_body_bytes + _MESSAGE_OVERHEAD),
-            ("grpc.so_reuseport", 0),
-        ]
+        options=[("grpc.max_receive_message_length", settings.max_body_bytes), ("grpc.so_reuseport", 0)]
     )
-    server.add_generic_rpc_handlers((_Service(app, settings).handler(),))
+    server.add_generic_rpc_handlers((_Methods(service).handler(),))
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     port = server.add_insecure_port(f"{host}:{settings.grpc_port}")
     await server.start()
@@ -57,29 +60,28 @@ async def start(app: FastAPI, settings: Settings) -> grpc.aio.Server:
     return server
 
 
-class _Service:
+class _Methods:
     """`inference.GRPCInferenceService`."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
-        self._state = app.state
-        self._settings = settings
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Every method, without generated service code."""
-        methods = (
+        handlers = {}
+        for method in (
             self.server_live,
             self.server_ready,
             self.model_ready,
             self.server_metadata,
             self.model_metadata,
             self.model_infer,
-        )
-        handlers = {}
-        for method in methods:
+        ):
             name = "".join(word.capitalize() for word in method.__name__.split("_"))
+            admitted = name == "ModelInfer"  # and only then parsed
             handlers[name] = grpc.unary_unary_rpc_method_handler(
                 _with_status(method),
-                request_deserializer=getattr(pb, f"{name}Request").FromString,
+                request_deserializer=None if admitted else getattr(pb, f"{name}Request").FromString,
                 response_serializer=getattr(pb, f"{name}Response").SerializeToString,
             )
         return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
@@ -90,11 +92,11 @@ class _Service:
     async def server_ready(
         self, _request: pb.ServerReadyRequest, _context: Context
     ) -> pb.ServerReadyResponse:
-        lifecycle = self._state.lifecycle
+        lifecycle = self._service.lifecycle
         return pb.ServerReadyResponse(ready=lifecycle.loaded and not lifecycle.draining)
 
     async def model_ready(self, request: pb.ModelReadyRequest, _context: Context) -> pb.ModelReadyResponse:
-        core.find_model(self._state.registry, request.name, request.version)
+        core.find_model(self._service.registry, request.name, request.version)
         return pb.ModelReadyResponse(ready=True)
 
     async def server_metadata(
@@ -105,54 +107,78 @@ class _Service:
     async def model_metadata(
         self, request: pb.ModelMetadataRequest, _context: Context
     ) -> pb.ModelMetadataResponse:
-        scheduler = core.find_model(self._state.registry, request.name, request.version)
+        scheduler = core.find_model(self._service.registry, request.name, request.version)
         return pb.ModelMetadataResponse(**core.model_metadata(scheduler.engine.manifest))
 
-    async def model_infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
-        with self._state.telemetry.request("v2-grpc", metadata) as observed:
-            self._state.lifecycle.check_serving()
-            if self._settings.protect_predict:
-                self._require_key(metadata, context.peer())
-            scheduler = core.find_model(self._state.registry, request.model_name, request.model_version)
-            manifest = scheduler.engine.manifest
-            asked = _requested(request)
-            core.check_outputs(asked, len(manifest.labels))
-            images = core.images_of(asked, manifest, self._settings.max_images)
-            longest = self._settings.timeout_ms / 1000
-            timeout = min(context.time_remaining() or longest, longest)
-            # A client that goes away cancels this coroutine, and with it the images.
-            observed.manifest = manifest
-            observed.results = results = await scheduler.infer(images, timeout, top=asked.top)
-            outputs = core.outputs_of(asked, results, manifest.labels)
-            return pb.ModelInferResponse(
-                model_name=manifest.name,
-                model_version=manifest.version,
-                id=request.id,
-                outputs=[
-                    pb.ModelInferResponse.InferOutputTensor(
-                        name=output.name, datatype=output.datatype, shape=output.shape
-                    )
-                    for output in outputs
-                ],
-                raw_output_contents=[output.raw() for output in outputs],
-            )
+    async def model_infer(self, body: bytes, context: Context) -> pb.ModelInferResponse:
+        answered: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
 
-    def _require_key(self, metadata: Mapping[str, str], peer: str) -> None:
-        key = self._settings.api_key
-        scheme, _, token = metadata.get("authorization", "").partition(" ")
-        token = token if scheme.lower() == "bearer" else metadata.get("x-api-key", "")
-        if not _is_loopback(peer) and (key is None or not is_key(token, key)):
-            raise Problem("unauthorized", "send the API key as metadata `authorization: Bearer <key>`")
+        def respond(answer: _Answer) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        admission = Admission(self._service, _Infer(context), respond)
+        try:
+            admission.open()
+            admission.receive(body)
+            admission.complete()
+            answer = await answered
+        finally:
+            admission.abandon()  # a client that leaves, or whose deadline passes, cancels this coroutine
+        if isinstance(answer, Problem):
+            raise answer
+        return answer
 
 
-def _is_loopback(peer: str) -> bool:
-    """Whether gRPC's peer, like `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`, is this machine."""
-    address = unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+_Answer: TypeAlias = "pb.ModelInferResponse | Problem"
+
+
+class _Infer(Call[_Answer]):
+    """One inference request."""
+
+    protocol = "v2-grpc"
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def caller(self) -> Caller:
+        metadata = {name: str(value) for name, value in self._context.invocation_metadata() or ()}
+        return Caller(address_of(self._context.peer()), metadata, site=None)
+
+    def timeout(self) -> float | None:
+        return cast("float | None", self._context.time_remaining())
+
+    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+        try:
+            request = pb.ModelInferRequest.FromString(body)
+        except DecodeError as error:
+            raise Problem("malformed-request", f"not a ModelInferRequest: {error}") from None
+        scheduler = core.find_model(registry, request.model_name, request.model_version)
+        self._asked = _requested(request)
+        return scheduler, core.images_of(self._asked, scheduler.engine.manifest), self._asked.top
+
+    def render(self, results: Sequence[Result], manifest: Manifest) -> _Answer:
+        outputs = core.outputs_of(self._asked, results, manifest.labels)
+        return pb.ModelInferResponse(
+            model_name=manifest.name,
+            model_version=manifest.version,
+            id=self._asked.id,
+            outputs=[
+                pb.ModelInferResponse.InferOutputTensor(
+                    name=output.name, datatype=output.datatype, shape=output.shape
+                )
+                for output in outputs
+            ],
+            raw_output_contents=[output.raw() for output in outputs],
+        )
+
+    def refusal(self, problem: Problem) -> _Answer:
+        return problem
+
+
+def address_of(peer: str) -> str:
+    """The IP address in gRPC's peer, like `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 def _requested(request: pb.ModelInferRequest) -> core.InferRequest:
@@ -163,13 +189,11 @@ def _requested(request: pb.ModelInferRequest) -> core.InferRequest:
         InputTensor(tensor.name, tensor.datatype, tensor.shape, raw[number] if raw else _contents(tensor))
         for number, tensor in enumerate(request.inputs)
     ]
-    if not request.outputs:
-        return core.InferRequest(request.model_name, request.model_version, inputs)
     outputs = [
         core.RequestedOutput(output.name, output.parameters["classification"].int64_param)
         for output in request.outputs
     ]
-    return core.InferRequest(request.model_name, request.model_version, inputs, outputs)
+    return core.InferRequest(request.id, inputs, outputs or core.ALL_OUTPUTS)
 
 
 def _contents(tensor: pb.ModelInferRequest.InferInputTensor) -> Any:

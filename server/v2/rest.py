@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import time
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -14,11 +14,14 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
-from server.auth import require_key
-from server.bodies import CancelOnDisconnect, read_body
-from server.exchange import latency_ms, request_timeout, server_timing
+from models.preprocessing import Pixels
+from runtime.manifest import Manifest
+from server.exchange import HttpAnswer, HttpCall, answer_over_asgi, latency_ms, server_timing
+from server.jobs import Result
 from server.problems import Problem, documented
-from server.settings import Settings
+from server.registry import Registry
+from server.scheduler import Scheduler
+from server.service import Served
 from server.v2 import core
 from server.v2.tensors import InputTensor, OutputTensor
 from server.version import VERSION
@@ -28,6 +31,8 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 _HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 ModelName = Annotated[str, Path(max_length=200)]
+# As the routes below, for names that need no decoding and no check.
+_INFER_PATH: Final = re.compile(rb"/v2/models/([\w.-]{1,200})(?:/versions/([\w.-]+))?/infer", re.ASCII)
 
 
 class _Json(BaseModel):
@@ -125,25 +130,25 @@ async def live() -> dict[str, bool]:
 
 
 @router.get("/health/ready", responses=documented(503))
-async def ready(request: Request) -> dict[str, bool]:
+async def ready(service: Served) -> dict[str, bool]:
     """Every engine named at the start is loaded and warm, and the server is not draining."""
-    request.app.state.lifecycle.check_ready()
+    service.lifecycle.check_ready()
     return {"ready": True}
 
 
 @router.get("/models/{model}", responses=documented(404, 422))
 @router.get("/models/{model}/versions/{version}", responses=documented(404, 422))
-async def model_metadata(request: Request, model: ModelName, version: str = "") -> ModelMetadata:
+async def model_metadata(service: Served, model: ModelName, version: str = "") -> ModelMetadata:
     """A model's inputs and outputs."""
-    scheduler = core.find_model(request.app.state.registry, model, version)
+    scheduler = core.find_model(service.registry, model, version)
     return ModelMetadata.model_validate(core.model_metadata(scheduler.engine.manifest))
 
 
 @router.get("/models/{model}/ready", responses=documented(404, 422))
 @router.get("/models/{model}/versions/{version}/ready", responses=documented(404, 422))
-async def model_ready(request: Request, model: ModelName, version: str = "") -> ModelReady:
+async def model_ready(service: Served, model: ModelName, version: str = "") -> ModelReady:
     """Whether the model is loaded."""
-    core.find_model(request.app.state.registry, model, version)
+    core.find_model(service.registry, model, version)
     return ModelReady(name=model, ready=True)
 
 
@@ -167,9 +172,7 @@ _INFER: Final[dict[str, Any]] = {
             "required": True,
             "content": {
                 "application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])},
-                "application/octet-stream": {
-                    "schema": {"type": "string", "format": "binary"},
-                },
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             },
         }
     },
@@ -180,48 +183,72 @@ _INFER: Final[dict[str, Any]] = {
 @router.post("/models/{model}/versions/{version}/infer", **_INFER)
 async def infer(request: Request, model: ModelName, version: str = "") -> Response:
     """Run a model on pixels (`UINT8`) or encoded images (`BYTES`; in JSON, base64)."""
-    state = request.app.state
-    settings: Settings = state.settings
-    with (
-        state.telemetry.request("v2-rest", request.headers) as observed,
-        state.body_memory.share() as take,
-    ):
-        state.lifecycle.check_serving()
-        if settings.protect_predict:
-            require_key(request, settings.api_key)
-        deadline = time.monotonic() + request_timeout(request.headers.get("x-request-timeout-ms"), settings)
-        core.find_model(state.registry, model, version).check_room()
-        if "content-encoding" in request.headers:
+    return await answer_over_asgi(request, InferCall(request.scope, model, version))
+
+
+def infer_call(path: bytes, scope: Mapping[str, Any]) -> InferCall | None:
+    """The call that a `POST` to `path` is; None where it is another one, or the routes must look closer."""
+    match = _INFER_PATH.fullmatch(path)
+    return match and InferCall(scope, *(name.decode() for name in match.groups(b"")))
+
+
+class InferCall(HttpCall):
+    """One inference request.
+
+    Args:
+        scope: see `HttpCall`.
+        model: the engine's name.
+        version: its version; empty for any.
+    """
+
+    protocol = "v2-rest"
+
+    def __init__(self, scope: Mapping[str, Any], model: str, version: str) -> None:
+        super().__init__(scope)
+        self._model = model
+        self._version = version
+
+    def find_engine(self, registry: Registry) -> Scheduler:
+        """See `Call`."""
+        return core.find_model(registry, self._model, self._version)
+
+    def announced_bytes(self) -> int:
+        """See `Call`."""
+        if b"content-encoding" in self._headers:
             raise Problem("unsupported-media-type", "compressed bodies are not accepted")
-        body = await read_body(request, settings.max_body_bytes, deadline - time.monotonic(), take)
-        header, tensors = parse(body, request.headers.get(_HEADER_LENGTH))
-        asked = _requested(model, version, header, tensors)
-        # Engines may have been switched while the body came. From here to the admission nothing else runs.
-        scheduler = core.find_model(state.registry, model, version)
-        observed.manifest = manifest = scheduler.engine.manifest
-        core.check_outputs(asked, len(manifest.labels))
-        images = core.images_of(asked, manifest, settings.max_images)
-        with CancelOnDisconnect(request.receive):
-            seconds = deadline - time.monotonic()
-            observed.results = results = await scheduler.infer(images, seconds, top=asked.top)
-        outputs = core.outputs_of(asked, results, manifest.labels)
+        return super().announced_bytes()
+
+    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+        """See `Call`."""
+        length = self._headers.get(_HEADER_LENGTH.lower().encode())
+        self._header, tensors = parse(body, None if length is None else length.decode("latin-1"))
+        self._asked = _requested(self._header, tensors)
+        scheduler = self.find_engine(registry)
+        return scheduler, core.images_of(self._asked, scheduler.engine.manifest), self._asked.top
+
+    def render(self, results: Sequence[Result], manifest: Manifest) -> HttpAnswer:
+        """See `Call`."""
+        outputs = core.outputs_of(self._asked, results, manifest.labels)
         answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
-        if header.id:
-            answer["id"] = header.id
-        response = _render(answer, outputs, _binary_outputs(header))
-        response.headers["Server-Timing"] = server_timing([latency_ms(result) for result in results])
-        return response
+        if self._asked.id:
+            answer["id"] = self._asked.id
+        headers, body = _render(answer, outputs, _binary_outputs(self._header))
+        timing = server_timing([latency_ms(result) for result in results])
+        return 200, {**headers, "Server-Timing": timing}, body
+
+    def refusal(self, problem: Problem) -> HttpAnswer:
+        """See `Call`."""
+        problem.extra["error"] = problem.detail  # where the protocol has it
+        return super().refusal(problem)
 
 
-def _requested(
-    model: str, version: str, header: InferenceRequest, tensors: Sequence[InputTensor]
-) -> core.InferRequest:
+def _requested(header: InferenceRequest, tensors: Sequence[InputTensor]) -> core.InferRequest:
     if header.outputs is None:
-        return core.InferRequest(model, version, tensors)
+        return core.InferRequest(header.id, tensors, core.ALL_OUTPUTS)
     outputs = [
         core.RequestedOutput(output.name, output.parameters.classification) for output in header.outputs
     ]
-    return core.InferRequest(model, version, tensors, outputs)
+    return core.InferRequest(header.id, tensors, outputs)
 
 
 def parse(body: bytes, header_length: str | None) -> tuple[InferenceRequest, list[InputTensor]]:
@@ -305,7 +332,10 @@ def _binary_outputs(header: InferenceRequest) -> set[str]:
     }
 
 
-def _render(answer: dict[str, Any], outputs: Sequence[OutputTensor], binary: set[str]) -> Response:
+def _render(
+    answer: dict[str, Any], outputs: Sequence[OutputTensor], binary: set[str]
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body."""
     chunks = []
     answer["outputs"] = rows = []
     for output in outputs:
@@ -320,9 +350,6 @@ def _render(answer: dict[str, Any], outputs: Sequence[OutputTensor], binary: set
         rows.append(row)
     header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     if not chunks:
-        return Response(header, media_type="application/json")
-    return Response(
-        b"".join([header, *chunks]),
-        headers={_HEADER_LENGTH: str(len(header))},
-        media_type="application/octet-stream",
-    )
+        return {"Content-Type": "application/json"}, header
+    headers = {_HEADER_LENGTH: str(len(header)), "Content-Type": "application/octet-stream"}
+    return headers, b"".join([header, *chunks])

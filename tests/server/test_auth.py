@@ -8,25 +8,19 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 from running import Running, running
-from starlette.requests import Request
 
-from server.auth import require_key
+from server.auth import Caller, require_key
 from server.problems import Problem
 from server.settings import Settings
 
 KEY = SecretStr("correct horse")
 
 
-def _request(client: str = "203.0.113.9", host: str = "example.org", **headers: str) -> Request:
+def _caller(client: str = "203.0.113.9", host: str = "example.org", **headers: str) -> Caller:
     pairs = {"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return Request(
+    return Caller.over_http(
         {
-            "type": "http",
-            "method": "POST",
             "scheme": "http",
-            "server": ("example.org", 80),
-            "path": "/",
-            "query_string": b"",
             "client": (client, 1234),
             "headers": [(name.encode(), value.encode()) for name, value in pairs.items()],
         }
@@ -36,15 +30,15 @@ def _request(client: str = "203.0.113.9", host: str = "example.org", **headers: 
 @pytest.mark.parametrize("client", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"])
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1:8000", "[::1]:8000"])
 def test_loopback_needs_no_key(client: str, host: str) -> None:
-    require_key(_request(client, host), None)
-    require_key(_request(client, host), KEY)
+    require_key(_caller(client, host), None)
+    require_key(_caller(client, host), KEY)
 
 
 @pytest.mark.parametrize(
     "headers", [{"authorization": "Bearer correct horse"}, {"x_api_key": "correct horse"}]
 )
 def test_the_key_lets_others_in(headers: dict[str, str]) -> None:
-    require_key(_request(**headers), KEY)
+    require_key(_caller(**headers), KEY)
 
 
 @pytest.mark.parametrize(
@@ -53,14 +47,14 @@ def test_the_key_lets_others_in(headers: dict[str, str]) -> None:
 )
 def test_a_missing_or_wrong_key_is_unauthorized(headers: dict[str, str]) -> None:
     with pytest.raises(Problem) as caught:
-        require_key(_request(**headers), KEY)
+        require_key(_caller(**headers), KEY)
     assert caught.value.name == "unauthorized"
     assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
 
 
 def test_without_a_key_others_are_forbidden() -> None:
     with pytest.raises(Problem) as caught:
-        require_key(_request(authorization="Bearer "), None)
+        require_key(_caller(authorization="Bearer "), None)
     assert caught.value.name == "forbidden"
 
 
@@ -74,11 +68,11 @@ def test_without_a_key_others_are_forbidden() -> None:
 )
 def test_loopback_is_no_pass_for_strangers(host: str, headers: dict[str, str]) -> None:
     with pytest.raises(Problem):
-        require_key(_request("127.0.0.1", host, **headers), None)
+        require_key(_caller("127.0.0.1", host, **headers), None)
 
 
 def test_the_servers_own_page_is_no_stranger() -> None:
-    require_key(_request("127.0.0.1", "localhost:8000", origin="http://localhost:8000"), None)
+    require_key(_caller("127.0.0.1", "localhost:8000", origin="http://localhost:8000"), None)
 
 
 @pytest.fixture(scope="module")

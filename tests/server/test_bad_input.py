@@ -139,11 +139,6 @@ def test_an_unknown_engine(server: Running, encode: Encode) -> None:
     assert "other, tiny" in problem["detail"]
 
 
-@pytest.mark.parametrize("value", ["0", "-5", "soon", "nan", ""])
-def test_a_timeout_that_is_no_positive_number(server: Running, encode: Encode, value: str) -> None:
-    _problem(server.predict(encode(0), headers={"X-Request-Timeout-Ms": value}), 422, "invalid-parameter")
-
-
 def _form(server: Running, body: bytes, content_type: str = "multipart/form-data; boundary=b"):
     return server.client.post("/predict", content=body, headers={"Content-Type": content_type})
 

@@ -18,7 +18,7 @@ import pytest
 from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
 
-from server.exchange import Exchange
+from server.admission import Admission, Call
 from server.settings import Settings
 
 Encode = Callable[..., bytes]
@@ -175,18 +175,6 @@ def test_head_and_body_of_an_answer_are_one_piece(wire: Wire, encode: Encode) ->
     assert json.loads(piece.partition(b"\r\n\r\n")[2])["results"]
 
 
-def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(server: Running, encode: Encode) -> None:
-    memory, telemetry = server.app.state.body_memory, server.app.state.telemetry
-    before = {key: count for key, count in telemetry.requests.items() if key.outcome == "cancelled"}
-    wire = Wire(server)
-    with wire.socket:
-        wire.send(_head(5000), b"\0" * 100)
-        wait_until(lambda: memory.held == 100)
-    wait_until(lambda: memory.held == 0 and telemetry.in_flight == 0)
-    after = {key: count for key, count in telemetry.requests.items() if key.outcome == "cancelled"}
-    assert sum(after.values()) == sum(before.values()) + 1
-
-
 def test_a_client_that_reads_late_is_waited_for_and_gets_every_answer(
     engine_dir: Path, encode: Encode
 ) -> None:
@@ -209,7 +197,7 @@ def test_a_client_that_reads_late_is_waited_for_and_gets_every_answer(
             requests = (_head(len(image), f"X-Request-Id: {n}") + image for n in range(count))
             sending = sender.submit(wire.send, b"".join(requests))
             wait_until(lambda: connection.flow.write_paused)
-            assert sum(server.app.state.telemetry.requests.values()) < count
+            assert sum(server.service.telemetry.requests.values()) < count
             answers = [wire.answer() for _ in range(count)]
             sending.result()
     assert [answer["request_id"] for _, _, answer in answers] == [str(n) for n in range(count)]
@@ -226,7 +214,7 @@ def test_an_open_exchange_ends_with_the_answer_when_the_server_drains(
         with wire.socket:
             wire.send(_head(len(image)) + image)
             gate.wait_for_arrivals(1)
-            server.app.state.lifecycle.draining = True
+            server.service.lifecycle.draining = True
             gate.open()
             status, headers, _ = wire.answer()
             assert (status, headers["connection"]) == (200, "close")
@@ -273,6 +261,36 @@ def test_the_short_way_and_the_long_one_answer_alike(
         wait_until(lambda: any(record.name == "trimrt.access" for record in caplog.records))
 
 
+_PIXELS = {"name": "pixels", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [7] * 3072}
+_BINARY = {"name": "logits", "parameters": {"binary_data": True}}
+_INFERENCES = {
+    "pixels": ("tiny", {}, {"inputs": [_PIXELS], "id": "42"}),
+    "a version, and a binary answer": ("tiny/versions/1", {}, {"inputs": [_PIXELS], "outputs": [_BINARY]}),
+    "an encoded name": ("%74iny", {}, {"inputs": [_PIXELS]}),
+    "no such version": ("tiny/versions/2", {}, {"inputs": [_PIXELS]}),
+    "no such model": ("none", {}, {"inputs": [_PIXELS]}),
+    "no name": ("", {}, {"inputs": [_PIXELS]}),
+    "a name beyond all names": ("a" * 201, {}, {"inputs": [_PIXELS]}),
+    "compressed": ("tiny", {"Content-Encoding": "gzip"}, {"inputs": [_PIXELS]}),
+    "no inputs": ("tiny", {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", _INFERENCES)
+def test_both_ways_answer_alike_in_the_open_inference_protocol(
+    server: Running, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    model, headers, body = _INFERENCES[name]
+
+    def ask() -> tuple[int, set[str], bytes]:
+        response = server.client.post(f"/v2/models/{model}/infer", json=body, headers=headers)
+        return response.status_code, set(response.headers), response.content
+
+    short = ask()
+    with caplog.at_level(logging.INFO, "trimrt.access"):
+        assert ask() == short
+
+
 def test_an_answered_request_is_garbage_for_no_collector(server: Running, encode: Encode) -> None:
     """Its body would be held in memory until one came by."""
     gc.collect()
@@ -280,6 +298,6 @@ def test_an_answered_request_is_garbage_for_no_collector(server: Running, encode
     try:
         for body in (encode(1), b"no image"):
             server.predict(body)
-        wait_until(lambda: not any(isinstance(it, Exchange) for it in gc.get_objects()), timeout=5)
+        wait_until(lambda: not any(isinstance(it, Admission | Call) for it in gc.get_objects()), timeout=5)
     finally:
         gc.enable()

@@ -1,11 +1,8 @@
-"""Overload, deadlines, departures and failures, on a real engine behind a gate that the test holds."""
+"""How batches form, on a real engine behind a gate that the test holds."""
 
 from __future__ import annotations
 
-import math
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -49,16 +46,11 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _pending(server: Running) -> int:
-    return server.app.state.registry.get(None).pending
+    return server.service.registry.get(None).pending
 
 
 def _backlog(server: Running) -> Backlog:
-    return server.app.state.registry.get(None)._backlog
-
-
-def _dropped(server: Running) -> dict[str, int]:
-    (engine,) = server.client.get("/stats").json()["engines"]
-    return engine["dropped"]
+    return server.service.registry.get(None)._backlog
 
 
 def _send(pool: ThreadPoolExecutor, server: Running, images: list[bytes]) -> list[Future[httpx.Response]]:
@@ -78,58 +70,6 @@ def test_batches_form_only_while_the_engine_is_busy(
     assert gate.batches == [1, 5]
 
 
-def test_a_full_queue_answers_429_with_the_measured_retry_after(
-    gated: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
-) -> None:
-    began = time.monotonic()
-    (first,) = _send(pool, gated, [encode(0)])
-    gate.wait_for_arrivals(1)
-    arrived = time.monotonic()
-    wait_until(lambda: time.monotonic() > arrived + 0.3)  # as a slow device
-    gate.allow()
-    assert first.result().status_code == 200
-    took = time.monotonic() - began
-    accepted = _send(pool, gated, [encode(n) for n in range(QUEUE_LIMIT)])
-    wait_until(lambda: _pending(gated) == QUEUE_LIMIT)
-    refused = gated.predict(encode(0))
-    assert refused.status_code == 429
-    assert refused.json()["type"] == "urn:trimrt:problem:queue-full"
-    seconds = int(refused.headers["retry-after"])
-    assert math.ceil(QUEUE_LIMIT * 0.3) <= seconds <= math.ceil(QUEUE_LIMIT * took)
-    assert f"try again in {seconds} s" in refused.json()["detail"]
-    gate.open()
-    assert [future.result().status_code for future in accepted] == [200] * QUEUE_LIMIT
-    assert gated.predict(encode(0)).status_code == 200
-    assert (
-        'outcome="rejected",protocol="predict",reason="queue-full"} 1.0' in gated.client.get("/metrics").text
-    )
-
-
-def test_a_request_larger_than_the_free_room_is_not_half_admitted(gated: Running, encode: Encode) -> None:
-    files = [("file", (f"{n}.png", encode(n))) for n in range(QUEUE_LIMIT + 1)]
-    assert gated.client.post("/predict", files=files).status_code == 429
-    assert _pending(gated) == 0
-
-
-def test_bodies_together_may_not_hold_more_than_their_limit(
-    engine_dir: Path, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
-) -> None:
-    image = encode(1)
-    limit = int(2.5 * len(image))
-    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0, max_body_memory_bytes=limit)
-    with running(settings, load_gated(gate)) as server:
-        gate.close()
-        held = _send(pool, server, [image, image])
-        wait_until(lambda: _pending(server) == 2)
-        refused = server.predict(image)
-        assert refused.status_code == 429
-        assert "request bodies hold" in refused.json()["detail"]
-        gate.open()
-        assert [future.result().status_code for future in held] == [200, 200]
-        assert server.predict(image).status_code == 200
-        assert server.app.state.body_memory.held == 0
-
-
 def test_a_large_request_is_split_over_batches_and_reassembled(
     gated: Running, gate: Gate, encode: Encode, reference: Callable[..., object]
 ) -> None:
@@ -141,78 +81,6 @@ def test_a_large_request_is_split_over_batches_and_reassembled(
     for image, result in zip(images, answers["results"], strict=True):
         assert result["predictions"][0]["index"] == int(reference(image).argmax())
         assert result["batch_size"] <= 8
-
-
-def test_a_deadline_that_passes_is_answered_504_and_never_computed(
-    gated: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
-) -> None:
-    blocker = _send(pool, gated, [encode(0)])
-    gate.wait_for_arrivals(1)
-    late = gated.predict(encode(1), headers={"X-Request-Timeout-Ms": "30"})
-    assert late.status_code == 504
-    assert late.json()["type"] == "urn:trimrt:problem:deadline-exceeded"
-    gate.open()
-    assert blocker[0].result().status_code == 200
-    assert gated.predict(encode(2)).status_code == 200
-    assert gate.batches == [1], "the expired image was computed"
-    assert _dropped(gated) == {"expired": 1}
-    assert _pending(gated) == 0
-
-
-def test_the_servers_maximum_bounds_what_a_client_may_ask(
-    engine_dir: Path, gate: Gate, encode: Encode
-) -> None:
-    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0, timeout_ms=50)
-    with running(settings, load_gated(gate)) as server:
-        gate.close()
-        assert server.predict(encode(0), headers={"X-Request-Timeout-Ms": "60000"}).status_code == 504
-        gate.open()
-
-
-def test_an_abandoned_request_leaves_the_queue_and_is_never_computed(
-    gated: Running, gate: Gate, pool: ThreadPoolExecutor, encode: Encode
-) -> None:
-    blocker = _send(pool, gated, [encode(0)])
-    gate.wait_for_arrivals(1)
-    image = encode(1)
-    address = httpx.URL(gated.url)
-    with socket.create_connection((address.host, address.port)) as connection:
-        head = f"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
-        connection.sendall(head.encode() + image)
-        wait_until(lambda: _pending(gated) == 2)
-    wait_until(lambda: _pending(gated) == 1)
-    gate.open()
-    assert blocker[0].result().status_code == 200
-    assert gated.predict(encode(2)).status_code == 200
-    assert gate.batches == [1]
-    assert _dropped(gated) == {"cancelled": 1}
-    metrics = gated.client.get("/metrics").text
-    assert (
-        'trimrt_requests_total{outcome="cancelled",protocol="predict",reason="disconnected"} 1.0' in metrics
-    )
-
-
-def test_a_failing_batch_answers_500_and_the_engine_goes_on(
-    gated: Running, gate: Gate, encode: Encode, caplog: pytest.LogCaptureFixture
-) -> None:
-    gate.fail_next = True
-    gate.allow(2)
-    failed = gated.predict(encode(0))
-    assert failed.status_code == 500
-    assert failed.json()["type"] == "urn:trimrt:problem:inference-failed"
-    assert "the device fell off" in failed.json()["detail"]
-    assert gated.predict(encode(0)).status_code == 200
-    assert _pending(gated) == 0
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(gated: Running) -> None:
-    address = httpx.URL(gated.url)
-    with socket.create_connection((address.host, address.port), timeout=10) as connection:
-        connection.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-            b"X-Request-Timeout-Ms: 50\r\nContent-Length: 100\r\n\r\nonly this"
-        )
-        assert b" 408 " in connection.recv(100)
 
 
 def test_health_answers_while_the_engine_is_busy(
@@ -281,7 +149,7 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
         futures = _send(pool, server, [encode(0)])
         assert decoding.wait(30)
         futures += _send(pool, server, [encode(n) for n in range(1, 6)])
-        wait_until(lambda: server.app.state.registry.get(None).pending == 6)
+        wait_until(lambda: server.service.registry.get(None).pending == 6)
         may_go_on.set()
         sizes = [future.result().json()["results"][0]["batch_size"] for future in futures]
     assert sizes[0] == 4

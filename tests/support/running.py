@@ -15,6 +15,7 @@ from server.app import create_app
 from server.draining import DrainingServer
 from server.registry import LoadEngine
 from server.serve import listen
+from server.service import Service, service_of
 from server.settings import Settings
 
 
@@ -36,6 +37,10 @@ class Running:
         self.server = server
         self._clients = clients
         self._of_thread = threading.local()
+
+    @property
+    def service(self) -> Service:
+        return service_of(self.app)
 
     @property
     def client(self) -> httpx.Client:

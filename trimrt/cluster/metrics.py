@@ -6,14 +6,11 @@ Ray exports them from every node, with `ray_` before the name and with the label
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Final
 
 from ray.serve.metrics import Counter, Histogram
 
-from runtime.manifest import Manifest
-from server.jobs import Result
-from server.telemetry import EngineKey
+from server.telemetry import Ended, EngineKey
 
 _SECONDS: Final = [1e-4 * 2**power for power in range(17)]  # 0.1 ms to 6.6 s
 _SIZES: Final = [1 << power for power in range(9)]
@@ -42,23 +39,13 @@ class ReplicaMetrics:
             tag_keys=engine,
         )
 
-    def record(
-        self,
-        protocol: str,
-        headers: Mapping[str, str],
-        started: float,
-        *,
-        outcome: str,
-        problem: str,
-        manifest: Manifest | None,
-        results: Sequence[Result],
-    ) -> None:
+    def record(self, request: Ended) -> None:
         """See `RequestObserver`."""
-        self._requests.inc(tags={"protocol": protocol, "outcome": outcome, "reason": problem})
-        if manifest is None:
+        self._requests.inc(tags=request.key._asdict())
+        if request.manifest is None:
             return
-        engine = EngineKey.of(manifest)._asdict()
-        for result in results:
+        engine = EngineKey.of(request.manifest)._asdict()
+        for result in request.results:
             for stage in ("decode", "queue", "inference", "total"):
                 self._stages.observe(getattr(result, stage), {**engine, "stage": stage})
             for stage, seconds in result.device.items():

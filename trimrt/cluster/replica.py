@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope
 from server import logs
 from server.app import create_app
 from server.problems import Problem
+from server.service import service_of
 from trimrt.cluster.arguments import on_share
 from trimrt.cluster.metrics import ReplicaMetrics
 
@@ -37,7 +38,7 @@ class Replica:
         self._app = create_app(configured, on_failure=failures.append, observers=[ReplicaMetrics()])
         self._running = AsyncExitStack()
         await self._running.enter_async_context(self._app.router.lifespan_context(self._app))
-        await self._app.state.loading
+        await service_of(self._app).loading
         if failures:
             await self._running.aclose()
             raise failures[0]
@@ -63,7 +64,7 @@ class Replica:
         Raises:
             RuntimeError: it is so.
         """
-        requests = self._app.state.telemetry.requests
+        requests = service_of(self._app).telemetry.requests
         answered = sum(count for key, count in requests.items() if key.outcome == "ok")
         failed = sum(count for key, count in requests.items() if key.reason == "inference-failed")
         was_answered, was_failed = self._answered, self._failed

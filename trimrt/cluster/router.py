@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.bodies import BodyMemory, read_body
+from server.bodies import BodyMemory, body_too_large
 from server.problems import Problem
 
 # What of a request goes on to a replica; the rest belongs to the connection.
@@ -50,11 +50,29 @@ class Router:
     async def __call__(self, request: Request) -> Response:
         """Answer a request from one of Ray's HTTP proxies."""
         try:
-            with self._memory.share() as take:
-                body = await read_body(request, self._max_body_bytes, self._timeout_s, take)
-                return await self._ask({key: request.scope.get(key) for key in _PASSED_ON}, body)
+            body = bytearray()
+            try:
+                await self._read(request, body)
+                return await self._ask({key: request.scope.get(key) for key in _PASSED_ON}, bytes(body))
+            finally:
+                self._memory.release(len(body))
         except Problem as problem:
             return problem.response()
+
+    async def _read(self, request: Request, body: bytearray) -> None:
+        """Read the request's body into `body`, which is reserved in the memory."""
+        announced = request.headers.get("content-length", "")
+        size = int(announced) if announced.isdecimal() else 0
+        try:
+            with anyio.fail_after(self._timeout_s):
+                async for chunk in request.stream():
+                    if max(size, len(body) + len(chunk)) > self._max_body_bytes:
+                        raise body_too_large(self._max_body_bytes)
+                    self._memory.reserve(len(chunk))
+                    body += chunk
+        except TimeoutError:
+            detail = f"the body had not arrived after {self._timeout_s:g} s"
+            raise Problem("body-timeout", detail) from None
 
     async def _ask(self, scope: dict[str, Any], body: bytes) -> Response:
         deadline = time.monotonic() + self._timeout_s

@@ -115,7 +115,7 @@ def test_an_open_loop_does_not_hide_a_stall(
     command = [TRIMRT, "loadtest", "--url", server.url, "--images", str(images), "--scenario", "server"]
     options = ["--load", "50", "--warmup", "0", "--duration", "2", "--json", str(result)]
     process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
-    registry = server.app.state.telemetry
+    registry = server.service.telemetry
     while sum(registry.requests.values()) < 5:
         assert process.poll() is None
     gate.close()

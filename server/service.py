@@ -1,0 +1,47 @@
+"""The parts of one running application, in one typed object."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.applications import Starlette
+
+from server.bodies import BodyMemory
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.registry import Registry
+from server.settings import Settings
+from server.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What all requests to an application share.
+
+    Attributes:
+        loading: ends when the engines named in `settings` are loaded, or one of them failed.
+    """
+
+    settings: Settings
+    lifecycle: Lifecycle
+    body_memory: BodyMemory
+    telemetry: Telemetry
+    registry: Registry
+    metrics: Metrics
+    loading: asyncio.Task[None]
+
+
+def service_of(app: Starlette) -> Service:
+    """The parts of `app`; they exist from the start of its lifespan."""
+    service: Service = app.state.service
+    return service
+
+
+def _of_request(request: Request) -> Service:
+    return service_of(request.app)
+
+
+Served = Annotated[Service, Depends(_of_request)]

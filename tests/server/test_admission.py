@@ -1,0 +1,459 @@
+"""What every inference request meets: each test runs over every carrier that it is true for.
+
+Clients and servers are real; where a request must be under way, its engine waits behind a gate.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from carriers import CARRIERS, HTTP, Carrier, Grpc, Http, Sent, carrier
+from gated_engine import Gate, load_gated
+from pydantic import SecretStr
+from running import running, wait_until
+
+from server.settings import Settings
+from server.telemetry import Ended
+from server.v2.grpc import address_of
+
+Encode = Callable[..., bytes]
+Start = Callable[..., Carrier]
+
+QUEUE_LIMIT = 12
+KEY = "correct horse"
+ELSEWHERE = {"X_Forwarded_For": "198.51.100.1"}  # a local proxy's client
+
+over_http = pytest.mark.parametrize("kind", HTTP.values(), ids=HTTP)
+
+
+@pytest.fixture(params=CARRIERS.values(), ids=CARRIERS)
+def kind(request: pytest.FixtureRequest) -> type[Carrier]:
+    return request.param
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def start(
+    kind: type[Carrier], engine_dir: Path, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> Iterator[Start]:
+    """A server with those settings and a client of `kind`; in the end nothing of any request is left."""
+    caplog.set_level(logging.INFO, "trimrt.grpc")
+    with ExitStack() as stack:
+
+        def start(**settings: object) -> Carrier:
+            options = {"port": 0, "grpc_port": 0 if kind is Grpc else None, "queue_limit": QUEUE_LIMIT}
+            configured = Settings(engine="tiny", engine_dir=engine_dir, **{**options, **settings})
+            server = stack.enter_context(running(configured, load_gated(gate)))
+            ports = [int(log.grpc.rpartition(":")[2]) for log in caplog.records if hasattr(log, "grpc")]
+            it = stack.enter_context(carrier(kind, server, *ports or [0]))
+            stack.callback(wait_until, lambda: nothing_is_left(it))
+            stack.callback(gate.open)
+            gate.close()
+            return it
+
+        yield start
+
+
+def nothing_is_left(it: Carrier) -> bool:
+    service = it.server.service
+    pending = sum(scheduler.pending for scheduler in service.registry.loaded.values())
+    return service.telemetry.in_flight == service.body_memory.held == pending == 0
+
+
+def pending(it: Carrier) -> int:
+    return it.server.service.registry.get(None).pending
+
+
+def dropped(it: Carrier) -> dict[str, int]:
+    return it.server.service.registry.get(None).stats.dropped
+
+
+def only_these_are_computed(gate: Gate, *sent: Sent) -> None:
+    """Requests for one image each, of which the first is at the gate."""
+    for number, it in enumerate(sent, 1):
+        gate.wait_for_arrivals(number)
+        gate.allow(1)
+        assert it.answer().error == ""
+    assert gate.batches == [1] * len(sent), "others were computed too"
+
+
+def test_images_are_answered_and_counted(
+    start: Start, gate: Gate, encode: Encode, reference: Callable
+) -> None:
+    it = start()
+    gate.open()
+    images = [encode(0), encode(1)]
+    answer = it.ask(*images)
+    assert answer.error == ""
+    assert list(answer.best) == [reference(image).argmax() for image in images]
+    assert it.counted("ok", "") == 1
+
+
+def test_a_request_takes_the_way_that_it_is_named_for(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start()
+    sent = it.send(encode(0))
+    gate.wait_for_arrivals(1)
+    assert len(it.server.server.server_state.tasks) == (1 if it.asgi else 0)
+    gate.open()
+    assert sent.answer().error == ""
+
+
+# --- the drain ------------------------------------------------------------------------------------------
+
+
+def test_a_drain_refuses_new_requests_and_waits_for_those_under_way(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start()
+    image = encode(0)
+    sent = it.send(image)
+    gate.wait_for_arrivals(1)
+    it.server.server.handle_exit(signal.SIGTERM, None)
+    wait_until(lambda: it.server.service.lifecycle.refusing)
+    refusing_since = time.monotonic()
+    while time.monotonic() - refusing_since < 0.6:  # longer than a drain with nothing to wait for takes
+        refused = it.ask(image)
+        assert (refused.error, refused.detail) == (it.error("not-ready"), "the server is draining")
+        assert not it.server.server.should_exit
+    assert it.counted("rejected", "not-ready") > 0
+    gate.open()
+    assert sent.answer().error == ""
+    wait_until(lambda: it.server.server.should_exit)
+
+
+# --- the key --------------------------------------------------------------------------------------------
+
+
+def test_a_protected_server_asks_everyone_for_the_key_who_is_not_on_this_machine(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start(api_key=SecretStr(KEY), protect_predict=True)
+    image = encode(0)
+    for headers in ({}, {"X_API_Key": "wrong"}, {"Authorization": "Bearer wrong"}):
+        refused = it.ask(image, **ELSEWHERE, **headers)
+        assert refused.error == it.error("unauthorized")
+        assert refused.detail == "send the API key as `Authorization: Bearer <key>` or as `X-API-Key: <key>`"
+    assert it.counted("invalid", "unauthorized") == 3
+    assert gate.batches == []
+    gate.open()
+    for headers in (
+        {},
+        {**ELSEWHERE, "X_API_Key": KEY},
+        {**ELSEWHERE, "Authorization": f"Bearer {KEY}"},
+    ):
+        assert it.ask(image, **headers).error == ""
+
+
+def test_a_protected_server_without_a_key_serves_this_machine_alone(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start(protect_predict=True)
+    gate.open()
+    refused = it.ask(encode(0), **ELSEWHERE, X_API_Key=KEY)
+    assert refused.error == it.error("forbidden")
+    assert "only callers on loopback may do this" in refused.detail
+    assert it.ask(encode(0), Origin="https://evil.example").error == it.error("forbidden")
+    assert it.counted("invalid", "forbidden") == 2
+    assert it.ask(encode(0)).error == ""
+
+
+def test_an_unprotected_server_asks_nobody_for_the_key(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start(api_key=SecretStr(KEY))
+    gate.open()
+    assert it.ask(encode(0), **ELSEWHERE).error == ""
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:203.0.113.9:5000", "203.0.113.9"),
+        ("ipv6:%5B2001:db8::1%5D:5000", "2001:db8::1"),
+        ("ipv6:[::1]:5000", "::1"),
+        ("unix:", ""),
+    ],
+)
+def test_the_address_of_a_grpc_peer(peer: str, address: str) -> None:
+    assert address_of(peer) == address
+
+
+# --- the deadline ---------------------------------------------------------------------------------------
+
+
+def test_a_request_whose_deadline_passes_is_told_so_and_never_computed(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start()
+    image = encode(0)
+    blocker = it.send(image)
+    gate.wait_for_arrivals(1)
+    assert it.ask(image, timeout_ms=50).error == it.error("deadline-exceeded")
+    wait_until(lambda: it.counted("expired", "deadline-exceeded") == 1)
+    assert dropped(it) == {"expired": 1}
+    assert pending(it) == 1
+    only_these_are_computed(gate, blocker, it.send(image))
+
+
+def test_no_client_may_wait_longer_than_the_server_allows(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start(timeout_ms=50)
+    for timeout_ms in (None, 60_000):
+        late = it.ask(encode(0), timeout_ms=timeout_ms)
+        assert late.error == it.error("deadline-exceeded")
+        assert late.detail == "the deadline passed before the result was there"
+    assert it.counted("expired", "deadline-exceeded") == 2
+
+
+@over_http
+def test_a_body_that_does_not_come_in_time_is_expired_and_not_invalid(start: Start, kind: type[Http]) -> None:
+    it = start()
+    assert isinstance(it, Http)
+    sent, connection = it.open({"Content-Length": "100"}, timeout_ms=50)
+    connection.sendall(b"only this")
+    assert sent.answer().error == "body-timeout"
+    assert it.counted("expired", "body-timeout") == 1
+
+
+@over_http
+@pytest.mark.parametrize("value", ["0", "-5", "soon", "nan", ""])
+def test_a_timeout_that_is_no_positive_number_is_invalid(
+    start: Start, kind: type[Http], encode: Encode, value: str
+) -> None:
+    it = start()
+    assert it.ask(encode(0), X_Request_Timeout_Ms=value).error == "invalid-parameter"
+
+
+# --- a client that leaves -------------------------------------------------------------------------------
+
+
+def test_a_request_whose_client_leaves_is_never_computed(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start()
+    image = encode(0)
+    blocker = it.send(image)
+    gate.wait_for_arrivals(1)
+    leaving = it.send(image)
+    wait_until(lambda: pending(it) == 2)
+    leaving.leave()
+    wait_until(lambda: pending(it) == 1)
+    assert dropped(it) == {"cancelled": 1}
+    wait_until(lambda: it.counted("cancelled", "disconnected") == 1)
+    only_these_are_computed(gate, blocker, it.send(image))
+
+
+@over_http
+def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(start: Start, kind: type[Http]) -> None:
+    it = start()
+    assert isinstance(it, Http)
+    sent, connection = it.open({"Content-Length": "5000"})
+    connection.sendall(b"\0" * 100)
+    wait_until(lambda: it.server.service.body_memory.held == 100)
+    sent.leave()
+    wait_until(lambda: it.counted("cancelled", "disconnected") == 1)
+    assert it.server.service.body_memory.held == 0
+
+
+# --- the engine and the room in its queue ---------------------------------------------------------------
+
+
+def test_an_unknown_engine_is_said(start: Start, encode: Encode) -> None:
+    it = start()
+    refused = it.ask(encode(0), engine="nobody")
+    assert refused.error == it.error("engine-not-found")
+    assert refused.detail == "no engine 'nobody' is loaded; loaded: tiny"
+    assert it.counted("invalid", "engine-not-found") == 1
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4])
+def test_a_full_queue_says_when_to_try_again_by_the_measured_rate(
+    start: Start, gate: Gate, encode: Encode, seconds: float
+) -> None:
+    it = start()
+    image = encode(0)
+    began = time.monotonic()
+    sent = it.send(image)
+    gate.wait_for_arrivals(1)
+    arrived = time.monotonic()
+    wait_until(lambda: time.monotonic() - arrived > seconds)  # the time itself that is measured
+    gate.allow(1)
+    assert sent.answer().error == ""
+    least, most = seconds, time.monotonic() - began
+    accepted = [it.send(image) for _ in range(QUEUE_LIMIT)]
+    wait_until(lambda: pending(it) == QUEUE_LIMIT)
+    refused = it.ask(image)
+    assert refused.error == it.error("queue-full")
+    (said,) = re.findall(r"the limit is 12; try again in (\d+) s", refused.detail)
+    assert math.ceil(QUEUE_LIMIT * least) <= int(said) <= math.ceil(QUEUE_LIMIT * most)
+    if isinstance(it, Http):
+        assert refused.headers["retry-after"] == said
+    assert it.counted("rejected", "queue-full") == 1
+    gate.open()
+    assert [sent.answer().error for sent in accepted] == [""] * QUEUE_LIMIT
+
+
+@over_http
+def test_a_full_queue_refuses_before_the_body_has_come(
+    start: Start, gate: Gate, encode: Encode, kind: type[Http]
+) -> None:
+    it = start(queue_limit=1)
+    assert isinstance(it, Http)
+    first = it.send(encode(0))
+    gate.wait_for_arrivals(1)
+    refused, _ = it.open({"Content-Length": "1000"})
+    assert refused.answer().error == "queue-full"
+    gate.open()
+    assert first.answer().error == ""
+
+
+def test_a_request_larger_than_the_free_room_is_not_half_admitted(start: Start, encode: Encode) -> None:
+    it = start(queue_limit=2)
+    assert it.ask(*[encode(0)] * 3).error == it.error("queue-full")
+    assert pending(it) == 0
+
+
+# --- the body and its images ----------------------------------------------------------------------------
+
+
+def test_bodies_together_may_not_hold_more_than_their_limit(
+    start: Start, gate: Gate, encode: Encode, kind: type[Carrier]
+) -> None:
+    image = encode(0)
+    it = start(max_body_memory_bytes=int(2.5 * len(kind.body([image]))))
+    held = [it.send(image), it.send(image)]
+    wait_until(lambda: pending(it) == 2)
+    refused = it.ask(image)
+    assert refused.error == it.error("queue-full")
+    assert "request bodies hold" in refused.detail
+    assert it.counted("rejected", "queue-full") == 1
+    gate.open()
+    assert [sent.answer().error for sent in held] == ["", ""]
+    assert it.ask(image).error == ""
+
+
+def test_one_body_may_not_be_larger_than_its_limit(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start(max_body_bytes=1000)
+    gate.open()
+    assert it.ask(encode(0)).error == ""
+    assert it.ask(encode(0).ljust(1000, b"\0")).error == it.error("body-too-large")
+
+
+@over_http
+def test_a_body_announced_above_the_limit_is_refused_before_it_comes(start: Start, kind: type[Http]) -> None:
+    it = start(max_body_bytes=1000)
+    assert isinstance(it, Http)
+    sent, _ = it.open({"Content-Length": "1001"})
+    assert sent.answer().error == "body-too-large"
+    assert it.counted("invalid", "body-too-large") == 1
+
+
+@over_http
+def test_a_body_of_unannounced_size_is_stopped_at_the_limit(start: Start, kind: type[Http]) -> None:
+    it = start(max_body_bytes=1000)
+    assert isinstance(it, Http)
+    sent, connection = it.open({"Transfer-Encoding": "chunked"})
+    connection.sendall(b"258\r\n" + b"\0" * 600 + b"\r\n258\r\n" + b"\0" * 600 + b"\r\n")
+    assert sent.answer().error == "body-too-large"
+    assert it.counted("invalid", "body-too-large") == 1
+
+
+def test_a_body_that_cannot_be_parsed_is_malformed(start: Start) -> None:
+    it = start()
+    assert it.send_body(b"\xff\xff\xff\xff").answer().error == it.error("malformed-request")
+    assert it.counted("invalid", "malformed-request") == 1
+
+
+def test_more_images_than_the_limit_are_refused(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start(max_images=2)
+    gate.open()
+    refused = it.ask(*[encode(0)] * 3)
+    assert (refused.error, refused.detail) == (it.error("too-many-images"), "3 images; the limit is 2")
+    assert it.counted("invalid", "too-many-images") == 1
+    assert it.ask(*[encode(0)] * 2).error == ""
+
+
+def test_a_damaged_image_is_the_clients_fault(start: Start, gate: Gate) -> None:
+    it = start()
+    gate.open()
+    assert it.ask(b"no image").error == it.error("image-damaged")
+    assert it.counted("invalid", "image-damaged") == 1
+
+
+# --- the outcome ----------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_fails_is_the_servers_fault(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start()
+    gate.fail_next = True
+    gate.allow(1)
+    failed = it.ask(encode(0))
+    assert failed.error == it.error("inference-failed")
+    assert "the device fell off" in failed.detail
+    assert it.counted("failed", "inference-failed") == 1
+    gate.open()
+    assert it.ask(encode(0)).error == ""
+
+
+@over_http
+def test_server_timing_is_the_slowest_images(
+    start: Start, gate: Gate, encode: Encode, kind: type[Http]
+) -> None:
+    it = start()
+    began = time.monotonic()
+    sent = it.send(*[encode(0)] * 9)  # more than the largest batch
+    gate.wait_for_arrivals(1)
+    admitted = time.monotonic()
+    gate.allow(1)
+    gate.wait_for_arrivals(2)
+    wait_until(lambda: pending(it) < 9)
+    fastest = time.monotonic() - began
+    wait_until(lambda: time.monotonic() - admitted > 2 * fastest)
+    slowest = time.monotonic() - admitted
+    gate.open()
+    answer = sent.answer()
+    timing = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert float(timing["total"]) / 1000 >= slowest > fastest
+
+
+class _Recorder:
+    """A `RequestObserver` that fails after each record."""
+
+    def __init__(self) -> None:
+        self.ended: list[Ended] = []
+
+    def record(self, request: Ended) -> None:
+        self.ended.append(request)
+        raise RuntimeError("the exporter is gone")
+
+    def close(self) -> None:
+        pass
+
+
+def test_every_observer_is_told_how_each_request_ended_and_may_fail(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start()
+    gate.open()
+    recorder = _Recorder()
+    it.server.service.telemetry.observers = [recorder, recorder]
+    began = time.monotonic()
+    assert it.ask(encode(0), encode(1), traceparent="00-1-2-03").error == ""
+    assert it.ask(encode(0), engine="nobody").error == it.error("engine-not-found")
+    wait_until(lambda: len(recorder.ended) == 4)
+    answered, refused = recorder.ended[::2]
+    assert answered.key == (it.protocol, "ok", "")
+    assert answered.headers["traceparent"] == "00-1-2-03"
+    assert began < answered.began < answered.results[0].admitted
+    assert answered.manifest is not None
+    assert answered.manifest.name == "tiny"
+    assert len(answered.results) == 2
+    assert refused.key == (it.protocol, "invalid", "engine-not-found")
+    assert (refused.manifest, refused.results) == (None, ())
