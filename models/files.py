@@ -51,23 +51,25 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replace_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
+def replace_folder(folder: Path, *, cache: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; it replaces `folder` if the block succeeds.
 
     Args:
         folder: made with its parents.
-        wait: for another writer to end.
+        cache: it can be made again, maybe of many small files: it is not flushed to the disk, and a second
+            writer waits for the first.
 
     Raises:
-        BusyError: another process is writing `folder`, and `wait` is false.
+        BusyError: another process is writing `folder`, which is no cache.
     """
-    with _locked(folder, wait=wait):
+    with _locked(folder, wait=cache):
         partial = _beside(folder, "partial")
         _clean(folder)
         try:
             partial.mkdir()
             yield partial
-            _sync_tree(partial)
+            if not cache:
+                _sync_tree(partial)
             if not folder.exists():
                 partial.rename(folder)
             elif not _exchange(partial, folder):

@@ -101,8 +101,8 @@ def test_a_failed_writer_leaves_the_old_file(tmp_path: Path) -> None:
 def steps(action: str, path: Path) -> Iterator[int]:
     """Kill a writer of `path` before each line that it executes of `models.files`, one after the other."""
     write = write_folder if action == "folder" else write_file
+    write(path, "old")
     for number in range(1, 1000):
-        write(path, "old")
         if not killed_at_line(number, files.__file__, lambda: write(path, "new")):
             assert number > 20
             return
@@ -119,8 +119,8 @@ def test_a_folder_whose_writer_is_killed_at_any_step_is_the_old_or_the_new_one(
     for _ in steps("folder", folder):
         assert folder.exists() or not exchange
         found.append(read_folder(folder))
-        write_folder(folder, "next")
-        assert read_folder(folder) == "next"
+        write_folder(folder, "old")
+        assert read_folder(folder) == "old"
         assert names(tmp_path) == ["folder"]
 
     assert found == sorted(found, reverse=True)  # old until one moment, new from then on
@@ -133,8 +133,8 @@ def test_a_file_whose_writer_is_killed_at_any_step_is_the_old_or_the_new_one(tmp
     found = []
     for _ in steps("file", path):
         found.append(path.read_text())
-        write_file(path, "next")
-        assert path.read_text() == "next"
+        write_file(path, "old")
+        assert path.read_text() == "old"
         assert names(tmp_path) == ["file"]
 
     assert found == sorted(found, reverse=True)
@@ -198,12 +198,12 @@ def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     assert names(tmp_path) == ["number"]
 
 
-def test_writers_of_a_folder_take_turns_if_they_wait(tmp_path: Path) -> None:
+def test_writers_of_a_cache_take_turns(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     found = []
 
     def write() -> None:
-        with replace_folder(folder, wait=True) as new:
+        with replace_folder(folder, cache=True) as new:
             assert list(new.iterdir()) == []
             (new / "a").touch()
             found.append(sorted(path.name for path in tmp_path.iterdir()))
