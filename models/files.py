@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -106,6 +105,8 @@ def _beside(path: Path, role: str) -> Path:
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock of `path`, whose file is gone afterwards."""
+    import fcntl  # not on Windows, where packages can be served but not written
+
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _beside(path, "lock")
     while True:
@@ -134,7 +135,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _clean(folder: Path) -> None:
-    """Leave the folder alone, or the one that was to be replaced."""
+    """Remove what is beside `folder`; put it back if it was moved aside."""
     old = _beside(folder, "old")
     if old.exists() and not folder.exists():
         old.rename(folder)
