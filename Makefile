@@ -39,8 +39,8 @@ serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:80
 test: $(VENV)/.install-dev  ## Run the test suite and print its coverage.
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov
 
-test-load: $(VENV)/.install-dev  ## Run the long tests of the server: overload, abuse, thousands of requests.
-	@$(BIN)/python -m pytest -m slow tests/load
+test-load: $(VENV)/.install-dev  ## Run the long tests: overload, abuse, thousands of requests, killed writers.
+	@$(BIN)/python -m pytest -m slow tests/load tests/builder
 
 test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
 	@$(BIN)/python -m pytest tests/gpu -m gpu -v

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.errors import TrimRTError
+from models.files import restore
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Calibration, Precision, sha256_of
 
@@ -35,7 +37,7 @@ VERIFICATION_NAME: Final = "verification.npz"
 _FILE_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-class KitError(ValueError):
+class KitError(TrimRTError):
     """A build kit that cannot be used; the message says what is wrong and what to do."""
 
 
@@ -150,6 +152,7 @@ class Kit:
 
 def is_kit(folder: Path) -> bool:
     """Whether `folder` means to be a build kit."""
+    restore(folder)
     return (folder / KIT_NAME).is_file()
 
 
@@ -159,6 +162,7 @@ def open_kit(folder: Path) -> Kit:
     Raises:
         KitError: not a kit, or a file of it is missing or was changed.
     """
+    restore(folder)
     try:
         manifest = KitManifest.model_validate_json((folder / KIT_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -11,13 +11,15 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.errors import TrimRTError
+from models.files import restore
 from models.preprocessing import Preprocessing
 
 CARD_NAME: Final = "card.json"
 WEIGHTS_NAME: Final = "student.safetensors"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TrimRTError):
     """A checkpoint folder that cannot be used; the message says what is wrong and what to do."""
 
 
@@ -102,6 +104,7 @@ def read_card(folder: Path) -> Card:
     Raises:
         CheckpointError: no card there, or not a valid one.
     """
+    restore(folder)
     path = folder / CARD_NAME
     try:
         return Card.model_validate_json(path.read_text(encoding="utf-8"))

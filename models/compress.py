@@ -25,6 +25,7 @@ from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.datasets import DataSplit, ImageSet
 from models.distillation import TeacherViews, label_views, load_logits, save_logits
 from models.evaluation import count_macs, count_parameters, evaluate, live_parameters
+from models.files import restore
 from models.inputs import PHOTO_SIDE, choose_inputs
 from models.networks import (
     NetworkError,
@@ -260,6 +261,7 @@ class Compression:
 
     def _finished(self, folder: Path, stage: _Stage) -> Card | None:
         """The card of the checkpoint in `folder` if `stage` would make just that one."""
+        restore(folder)
         if not folder.exists():
             return None
         try:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from models.card import Dataset
+from models.errors import TrimRTError
 from models.files import replace_file, replace_folder
 from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
 
@@ -45,7 +46,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-class DatasetError(ValueError):
+class DatasetError(TrimRTError):
     """A data set that cannot be used; the message says what to do."""
 
 
@@ -346,7 +347,7 @@ def _write_digits(cache_dir: Path) -> Path:
         digits = load_digits()
         # Grey levels 0 to 16.
         images = np.round(digits.images * 255 / 16).astype(np.uint8)
-        with replace_folder(folder) as new:
+        with replace_folder(folder, cache=True) as new:
             _write_images(new, images, digits.target, [str(name) for name in digits.target_names])
     return folder
 
@@ -359,7 +360,7 @@ def _write_fashion_mnist(cache_dir: Path) -> Path:
                 f"fashion-mnist is not in {FASHION_MNIST_FOLDER}; "
                 "install it: sudo apt install dataset-fashion-mnist"
             )
-        with replace_folder(folder) as new:
+        with replace_folder(folder, cache=True) as new:
             for part, prefix in (("train", "train"), ("test", "t10k")):
                 images = _read_idx(FASHION_MNIST_FOLDER / f"{prefix}-images-idx3-ubyte.gz")
                 targets = _read_idx(FASHION_MNIST_FOLDER / f"{prefix}-labels-idx1-ubyte.gz")

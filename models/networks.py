@@ -11,6 +11,8 @@ import torch
 import torchvision
 from torch import nn
 
+from models.errors import TrimRTError
+
 Stem = Literal["standard", "small"]
 ChannelPlan = dict[str, dict[str, int]]
 
@@ -24,7 +26,7 @@ _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
 PRUNABLE: Final = "ResNet, MobileNet, EfficientNet, DenseNet and SqueezeNet students can be pruned"
 
 
-class NetworkError(ValueError):
+class NetworkError(TrimRTError):
     """A network that cannot be built; the message says what to do."""
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Final
+from typing import ClassVar, Final
 
 import cv2
 import numpy as np
@@ -21,6 +21,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.errors import TrimRTError
 
 Pixels = NDArray[np.uint8]
 
@@ -58,8 +60,10 @@ Image.MAX_IMAGE_PIXELS = None
 cv2.setNumThreads(1)
 
 
-class ImageError(ValueError):
+class ImageError(TrimRTError):
     """The bytes cannot be turned into pixels; the message says why and is safe to show a client."""
+
+    problem: ClassVar[str] = "image-damaged"
 
 
 class DamagedImageError(ImageError):
@@ -69,9 +73,13 @@ class DamagedImageError(ImageError):
 class UnsupportedImageError(ImageError):
     """An image, but of a format or kind that is not accepted."""
 
+    problem = "unsupported-media-type"
+
 
 class ImageTooLargeError(ImageError):
     """The image has more pixels than the limit allows."""
+
+    problem = "image-too-large"
 
 
 class Preprocessing(BaseModel):

@@ -15,6 +15,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from models.errors import TrimRTError
 from models.networks import PRUNABLE, classifier_head
 from models.preprocessing import Preprocessing
 from models.recipe import Pruning
@@ -23,7 +24,7 @@ _SEARCH_STEPS: Final = 10  # halvings: the ratio is then found to 0.001
 _MAX_RATIO: Final = 0.99
 
 
-class PruningError(ValueError):
+class PruningError(TrimRTError):
     """A network that cannot be pruned as asked; the message says what to do."""
 
 

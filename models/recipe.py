@@ -9,6 +9,8 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.errors import TrimRTError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -20,7 +22,7 @@ TrainingPrecision = Literal["fp32", "bf16"]
 DistillationLoss = Literal["kl", "dist", "labels"]
 
 
-class RecipeError(ValueError):
+class RecipeError(TrimRTError):
     """Settings that are not valid; the message names each of them."""
 
 

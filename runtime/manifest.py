@@ -14,6 +14,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.errors import TrimRTError
+from models.files import restore
 from models.preprocessing import Preprocessing
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -22,7 +24,7 @@ Backend = Literal["tensorrt", "tensorrt-rtx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
 
-class EngineError(RuntimeError):
+class EngineError(TrimRTError):
     """An engine package that cannot be used; the message names the reason and the remedy."""
 
 
@@ -180,6 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         EngineError: no package there, or not a valid one.
     """
+    restore(folder)
     path = folder / MANIFEST_NAME
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))

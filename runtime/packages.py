@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from models.files import restore_in
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 
 
@@ -11,6 +12,7 @@ def find_package_folders(directory: Path) -> list[Path]:
     """The folders in `directory` that hold an engine package."""
     if not directory.is_dir():
         return []
+    restore_in(directory)
     # A leading dot is a package that the builder has not finished.
     return [
         folder

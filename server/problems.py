@@ -12,7 +12,7 @@ from typing import Any, Final
 import orjson
 from starlette.responses import Response
 
-from models.preprocessing import DamagedImageError, ImageError, ImageTooLargeError, UnsupportedImageError
+from models.preprocessing import ImageError
 
 MEDIA_TYPE: Final = "application/problem+json"
 _TYPE_PREFIX: Final = "urn:trimrt:problem:"
@@ -84,16 +84,9 @@ def internal_error() -> Problem:
     return Problem("internal-error", "the server failed; its log says why")
 
 
-_IMAGE_PROBLEMS: Final[Mapping[type[ImageError], str]] = {
-    DamagedImageError: "image-damaged",
-    UnsupportedImageError: "unsupported-media-type",
-    ImageTooLargeError: "image-too-large",
-}
-
-
 def image_problem(error: ImageError, index: int) -> Problem:
     """The problem that image number `index` of a request is."""
-    return Problem(_IMAGE_PROBLEMS.get(type(error), "image-damaged"), str(error), extra={"image": index})
+    return Problem(error.problem, str(error), extra={"image": index})
 
 
 PROBLEM_SCHEMA: Final[dict[str, Any]] = {

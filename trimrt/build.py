@@ -24,7 +24,6 @@ from runtime.manifest import Backend, BatchSizes, Precision
 from trimrt.display import Display
 from trimrt.preparing import (
     HELP,
-    clear_errors,
     command_line,
     is_typed,
     one_or_more_of,
@@ -127,7 +126,7 @@ def build(
     gate = Gate(max_drop=max_drop / 100, min_agreement=min_agreement / 100)
     packages: list[Package] = []
     refused: list[str] = []
-    with clear_errors(), Display() as display:
+    with Display() as display:
         if target == "auto":
             target, reason = choose_backend()
             display.note(f"target: [bold]{target}[/] ({escape(reason)})")

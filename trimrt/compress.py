@@ -129,11 +129,6 @@ def _compress(
         folder = out or Path("runs") / (data.name if data.fold is None else f"{data.name}-fold{data.fold}")
         command = click.get_current_context().meta[_AS_TYPED]
         cards = Compression(data, recipe, folder, console, command, reuse, until).run()
-    except ValueError as error:
-        # All errors that this package raises for the user are ValueErrors with a message made for them.
-        if type(error).__module__.partition(".")[0] != "models":
-            raise
-        raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'files'}: {error.strerror or error}") from error
     except KeyboardInterrupt:

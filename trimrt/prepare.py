@@ -14,7 +14,6 @@ from runtime.manifest import Backend, Precision
 from trimrt.display import Display
 from trimrt.preparing import (
     HELP,
-    clear_errors,
     command_line,
     one_or_more_of,
     preparation_options,
@@ -68,7 +67,7 @@ def prepare(
 
     Carry the kit to the device and run `trimrt build KIT` there.
     """
-    with clear_errors(), Display() as display:
+    with Display() as display:
         if output.exists() and not is_kit(output):
             raise KitError(f"{output} exists and is not a build kit; choose another --output")
         rests = list(dict.fromkeys(INT8_REST[target] for target in targets))

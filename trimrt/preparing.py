@@ -15,17 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from builder.compile.publication import PublicationError
-from builder.compile.targets.base import CompileError
-from builder.kit import KitError
-from builder.prepare.export import ExportError
 from builder.prepare.import_onnx import NORMALISATIONS
 from builder.prepare.int8 import METHODS
 from builder.prepare.sensitivity import LayerCost
-from models.card import CheckpointError, read_card
-from models.datasets import DatasetError
+from models.card import read_card
 from models.recipe import Training
-from runtime.manifest import EngineError
 from trimrt.display import Display
 
 if TYPE_CHECKING:
@@ -113,23 +107,6 @@ def preparation_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """What a user can act on becomes a message; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except (
-        CheckpointError,
-        CompileError,
-        DatasetError,
-        EngineError,
-        ExportError,
-        KitError,
-        PublicationError,
-    ) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @contextmanager

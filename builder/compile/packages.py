@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from builder.compile.measurement import measure, measure_in_turns
-from builder.compile.publication import staging, write_manifest
+from builder.compile.publication import next_version, write_manifest
 from builder.compile.targets.base import INT8_REST, Artefact, Target
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError, compare
 from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph, GraphSource, KitError, Report, VerificationSet
+from models.files import clear_folder, replace_folder
 from runtime.engine import Engine
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
@@ -75,24 +76,27 @@ def build_package(
         CompileError: the compiler refused a graph.
         EngineError: the compiled engine does not load or run.
         KitError: the source has no graph of this precision.
-        PublicationError: the package cannot be put into `output`.
+        PublicationError: something else than an engine package is in the way.
+        BusyError: another process is building this package.
     """
     name = package_name(source, target, precision)
     rejected: list[str] = []
     tried: list[str] = []
-    with staging(output / name) as stage:
+    with replace_folder(output / name) as folder:
+        version = next_version(output / name)  # find out now, not after minutes of work
         for graph, path in source.graphs(precision, INT8_REST[target.backend]):
-            stage.clear()
-            artefact = target.compile(path, stage.folder, batch, report)
-            manifest = _describe(name, source, target, graph, artefact, stage.folder, tried, command)
+            clear_folder(folder)
+            artefact = target.compile(path, folder, batch, report)
+            manifest = _describe(name, source, target, graph, artefact, folder, tried, command)
+            manifest = manifest.model_copy(update={"version": version})
             unverified = target.missing_device()
             slower = None
             try:
                 if unverified is None:
                     report("verifying")
-                    write_manifest(stage.folder, manifest)
-                    evidence = _verify(stage.folder, source.verification, gate, graph.weights_bytes)
-                    slower = _no_faster(stage.folder, graph, source, target, batch, report)
+                    write_manifest(folder, manifest)
+                    evidence = _verify(folder, source.verification, gate, graph.weights_bytes)
+                    slower = _no_faster(folder, graph, source, target, batch, report)
                     if slower and graph.calibration and graph.calibration.higher_precision_layers:
                         raise GateError(f"it is accurate but {slower}")
                     manifest = manifest.model_copy(update={"evidence": evidence})
@@ -104,9 +108,9 @@ def build_package(
                 rejected.append(f"{_label(graph)}: {error}")
                 continue
             report("publishing")
-            manifest = stage.publish(manifest)
+            write_manifest(folder, manifest)
             return Package(output / name, manifest, tuple(rejected), unverified, slower)
-    raise GateError(f"{name} was not published. " + "; ".join(rejected))
+        raise GateError(f"{name} was not published. " + "; ".join(rejected))
 
 
 def _label(graph: Graph) -> str:

@@ -13,10 +13,11 @@ from typing import Final
 
 from builder.compile.measurement import measure_in_turns
 from builder.compile.packages import Package, build_package
-from builder.compile.publication import staging
+from builder.compile.publication import next_version, write_manifest
 from builder.compile.targets.base import CompileError, Target
 from builder.compile.verification import Gate, GateError
 from builder.kit import GraphSource, Report
+from models.files import replace_folder
 from runtime.loading import load_engine
 from runtime.manifest import Backend, BatchSizes, Candidate, Evidence, Precision
 
@@ -67,10 +68,13 @@ def build_best(
         packages = _timed_in_turns(packages)
         candidates += [_measured(package) for package in packages]
         best = min(packages, key=lambda package: _evidence(package).latency_ms)
-        with staging(output / best.manifest.name) as stage:
-            shutil.copytree(best.folder, stage.folder, dirs_exist_ok=True)
-            manifest = stage.publish(best.manifest.model_copy(update={"candidates": candidates}))
-    return replace(best, folder=output / best.manifest.name, manifest=manifest)
+        folder = output / best.manifest.name
+        with replace_folder(folder) as new:
+            shutil.copytree(best.folder, new, dirs_exist_ok=True)
+            found = {"version": next_version(folder), "candidates": candidates}
+            manifest = best.manifest.model_copy(update=found)
+            write_manifest(new, manifest)
+    return replace(best, folder=folder, manifest=manifest)
 
 
 def _timed_in_turns(packages: Sequence[Package]) -> list[Package]:

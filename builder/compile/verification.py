@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import VerificationSet
+from models.errors import TrimRTError
 from models.preprocessing import Pixels
 from runtime.engine import Engine
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from models.datasets import ImageSet
 
 
-class GateError(RuntimeError):
+class GateError(TrimRTError):
     """An engine that is too far from its reference to be published."""
 
 

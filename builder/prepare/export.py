@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT, LOGITS, PROBABILITIES
+from models.errors import TrimRTError
 from models.preprocessing import Pixels, Preprocessing
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ OPSET: Final = 20  # the newest that TensorRT 10.3 (JetPack 6) knows; FP16 quant
 TOLERANCE: Final = 1e-4  # of the largest logit: FP32 rounding through a hundred layers stays below it
 
 
-class ExportError(RuntimeError):
+class ExportError(TrimRTError):
     """A network that cannot be exported, or whose graph does not compute what it computes."""
 
 

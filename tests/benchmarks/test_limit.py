@@ -15,6 +15,7 @@ from benchmarks.limit import best_for_latency, best_for_throughput, loaded
 from benchmarks.load import cpu_milliseconds, merge
 from benchmarks.photos import photographs, store
 from benchmarks.unserved import unserved
+from models.preprocessing import DamagedImageError
 from runtime.engine import cores
 from runtime.tuning import Setting
 from trimrt.bench.tuning import throughput
@@ -55,9 +56,9 @@ def test_the_loop_works_in_rounds(package: Path, setting: Setting) -> None:
 def test_a_damaged_photograph_is_not_skipped(package: Path) -> None:
     damaged = photographs()[0][:1000]
 
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(DamagedImageError, match="damaged"):
         throughput(package, ONE, [damaged], seconds=0.1)
-    with loaded(package, ONE, [damaged]) as loop, pytest.raises(ValueError, match="damaged"):
+    with loaded(package, ONE, [damaged]) as loop, pytest.raises(DamagedImageError, match="damaged"):
         loop.run(seconds=0.1)
 
 

@@ -23,6 +23,7 @@ from models.evaluation import count_parameters, evaluate
 from models.inputs import choose_inputs
 from models.preprocessing import IMAGENET_MEAN
 from models.recipe import make_recipe
+from trimrt.cli import main
 from trimrt.compress import compress
 
 SHORT = [
@@ -39,7 +40,7 @@ Compress = Callable[..., Result]
 @pytest.fixture
 def run() -> Compress:
     def invoke(*arguments: str | Path, code: int = 0) -> Result:
-        result = CliRunner().invoke(compress, [str(argument) for argument in arguments])
+        result = CliRunner().invoke(main, ["compress", *map(str, arguments)])
         assert result.exit_code == code, result.output
         return result
 
@@ -50,7 +51,7 @@ def run() -> Compress:
 def finished(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a finished run, and what it printed."""
     out = tmp_path_factory.mktemp("run")
-    result = CliRunner().invoke(compress, [str(few_digits), "--out", str(out), *SHORT])
+    result = CliRunner().invoke(main, ["compress", str(few_digits), "--out", str(out), *SHORT])
     assert result.exit_code == 0, result.output
     return out, result.output
 

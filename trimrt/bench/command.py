@@ -17,7 +17,7 @@ from rich.table import Table
 from models.preprocessing import ImageError, load_pixels
 from runtime.engine import Engine, Options
 from runtime.loading import load_engine
-from runtime.manifest import EngineError, Precision, read_manifest
+from runtime.manifest import Precision, read_manifest
 from runtime.profiling import Layer, profile_layers
 from runtime.tuning import TUNING_NAME
 from trimrt.bench.timing import PERCENTILES, Timing, rounds, time_engines
@@ -116,14 +116,11 @@ def bench(
         _tune(engines, photos, Console())
         return
     options = Options(slots=slots, threads=threads)
-    try:
-        _check_sizes(engines, batches)
-        report = _time(engines, batches, seconds, warm_up, options)
-        if profile:
-            for folder, measured in zip(engines, report.engines, strict=True):
-                measured.layers = profile_layers(folder, batches[-1], runs=50)
-    except EngineError as error:
-        raise click.ClickException(str(error)) from error
+    _check_sizes(engines, batches)
+    report = _time(engines, batches, seconds, warm_up, options)
+    if profile:
+        for folder, measured in zip(engines, report.engines, strict=True):
+            measured.layers = profile_layers(folder, batches[-1], runs=50)
     if output is not None:
         write_output(output, report.model_dump_json(indent=2) + "\n")
     _print(report, Console())
@@ -138,14 +135,11 @@ def _tune(folders: tuple[Path, ...], photos: tuple[Path, ...], console: Console)
     for folder in folders:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(f"tuning {escape(folder.name)}", total=1.0)
-            try:
-                tuning = tune(
-                    folder,
-                    photographs,
-                    progress=lambda share, task=task: progress.update(task, completed=share),  # type: ignore[misc]
-                )
-            except EngineError as error:
-                raise click.ClickException(str(error)) from error
+            tuning = tune(
+                folder,
+                photographs,
+                progress=lambda share, task=task: progress.update(task, completed=share),  # type: ignore[misc]
+            )
         table = Table("slots", "threads", "pinned", "largest batch", "images/s", box=SIMPLE_HEAD)
         for trial in sorted(tuning.trials, key=lambda trial: -trial.throughput):
             setting = trial.setting
@@ -162,10 +156,7 @@ def _tune(folders: tuple[Path, ...], photos: tuple[Path, ...], console: Console)
 
 def _check_tunable(folder: Path, photographs: list[tuple[Path, bytes]]) -> None:
     """Find out now that something is wrong, not after minutes of work."""
-    try:
-        spec = read_manifest(folder).preprocessing
-    except EngineError as error:
-        raise click.ClickException(str(error)) from error
+    spec = read_manifest(folder).preprocessing
     if not os.access(folder, os.W_OK):
         raise click.ClickException(f"cannot write {folder / TUNING_NAME}; tune a copy of the package")
     for photo, data in photographs:

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 from pydantic import ValidationError
 
-from runtime.manifest import EngineError
 from trimrt.cluster import options
 from trimrt.output import OutputFile, write_output
 
@@ -95,8 +94,6 @@ def config(
     ]
     try:
         configuration = configure(pools, name=name, host=host, port=port, route_prefix=route_prefix)
-    except EngineError as error:
-        raise click.ClickException(str(error)) from None
     except ValidationError as error:
         raise click.UsageError("; ".join(item["msg"] for item in error.errors())) from None
     text = _HEADER + yaml.safe_dump(configuration, sort_keys=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from models.errors import TrimRTError
 from runtime.manifest import Manifest, Tensor
 from server.settings import Settings
 from trimrt.export_triton.textproto import Enum, Message, Value, entries
@@ -19,7 +20,7 @@ TIMEOUT_MS: Final[int] = Settings.model_fields["timeout_ms"].default
 _TYPES: Final = {"uint8": Enum("TYPE_UINT8"), "float32": Enum("TYPE_FP32")}
 
 
-class ExportError(RuntimeError):
+class TritonError(TrimRTError):
     """A package that cannot become a Triton model, or a place it cannot go; the message says what to do."""
 
 
@@ -45,22 +46,22 @@ def choose_backend(manifest: Manifest, options: Options) -> Backend:
     """Triton's backend for the engine.
 
     Raises:
-        ExportError: there is none, or the options ask for what it cannot do.
+        TritonError: there is none, or the options ask for what it cannot do.
     """
     if manifest.backend == "tensorrt-rtx":
-        raise ExportError(
+        raise TritonError(
             f"{manifest.name} is a TensorRT-RTX engine, and Triton has no backend for those: "
             "`trimrt build --target tensorrt` makes one that it can serve, `trimrt serve` serves this one"
         )
     if manifest.backend == "tensorrt":
         if options.backend is not None:
-            raise ExportError(
+            raise TritonError(
                 f"--backend {options.backend} is for OpenVINO packages; {manifest.name} is a TensorRT plan"
             )
         return "tensorrt"
     backend = options.backend or "openvino"
     if backend == "openvino" and options.max_queue_delay_us:
-        raise ExportError(
+        raise TritonError(
             "Triton's OpenVINO backend forms no batches to wait for; "
             "leave --max-queue-delay-us out, or take --backend onnxruntime"
         )
@@ -85,7 +86,7 @@ def model_config(manifest: Manifest, options: Options) -> Message:
     """The configuration, for `textproto.dump`.
 
     Raises:
-        ExportError: Triton has no backend for the engine, or the options ask for what it cannot do.
+        TritonError: Triton has no backend for the engine, or the options ask for what it cannot do.
     """
     backend = choose_backend(manifest, options)
     batching = forms_batches(manifest, backend)

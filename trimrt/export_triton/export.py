@@ -18,8 +18,8 @@ from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, check_artefac
 from trimrt.export_triton.config import (
     LABELS_NAME,
     Backend,
-    ExportError,
     Options,
+    TritonError,
     choose_backend,
     model_config,
     model_file,
@@ -43,7 +43,7 @@ def export_model(package: Path, repository: Path, options: Options | None = None
 
     Raises:
         EngineError: no engine package, or one whose files are not what its manifest says.
-        ExportError: Triton cannot serve it so, or something else is in the way.
+        TritonError: Triton cannot serve it so, or something else is in the way.
     """
     options = options or Options()
     manifest = read_manifest(package)
@@ -83,14 +83,14 @@ def _check_replaceable(folder: Path) -> None:
     except EngineError:
         earlier = None
     if folder.is_symlink() or earlier is None or earlier.name != folder.name:
-        raise ExportError(
+        raise TritonError(
             f"{folder} is in the way and is no earlier export of this engine; "
             "move it away, or export to another repository"
         )
     ours = {CONFIG_NAME, LABELS_NAME, README_NAME, MANIFEST_NAME, earlier.version}
     others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
     if others:
-        raise ExportError(
+        raise TritonError(
             f"{folder} also holds {', '.join(others)}, which no export wrote; "
             "move that away, or export to another repository"
         )
@@ -139,8 +139,6 @@ def export_triton(
     """
     try:
         folder = export_model(engine, repository, Options(backend, instances, max_queue_delay_us))
-    except (EngineError, ExportError) as error:
-        raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"cannot write to {repository}: {error.strerror or error}") from error
     click.echo(f"exported {folder}; its {README_NAME} says how to serve it and how to ask it")

@@ -81,7 +81,7 @@ def loadtest(
         trimrt loadtest --images photos --scenario server --load 50,100,200 --p99-ms 50 --max-errors 0
     """
     try:
-        from trimrt.loadtest.runs import LoadTestError, Plan, default_loads, run
+        from trimrt.loadtest.runs import Plan, default_loads, run
     except ImportError as error:
         raise click.ClickException(
             f"{error}; install the load generators: pip install 'trimrt[loadtest]'"
@@ -91,11 +91,8 @@ def loadtest(
 
     plan = Plan(scenario=scenario, loads=loads or default_loads(scenario), **options)
     thresholds = Thresholds(p99_ms=p99_ms, min_rps=min_rps, max_errors=max_errors)
-    try:
-        with _Display(plan.scenario == "server") as start_point:
-            report = run(plan, thresholds, start_point)
-    except LoadTestError as error:
-        raise click.ClickException(str(error)) from None
+    with _Display(plan.scenario == "server") as start_point:
+        report = run(plan, thresholds, start_point)
     if json_file is not None:
         write_output(json_file, report.model_dump_json(indent=2))
     if html_file is not None:

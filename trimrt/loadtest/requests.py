@@ -11,6 +11,8 @@ from typing import Final
 
 import orjson
 
+from models.errors import TrimRTError
+
 MEDIA_TYPES: Final = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -21,6 +23,10 @@ MEDIA_TYPES: Final = {
     ".tif": "image/tiff",
     ".tiff": "image/tiff",
 }
+
+
+class LoadTestError(TrimRTError):
+    """The test cannot be run; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,12 @@ def find_images(folder: Path, most: int = 1000) -> list[Path]:
     """The images under `folder`, or `folder` itself if it is one; at most so many of them.
 
     Raises:
-        ValueError: there are none.
+        LoadTestError: there are none.
     """
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
     images = [file for file in files if file.suffix.lower() in MEDIA_TYPES]
     if not images:
-        raise ValueError(f"no images in {folder} ({', '.join(MEDIA_TYPES)})")
+        raise LoadTestError(f"no images in {folder} ({', '.join(MEDIA_TYPES)})")
     return images[:most]
 
 

@@ -12,7 +12,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from trimrt.loadtest.generators import Recorder, closed_loop, open_loop
-from trimrt.loadtest.requests import Body, find_images, make_bodies, reason_of
+from trimrt.loadtest.requests import Body, LoadTestError, find_images, make_bodies, reason_of
 from trimrt.loadtest.results import Latencies, Point, Report, Scenario, Thresholds
 
 _MULTI_STREAM_IMAGES: Final = 8  # MLPerf Inference: samples in a query of the multi-stream scenario
@@ -20,10 +20,6 @@ _OFFLINE_IMAGES: Final = 16
 _OFFLINE_CONNECTIONS: Final = 4
 
 StartPoint = Callable[[float], Callable[[float, int], None]]
-
-
-class LoadTestError(RuntimeError):
-    """The test cannot be run; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +71,7 @@ def run(plan: Plan, thresholds: Thresholds, start_point: StartPoint) -> Report:
     Raises:
         LoadTestError: the server does not answer, refuses the first image, or there are no images.
     """
-    try:
-        images = find_images(plan.images)
-    except ValueError as error:
-        raise LoadTestError(str(error)) from None
+    images = find_images(plan.images)
     bodies = make_bodies(images, plan.images_per_request)
     url = f"{plan.url.rstrip('/')}/predict" + (f"?engine={plan.engine}" if plan.engine else "")
     headers = {"X-API-Key": plan.api_key} if plan.api_key else {}

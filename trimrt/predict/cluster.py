@@ -16,6 +16,7 @@ import ray.data
 from numpy.typing import NDArray
 from ray.exceptions import RayError
 
+from models.errors import TrimRTError
 from runtime.manifest import EngineError, Manifest
 from trimrt.cluster.options import Replicas
 from trimrt.predict.parts import SCHEMA, Plan
@@ -25,6 +26,10 @@ from trimrt.predict.sources import Source
 
 _PART: Final = "part"
 _CONNECT_SECONDS: Final = 10
+
+
+class ClusterError(TrimRTError):
+    """No Ray cluster can be joined; the message says what to do."""
 
 
 class PartScorer:
@@ -53,7 +58,7 @@ def connect(address: str) -> None:
     """Join the cluster at `address`; `auto` is the one that runs here, `local` a new one on this machine.
 
     Raises:
-        ConnectionError: there is none; the message says what to do.
+        ClusterError: there is none.
     """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # progress and errors are shown by the caller
     if ray.is_initialized():
@@ -64,8 +69,8 @@ def connect(address: str) -> None:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
         if address != "auto":
-            raise
-        raise ConnectionError(
+            raise ClusterError(str(error)) from error
+        raise ClusterError(
             "no Ray cluster runs on this machine; start one with `ray start --head`, or use --ray local"
         ) from error
 
@@ -76,7 +81,7 @@ def _check_listening(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise ConnectionError(f"no Ray cluster listens at {address!r}: {error}") from None
+        raise ClusterError(f"no Ray cluster listens at {address!r}: {error}") from None
 
 
 def score_on_cluster(

@@ -13,7 +13,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from models.files import restore
+from runtime.manifest import MANIFEST_NAME, Manifest, read_manifest
 from runtime.packages import find_package
 from trimrt.cluster import options
 from trimrt.output import OutputFile
@@ -140,34 +141,32 @@ def predict(
         if error.name is None or error.name.partition(".")[0] != "pyarrow":
             raise
         raise click.ClickException("this needs pyarrow: pip install 'trimrt[batch]'") from None
-    try:
-        folder = (
-            Path(engine) if (Path(engine) / MANIFEST_NAME).is_file() else find_package(engine_dir, engine)
-        )
-        manifest = read_manifest(folder)
-        batch_size = _checked_sizes(manifest, batch_size, top_k)
-        source = sources.open_source(inputs, column, id_column)
-        plan = parts.Plan(
-            engine=manifest.name,
-            engine_version=manifest.version,
-            engine_sha256=manifest.provenance.artefact_sha256,
-            images=len(source),
-            images_sha256=source.digest(),
-            top_k=top_k,
-            batch_size=batch_size,
-            part_size=-(-part_size // batch_size) * batch_size,
-        )
-        kept = parts.Parts(output, plan, restart=restart)
-        cluster = None
-        if address is not None:
-            cluster = _Cluster(address, actors, cpus, 0 if manifest.backend == "openvino" else gpus)
-            threads, decode_threads = threads or max(1, int(cpus)), decode_threads or max(1, int(cpus))
-        workload = scoring.Workload(
-            folder.resolve(), top_k, batch_size, decode_threads or os.cpu_count() or 1, slots, threads
-        )
-        _run(workload, manifest, source, plan, kept, cluster)
-    except (EngineError, sources.SourceError, parts.PartsError) as error:
-        raise click.ClickException(str(error)) from None
+    folder = Path(engine)
+    restore(folder)
+    if not (folder / MANIFEST_NAME).is_file():
+        folder = find_package(engine_dir, engine)
+    manifest = read_manifest(folder)
+    batch_size = _checked_sizes(manifest, batch_size, top_k)
+    source = sources.open_source(inputs, column, id_column)
+    plan = parts.Plan(
+        engine=manifest.name,
+        engine_version=manifest.version,
+        engine_sha256=manifest.provenance.artefact_sha256,
+        images=len(source),
+        images_sha256=source.digest(),
+        top_k=top_k,
+        batch_size=batch_size,
+        part_size=-(-part_size // batch_size) * batch_size,
+    )
+    kept = parts.Parts(output, plan, restart=restart)
+    cluster = None
+    if address is not None:
+        cluster = _Cluster(address, actors, cpus, 0 if manifest.backend == "openvino" else gpus)
+        threads, decode_threads = threads or max(1, int(cpus)), decode_threads or max(1, int(cpus))
+    workload = scoring.Workload(
+        folder.resolve(), top_k, batch_size, decode_threads or os.cpu_count() or 1, slots, threads
+    )
+    _run(workload, manifest, source, plan, kept, cluster)
     click.echo(f"wrote {output}")
 
 
@@ -246,10 +245,7 @@ def _score(
         return
     with options.needs_ray():
         from trimrt.predict.cluster import connect, score_on_cluster
-    try:
-        connect(cluster.address)
-    except ConnectionError as error:
-        raise click.ClickException(str(error)) from None
+    connect(cluster.address)
     for part, table in score_on_cluster(
         *(workload, manifest, source, plan, missing),
         actors=cluster.actors,

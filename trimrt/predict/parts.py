@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from models.errors import TrimRTError
 from models.files import replace_file
 from runtime.manifest import Manifest
 from trimrt.predict.scoring import Rows
@@ -43,7 +44,7 @@ _PLAN_KEY: Final = b"trimrt_plan"
 _FIRST: Final = 5  # failures that are shown
 
 
-class PartsError(RuntimeError):
+class PartsError(TrimRTError):
     """The output cannot be written or gone on with; the message says what to do."""
 
 
@@ -174,14 +175,11 @@ class Parts:
         Returns:
             The images without a result.
         """
-        whole = self.folder / "whole"
         failures = Failures()
         tables = (failures.note(pq.read_table(self._path(part))) for part in range(self._plan.parts))
-        if self._output.suffix.lower() == ".csv":
-            _write_csv(whole, tables)
-        else:
-            _write_parquet(whole, tables)
-        whole.replace(self._output)
+        write = _write_csv if self._output.suffix.lower() == ".csv" else _write_parquet
+        with replace_file(self._output) as whole:
+            write(whole, tables)
         shutil.rmtree(self.folder)
         return failures
 

@@ -13,13 +13,15 @@ from typing import Final, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.errors import TrimRTError
+
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 PARQUET_SUFFIXES: Final = frozenset({".parquet", ".pq"})
 
 _ROWS_AT_ONCE: Final = 64  # of a Parquet file; they hold encoded images
 
 
-class SourceError(ValueError):
+class SourceError(TrimRTError):
     """There is nothing to score; the message says what to do."""
 
 

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from runtime.manifest import EngineError
 from trimrt.output import OutputFile, write_output
-from trimrt.report.discovery import ReportError, discover
+from trimrt.report.discovery import discover
 
 if TYPE_CHECKING:
     from trimrt.report import measuring
@@ -85,36 +84,27 @@ def report(
         trimrt report runs/digits-fold0 engines --out digits.html
     """
     console = Console(stderr=True)
-    with _clear_errors():
-        found = discover(paths)
-        try:
-            from trimrt.report.measuring import measure
-            from trimrt.report.page import render
-        except ImportError as error:
-            raise click.ClickException(f"this needs `pip install 'trimrt[report]'` ({error})") from error
-        with _progress(console) as progress:
-            measured = measure(
-                found,
-                data=data,
-                seconds=seconds,
-                sensitivity=sensitivity,
-                command=context.meta[__name__],
-                progress=progress,
-            )
-            progress("drawing")
-            page = render(measured)
-        write_output(out, page)
-        if json_file is not None:
-            write_output(json_file, measured.model_dump_json(indent=2) + "\n")
-    _tell(console, measured, out, len(page.encode()))
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
+    found = discover(paths)
     try:
-        yield
-    except (EngineError, ReportError) as error:
-        raise click.ClickException(str(error)) from error
+        from trimrt.report.measuring import measure
+        from trimrt.report.page import render
+    except ImportError as error:
+        raise click.ClickException(f"this needs `pip install 'trimrt[report]'` ({error})") from error
+    with _progress(console) as progress:
+        measured = measure(
+            found,
+            data=data,
+            seconds=seconds,
+            sensitivity=sensitivity,
+            command=context.meta[__name__],
+            progress=progress,
+        )
+        progress("drawing")
+        page = render(measured)
+    write_output(out, page)
+    if json_file is not None:
+        write_output(json_file, measured.model_dump_json(indent=2) + "\n")
+    _tell(console, measured, out, len(page.encode()))
 
 
 @contextmanager

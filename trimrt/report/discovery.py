@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Final, get_args
 
 from models.card import CARD_NAME, Card, CheckpointError, read_card
+from models.errors import TrimRTError
+from models.files import restore, restore_in
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, Precision, read_manifest
 from trimrt.report.results import LeftOut
 
@@ -16,7 +18,7 @@ _ROLES: Final = ("teacher", "student", "pruned")
 _PRECISIONS: Final = get_args(Precision)
 
 
-class ReportError(ValueError):
+class ReportError(TrimRTError):
     """No report can be made; the message says why and what to do."""
 
 
@@ -59,6 +61,7 @@ def discover(paths: Sequence[Path]) -> Found:
     """
     found, seen = Found(), set[Path]()
     for path in paths:
+        restore(path)
         if not path.is_dir():
             raise ReportError(
                 f"{path} is not a folder; name checkpoints, engine packages, or folders of them"
@@ -86,11 +89,14 @@ def discover(paths: Sequence[Path]) -> Found:
 
 def _candidates(path: Path) -> Iterator[Path]:
     """Folders with a card or a manifest, in alphabetical order; nothing is looked for inside of them."""
+    restore_in(path)
     for name, folders, files in os.walk(path):
         if CARD_NAME in files or MANIFEST_NAME in files:
             folders.clear()
             yield Path(name)
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        for folder in folders:
+            restore_in(Path(name, folder))
 
 
 def _add(folder: Path, found: Found) -> None:

@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.prepare.export import ExportError
-from models.card import CheckpointError
-from models.datasets import DatasetError
-from runtime.manifest import EngineError
+from models.errors import TrimRTError
 from trimrt.report.data import Choice
-from trimrt.report.discovery import Checkpoint, EnginePackage, ReportError
+from trimrt.report.discovery import Checkpoint, EnginePackage
 from trimrt.report.results import Measured
 from trimrt.report.subjects import Subject
 
 Item = Checkpoint | EnginePackage
 GroupKey = tuple[str, int | None, tuple[str, ...]]
-
-FAULTS: Final = (CheckpointError, DatasetError, EngineError, ExportError, ReportError)
 
 
 def group_key(item: Item, choice: Choice) -> GroupKey:
@@ -84,5 +79,5 @@ class Entry:
         """What goes wrong inside is why that could not be measured, and nothing else's concern."""
         try:
             yield
-        except FAULTS as error:
+        except TrimRTError as error:
             self.missing |= dict.fromkeys(what, " ".join(str(error).split()))

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from builder.kit import Report, Rest
+from models.errors import TrimRTError
 from runtime.manifest import Backend, BatchSizes, Compatibility
 
 
-class CompileError(RuntimeError):
+class CompileError(TrimRTError):
     """A graph that could not be compiled; the message says why and what to do."""
 
 

@@ -1,169 +1,105 @@
-"""A package appears whole or not at all, whatever happens to the process that makes it."""
+"""A package is published whole, as the next version of the one it replaces, or not at all."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
-import builder.compile.publication
-from builder.compile.publication import PublicationError, staging
-from runtime.manifest import EngineError, Manifest, Precision, check_artefact, read_manifest, sha256_of
+from builder.compile.publication import PublicationError, next_version
+from builder.kit import Kit
+from models.files import replace_folder
+from runtime.manifest import Precision, check_artefact, read_manifest
 
-
-@pytest.fixture
-def manifest(packages: dict[Precision, Path]) -> Manifest:
-    return read_manifest(packages["int8"])
-
-
-def publish(destination: Path, manifest: Manifest, content: bytes) -> Manifest:
-    """A package whose artefact is `content`, published at `destination`."""
-    with staging(destination) as stage:
-        artefact = stage.folder / manifest.provenance.artefact
-        artefact.write_bytes(content)
-        provenance = manifest.provenance.model_copy(update={"artefact_sha256": sha256_of(artefact)})
-        return stage.publish(manifest.model_copy(update={"provenance": provenance}))
+NAME = "tiny-digits-fp32-openvino"
 
 
-def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and path.is_dir())
+def arguments(kit: Kit, output: Path) -> list[str]:
+    return ["build", str(kit.path), "-p", "fp32", "--target", "openvino", "-o", str(output)]
 
 
-def test_published_package_is_valid_and_alone(tmp_path: Path, manifest: Manifest) -> None:
-    publish(tmp_path / "engine", manifest, b"blob")
+def test_a_package_counts_the_versions_of_the_one_it_replaces(
+    kit: Kit, tmp_path: Path, trimrt: Callable[..., Result]
+) -> None:
+    for version in ("1", "2"):
+        assert trimrt(*arguments(kit, tmp_path)).exit_code == 0
 
-    assert check_artefact(tmp_path / "engine", read_manifest(tmp_path / "engine")).read_bytes() == b"blob"
-    assert hidden(tmp_path) == []
-
-
-def test_each_replacement_is_a_new_version(tmp_path: Path, manifest: Manifest) -> None:
-    versions = [publish(tmp_path / "engine", manifest, content).version for content in (b"1", b"2", b"3")]
-
-    assert versions == ["1", "2", "3"]
-    assert read_manifest(tmp_path / "engine").version == "3"
-    assert hidden(tmp_path) == []
-
-
-def test_failure_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with staging(tmp_path / "engine") as stage:
-            (stage.folder / "engine.blob").write_bytes(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-
-    assert not (tmp_path / "engine").exists()
-    assert hidden(tmp_path) == []
+        manifest = read_manifest(tmp_path / NAME)
+        assert manifest.version == version
+        assert check_artefact(tmp_path / NAME, manifest).is_file()
+        assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 _KILLED = """
 import os, signal, sys
-from pathlib import Path
-import builder.compile.publication as publication
-from runtime.manifest import read_manifest
+from builder.compile import packages
+from trimrt.cli import main
 
-destination, template, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-
-def die(*arguments, **options):
+def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
-with publication.staging(destination) as stage:
-    (stage.folder / "engine.blob").write_bytes(b"half of a blo")
-    if moment == "compiling":
-        die()
-    (stage.folder / "engine.blob").write_bytes((template / "engine.blob").read_bytes())
-    if moment == "before the rename":
-        publication._sync = die
-    if moment == "after the rename":
-        publication.Staging.clean = die
-    if moment == "between two renames":
-        publication._exchange = lambda new, old: False
-        rename = Path.rename
-        Path.rename = lambda path, target: rename(path, target) if path == destination else die()
-    stage.publish(read_manifest(template))
+setattr(packages, sys.argv[1], die)
+main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("replacing", [False, True])
-@pytest.mark.parametrize(
-    "moment", ["compiling", "before the rename", "after the rename", "between two renames"]
-)
-def test_killed_build_shows_no_half_package_and_the_next_one_cleans_up(
-    tmp_path: Path, packages: dict[Precision, Path], manifest: Manifest, moment: str, replacing: bool
+@pytest.mark.parametrize("moment", ["compare", "measure", "write_manifest"])
+def test_a_killed_build_publishes_nothing_and_the_next_one_cleans_up(
+    kit: Kit, tmp_path: Path, moment: str, trimrt: Callable[..., Result]
 ) -> None:
-    destination = tmp_path / "engine"
-    if replacing:
-        publish(destination, manifest, b"old")
+    command = [sys.executable, "-c", _KILLED, moment, *arguments(kit, tmp_path)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
 
-    script = [sys.executable, "-c", _KILLED, str(destination), str(packages["int8"]), moment]
-    assert subprocess.run(script, check=False).returncode == -signal.SIGKILL
+    assert trimrt(*arguments(kit, tmp_path)).exit_code == 0
 
-    visible = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
-    for package in visible:
-        check_artefact(package, read_manifest(package))
-    if replacing and moment != "between two renames":  # which only file systems without exchange have
-        assert visible == [destination]
-    publish(destination, manifest, b"new")
-    assert (destination / "engine.blob").read_bytes() == b"new"
-    assert hidden(tmp_path) == []
-    if replacing:  # the old package was not lost at any moment, so its version counts on
-        assert read_manifest(destination).version == ("3" if moment == "after the rename" else "2")
+    assert read_manifest(tmp_path / NAME).version == "1"
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_reader_finds_a_package_at_every_moment_of_a_replacement(tmp_path: Path, manifest: Manifest) -> None:
-    destination = tmp_path / "engine"
-    publish(destination, manifest, b"0")
-    missing: list[EngineError] = []
-    done = threading.Event()
-
-    def read() -> None:
-        while not done.is_set():
-            try:
-                read_manifest(destination)
-            except EngineError as error:
-                missing.append(error)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for number in range(1, 30):
-        publish(destination, manifest, str(number).encode())
-    done.set()
-    reader.join()
-
-    assert missing == []
-    assert read_manifest(destination).version == "30"
-
-
-def test_replacement_works_where_folders_cannot_be_exchanged(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+def test_two_builds_of_one_package_do_not_mix(
+    kit: Kit, tmp_path: Path, trimrt: Callable[..., Result]
 ) -> None:
-    monkeypatch.setattr(builder.compile.publication, "_exchange", lambda new, old: False)
-    publish(tmp_path / "engine", manifest, b"old")
+    with replace_folder(tmp_path / NAME) as first:
+        (first / "engine.blob").write_bytes(b"first")
+        second = trimrt(*arguments(kit, tmp_path))
 
-    publish(tmp_path / "engine", manifest, b"new")
-
-    assert (tmp_path / "engine/engine.blob").read_bytes() == b"new"
-    assert hidden(tmp_path) == []
-
-
-def test_two_builds_of_one_package_do_not_mix(tmp_path: Path, manifest: Manifest) -> None:
-    with staging(tmp_path / "engine") as stage:
-        (stage.folder / "engine.blob").write_bytes(b"first")
-        with pytest.raises(PublicationError, match="another process is building"):
-            publish(tmp_path / "engine", manifest, b"second")
-        assert (stage.folder / "engine.blob").read_bytes() == b"first"
+    assert second.exit_code == 1
+    assert "another process is writing" in second.output
+    assert [path.name for path in (tmp_path / NAME).iterdir()] == ["engine.blob"]
 
 
-def test_what_is_no_engine_package_is_not_replaced(tmp_path: Path, manifest: Manifest) -> None:
+def test_what_is_no_engine_package_is_not_replaced(
+    kit: Kit, tmp_path: Path, trimrt: Callable[..., Result]
+) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "thesis.tex").write_text("years of work")
+
+    result = trimrt(*arguments(kit, tmp_path))
+
+    assert result.exit_code == 1
+    assert f"Move {tmp_path / NAME} out of the way" in " ".join(result.output.split())
+    assert (tmp_path / NAME / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_package_that_was_moved_aside_counts(tmp_path: Path, packages: dict[Precision, Path]) -> None:
+    """Its writer was killed where folders cannot be exchanged."""
+    manifest = read_manifest(packages["fp32"])
+    (tmp_path / ".engine.old").mkdir()
+    (tmp_path / ".engine.old/manifest.json").write_text(manifest.model_dump_json())
+
+    with replace_folder(tmp_path / "engine"):
+        assert next_version(tmp_path / "engine") == "2"
+
+
+def test_a_damaged_package_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
-    (tmp_path / "engine/thesis.tex").write_text("years of work")
+    (tmp_path / "engine/manifest.json").write_text("{}")
 
-    with pytest.raises(PublicationError, match=r"Move .* out of the way"):
-        publish(tmp_path / "engine", manifest, b"blob")
-
-    assert (tmp_path / "engine/thesis.tex").read_text() == "years of work"
+    with pytest.raises(PublicationError, match="is not a valid engine manifest"):
+        next_version(tmp_path / "engine")

@@ -11,8 +11,8 @@ from tiny_engine import write_package
 
 from runtime.engine import Options
 from runtime.loading import load_engine
-from trimrt.bench.command import bench
 from trimrt.bench.timing import time_engines
+from trimrt.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(bench, [*map(str, arguments), "--seconds", "0.1", "--warm-up", "0"])
+    result = CliRunner().invoke(main, ["bench", *map(str, arguments), "--seconds", "0.1", "--warm-up", "0"])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -75,14 +75,14 @@ def test_every_layer_that_ran_is_timed(packages: list[Path], tmp_path: Path) -> 
 def test_a_batch_size_that_cannot_be_is_refused(
     packages: list[Path], arguments: list[str], says: str
 ) -> None:
-    result = CliRunner().invoke(bench, [str(packages[0]), *arguments])
+    result = CliRunner().invoke(main, ["bench", str(packages[0]), *arguments])
 
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
 
 
 def test_what_is_no_engine_is_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(bench, [str(tmp_path)])
+    result = CliRunner().invoke(main, ["bench", str(tmp_path)])
 
     assert result.exit_code == 1
     assert "is not an engine package" in result.output
@@ -113,7 +113,7 @@ def test_a_report_that_cannot_be_written_is_told_before_anything_is_timed(
     file.touch()
     filled = [argument.format(file=file, folder=tmp_path) for argument in arguments]
 
-    result = CliRunner().invoke(bench, [str(packages[0]), "--seconds", "3600", *filled])
+    result = CliRunner().invoke(main, ["bench", str(packages[0]), "--seconds", "3600", *filled])
 
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())

@@ -14,8 +14,8 @@ from tiny_engine import write_package
 from runtime.engine import Options, cores
 from runtime.loading import load_engine
 from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, this_processor
-from trimrt.bench.command import bench
 from trimrt.bench.tuning import sample_photographs, tune
+from trimrt.cli import main
 
 UNUSUAL = Setting(slots=3, threads=3, batch=2)
 
@@ -92,7 +92,7 @@ def test_the_command_shows_every_trial(
     photo.write_bytes(sample_photographs()[0])
     monkeypatch.setattr("trimrt.bench.tuning.TRIAL_SECONDS", 0.05)
 
-    result = CliRunner().invoke(bench, ["--tune", "--photo", str(photo), str(package)])
+    result = CliRunner().invoke(main, ["bench", "--tune", "--photo", str(photo), str(package)])
 
     assert result.exit_code == 0, result.output
     trials = json.loads((package / TUNING_NAME).read_text())["trials"]
@@ -106,7 +106,7 @@ def test_a_photograph_that_is_none_is_refused(package: Path, tmp_path: Path) -> 
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"no image")
 
-    result = CliRunner().invoke(bench, ["--tune", "--photo", str(photo), str(package)])
+    result = CliRunner().invoke(main, ["bench", "--tune", "--photo", str(photo), str(package)])
 
     assert result.exit_code == 1
     assert "photo.jpg: not an image" in result.output.replace("\n", "")

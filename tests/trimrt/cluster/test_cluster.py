@@ -22,9 +22,8 @@ from ray_cluster import PATIENCE, PNG, Cluster, Load, configuration, processes
 from running import wait_until
 from tiny_engine import write_package
 
+from trimrt.cli import main
 from trimrt.cluster.arguments import Arguments, on_share
-from trimrt.cluster.command import config
-from trimrt.predict.command import predict
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's code warns, in this process too
 
@@ -36,7 +35,7 @@ Reference = Callable[..., np.ndarray]
 
 
 def refusal(*arguments: object) -> str:
-    result = CliRunner().invoke(config, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, ["cluster", "config", *map(str, arguments)])
     assert result.exit_code in (1, 2), result.output
     assert "Traceback" not in result.output
     return " ".join(result.output.split())
@@ -84,7 +83,9 @@ def test_a_gpu_engine_gets_its_share_of_a_gpu_and_is_asked_first(engine_dir: Pat
 
 
 def test_the_configuration_goes_into_a_file(engine_dir: Path, tmp_path: Path) -> None:
-    said = CliRunner().invoke(config, [str(engine_dir / "tiny-v1"), "--output", str(tmp_path / "a.yaml")])
+    said = CliRunner().invoke(
+        main, ["cluster", "config", str(engine_dir / "tiny-v1"), "--output", str(tmp_path / "a.yaml")]
+    )
     assert f"serve deploy {tmp_path / 'a.yaml'}" in said.output
     assert yaml.safe_load((tmp_path / "a.yaml").read_text()) == configuration(engine_dir / "tiny-v1")
 
@@ -225,7 +226,7 @@ def test_a_cluster_scores_as_one_machine_does(
     outputs = []
     for name, more in [("local.parquet", []), ("cluster.parquet", ["--ray", "local", "--cpus", "0.5"])]:
         arguments = ["photos", "--engine", str(engine_dir / "tiny-v1"), "--out", name]
-        result = CliRunner().invoke(predict, [*arguments, "--part-size", "8", *more])
+        result = CliRunner().invoke(main, ["predict", *arguments, "--part-size", "8", *more])
         assert result.exit_code == 0, result.output
         assert "1 could not be scored" in result.output
         outputs.append(pq.read_table(name))

@@ -23,7 +23,7 @@ from running import wait_until
 from tiny_engine import LABELS
 
 from runtime.manifest import MANIFEST_NAME, read_manifest
-from trimrt.predict.command import predict
+from trimrt.cli import main
 from trimrt.predict.parts import Parts
 
 Encode = Callable[..., bytes]
@@ -48,13 +48,13 @@ def photos(tmp_path: Path, encode: Encode) -> Path:
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(predict, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, ["predict", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def refusal(*arguments: object) -> str:
-    result = CliRunner().invoke(predict, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, ["predict", *map(str, arguments)])
     assert result.exit_code in (1, 2), result.output
     assert "Traceback" not in result.output
     return " ".join(result.output.split())
@@ -255,7 +255,7 @@ def begun(photos: Path, tiny: Path, tmp_path: Path, interrupt_after: Callable[[i
         4,
     ]
     interrupt_after(3)
-    result = CliRunner().invoke(predict, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, ["predict", *map(str, arguments)])
     interrupt_after(0)
     assert result.exit_code == 130
     assert f"interrupted: 12 of {IMAGES} images are scored" in result.output

@@ -179,7 +179,9 @@ def _add_profiles(
         )
     if batch >= 0:  # fixed in the graph: there is nothing to choose, and no profile
         if profiles != [BatchSizes(min=batch, opt=batch, max=batch)]:
-            raise CompileError(f"the graph's batch size is fixed at {batch}; ask for --batch {batch}")
+            raise CompileError(
+                f"the graph's batch size is fixed at {batch}; ask for --profile {batch}:{batch}:{batch}"
+            )
         return
     for sizes in profiles:
         profile = builder.create_optimization_profile()

@@ -146,4 +146,4 @@ def _refuse_dla(library: TensorRTLibrary, options: BuildOptions, name: str) -> N
             f"{name} has no DLA support; it came back with TensorRT 11.4.1 (JetPack 7.2.2, AGX Orin)"
         )
     if any(profile.min != profile.max for profile in options.profiles):
-        raise UnsupportedOptionError("a DLA needs a fixed batch size; give min = opt = max, e.g. --batch 8")
+        raise UnsupportedOptionError("a DLA needs a fixed batch size; compile for one, e.g. --profile 8:8:8")

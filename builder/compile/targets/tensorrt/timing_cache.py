@@ -6,10 +6,11 @@ makes builds fast, not repeatable.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from models.files import replace_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -36,11 +37,5 @@ def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCa
 
 def save_timing_cache(config: trt.IBuilderConfig, path: Path) -> None:
     """Store what a build has learned, over what was there; readers never see half a file."""
-    data = bytes(config.get_timing_cache().serialize())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(path) as new:
+        new.write_bytes(bytes(config.get_timing_cache().serialize()))

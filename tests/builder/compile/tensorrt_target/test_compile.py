@@ -196,7 +196,7 @@ def test_a_graph_of_fixed_batch_compiles_for_that_batch_only(rtx, graph, tmp_pat
     onnx.save(model, tmp_path / "fixed.onnx")
     four = BatchSizes(min=4, opt=4, max=4)
     assert compile_graph(rtx, tmp_path / "fixed.onnx", [four]).startswith(b"vtrt")
-    with pytest.raises(CompileError, match="fixed at 4; ask for --batch 4"):
+    with pytest.raises(CompileError, match="fixed at 4; ask for --profile 4:4:4"):
         compile_graph(rtx, tmp_path / "fixed.onnx", FIXED)
 
 

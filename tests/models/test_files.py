@@ -1,0 +1,259 @@
+"""Files and folders are replaced whole or not at all, whatever happens to the process that writes them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from killing import killed_at_line
+
+from models import files
+from models.files import BusyError, clear_folder, replace_file, replace_folder, restore, restore_in
+
+PARTS = ("a", "b/c")
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "no exchange"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system can exchange two folders."""
+    supported: bool = request.param
+    if not supported:
+        monkeypatch.setattr(files, "_exchange", lambda new, old: False)
+    return supported
+
+
+def write_folder(folder: Path, content: str) -> None:
+    with replace_folder(folder) as new:
+        (new / "b").mkdir()
+        for part in PARTS:
+            (new / part).write_text(content)
+
+
+def read_folder(folder: Path) -> str:
+    """Its content, the same in all parts."""
+    restore(folder)
+    (content,) = {(folder / part).read_text() for part in PARTS}
+    return content
+
+
+def write_file(path: Path, content: str) -> None:
+    with replace_file(path) as new:
+        new.write_text(content)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path: Path, exchange: bool) -> None:
+    folder = tmp_path / "parents" / "are made"
+
+    for content in ("first", "second"):
+        write_folder(folder, content)
+
+        assert read_folder(folder) == content
+        assert names(folder.parent) == ["are made"]
+        assert names(folder) == ["a", "b"]
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "parents" / "are made"
+
+    for content in ("first", "second"):
+        write_file(path, content)
+
+        assert path.read_text() == content
+        assert names(path.parent) == ["are made"]
+
+
+def test_a_failed_writer_leaves_the_old_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", "old")
+
+    def fail() -> None:
+        with replace_folder(tmp_path / "folder") as new:
+            (new / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+
+    assert read_folder(tmp_path / "folder") == "old"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_failed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "old")
+
+    def fail() -> None:
+        with replace_file(tmp_path / "file") as new:
+            new.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+
+    assert (tmp_path / "file").read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def steps(action: str, path: Path) -> Iterator[int]:
+    """Kill a writer of `path` before each line that it executes of `models.files`, one after the other."""
+    write = write_folder if action == "folder" else write_file
+    write(path, "old")
+    for number in range(1, 1000):
+        if not killed_at_line(number, files.__file__, lambda: write(path, "new")):
+            assert number > 20
+            return
+        yield number
+    raise AssertionError("the writer never ends")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_folder_whose_writer_is_killed_at_any_step_is_the_old_or_the_new_one(
+    tmp_path: Path, exchange: bool
+) -> None:
+    folder = tmp_path / "folder"
+    found = []
+    for _ in steps("folder", folder):
+        assert folder.exists() or not exchange
+        found.append(read_folder(folder))
+        write_folder(folder, "old")
+        assert read_folder(folder) == "old"
+        assert names(tmp_path) == ["folder"]
+
+    assert found == sorted(found, reverse=True)  # old until one moment, new from then on
+    assert set(found) == {"old", "new"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_file_whose_writer_is_killed_at_any_step_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    found = []
+    for _ in steps("file", path):
+        found.append(path.read_text())
+        write_file(path, "old")
+        assert path.read_text() == "old"
+        assert names(tmp_path) == ["file"]
+
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {"old", "new"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_reader_that_is_killed_while_it_restores_a_folder_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    for number in range(1, 100):
+        write_folder(folder, "old")
+        folder.rename(tmp_path / ".folder.old")
+        killed = killed_at_line(number, files.__file__, lambda: restore(folder))
+        assert read_folder(folder) == "old"
+        if not killed:
+            break
+
+    assert number > 10
+    assert names(tmp_path) == ["folder"]
+
+
+def test_folders_that_were_moved_aside_are_restored_with_their_parent(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_folder(tmp_path / name, name)
+        (tmp_path / name).rename(tmp_path / f".{name}.old")
+
+    restore_in(tmp_path)
+
+    assert names(tmp_path) == ["one", "two"]
+
+
+def test_a_second_writer_of_a_folder_is_told_of_the_first(tmp_path: Path) -> None:
+    with replace_folder(tmp_path / "folder") as new:
+        (new / "a").write_text("first")
+        with pytest.raises(BusyError, match="another process is writing"):
+            write_folder(tmp_path / "folder", "second")
+
+    assert (tmp_path / "folder" / "a").read_text() == "first"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
+    """Each sees what the one before it wrote, so no number is lost."""
+    path = tmp_path / "number"
+    write_file(path, "0")
+
+    def count() -> None:
+        for _ in range(20):
+            with replace_file(path) as new:
+                new.write_text(str(int(path.read_text()) + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert path.read_text() == "80"
+    assert names(tmp_path) == ["number"]
+
+
+def test_writers_of_a_cache_take_turns(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    found = []
+
+    def write() -> None:
+        with replace_folder(folder, cache=True) as new:
+            assert list(new.iterdir()) == []
+            (new / "a").touch()
+            found.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(found) == 8
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_reader_finds_a_folder_at_every_moment_of_a_replacement(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    write_folder(folder, "0")
+    done = threading.Event()
+    missing = []
+
+    def read() -> None:
+        while not done.is_set():
+            if not (folder / "a").exists():
+                missing.append(folder)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(30):
+        write_folder(folder, str(number))
+    done.set()
+    reader.join()
+
+    assert missing == []
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_points_to_is_kept(tmp_path: Path, exchange: bool) -> None:
+    write_folder(tmp_path / "target", "kept")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+
+    write_folder(tmp_path / "link", "new")
+
+    assert read_folder(tmp_path / "link") == "new"
+    assert not (tmp_path / "link").is_symlink()
+    assert read_folder(tmp_path / "target") == "kept"
+    assert names(tmp_path) == ["link", "target"]
+
+
+def test_a_folder_is_cleared(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", "content")
+
+    clear_folder(tmp_path / "folder")
+
+    assert names(tmp_path / "folder") == []
