@@ -8,12 +8,12 @@ from builder.compile.targets.base import Target
 from runtime.manifest import Backend, EngineError
 
 if TYPE_CHECKING:
-    from builder.compile.targets.tensorrt.options import BuildOptions
+    from builder.compile.targets.tensorrt.options import TensorRTOptions
     from builder.compile.targets.tensorrt.progress import BuildListener
 
 
 def open_target(
-    backend: Backend, options: BuildOptions | None = None, listener: BuildListener | None = None
+    backend: Backend, options: TensorRTOptions | None = None, listener: BuildListener | None = None
 ) -> Target:
     """The target for that backend.
 
@@ -33,10 +33,10 @@ def open_target(
                 f"openvino cannot be imported: {error}; `pip install openvino` installs it"
             ) from error
         return OpenVINOTarget()
-    from builder.compile.targets.tensorrt.options import BuildOptions
+    from builder.compile.targets.tensorrt.options import TensorRTOptions
     from builder.compile.targets.tensorrt.target import TensorRTTarget
 
-    return TensorRTTarget(backend, options or BuildOptions(), listener)
+    return TensorRTTarget(backend, options or TensorRTOptions(), listener)
 
 
 def choose_backend() -> tuple[Backend, str]:
