@@ -144,8 +144,10 @@ def train(
     steps = count // settings.batch_size + (count % settings.batch_size > 1)
     optimizer = _optimizer(network, settings)
     total_steps = max(settings.epochs * steps, 1)
+    # OneCycleLR divides by the warm-up's steps less one, so a warm-up of just one step fails.
+    warm_up = _WARM_UP_SHARE if _WARM_UP_SHARE * total_steps != 1 else 2 * _WARM_UP_SHARE
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=total_steps, pct_start=_WARM_UP_SHARE
+        optimizer, settings.learning_rate, total_steps=total_steps, pct_start=warm_up
     )
     stopping = _EarlyStopping(settings.patience)
     first_epoch = 0
