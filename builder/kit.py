@@ -171,10 +171,12 @@ def open_kit(folder: Path) -> Kit:
     expected[VERIFICATION_NAME] = manifest.verification_sha256
     for name, sha256 in expected.items():
         if not (folder / name).is_file():
-            raise KitError(f"{folder} has no {name}; copy the kit again, or make it anew: {manifest.command}")
+            raise KitError(
+                f"{folder} has no {name}; copy the kit again, or make it again: {manifest.command}"
+            )
         if sha256_of(folder / name) != sha256:
             raise KitError(
-                f"{folder / name} was damaged or changed; copy the kit again, or make it anew: "
+                f"{folder / name} was damaged or changed; copy the kit again, or make it again: "
                 f"{manifest.command}"
             )
     return Kit(folder, manifest, _read_verification(folder / VERIFICATION_NAME, manifest))

@@ -1,6 +1,6 @@
 """One fold of a study: its networks, their engines, and both measured on the part held out.
 
-Run by experiments.reproduce in a process of its own. Finished stages are kept; a rerun goes on.
+Run by experiments.reproduce in a process of its own. Finished stages are kept; a rerun continues.
 """
 
 from __future__ import annotations

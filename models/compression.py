@@ -1,7 +1,7 @@
 """The compression run: a teacher, a student that learns from it, and the student pruned.
 
-Each stage ends in a checkpoint folder. A rerun takes a finished stage as it is where everything that
-decided it is the same, and goes on with an interrupted one where it stopped.
+Each stage ends in a checkpoint folder. A rerun keeps a finished stage if everything that determined it is
+the same, and continues an interrupted one where it stopped.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def compress(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What decides a checkpoint: with the same of it, the weights come out the same."""
+    """Everything that determines a checkpoint: the same stage gives the same weights."""
 
     role: Role
     name: str
@@ -189,7 +189,7 @@ class Compression:
                     break
         return cards
 
-    # What all stages share, made when first needed.
+    # Shared by all stages; each is made when first needed.
 
     @cached_property
     def _progress(self) -> Progress:
@@ -244,7 +244,7 @@ class Compression:
 
     @cached_property
     def _views(self) -> TeacherViews:
-        """The training images' views with the teacher's opinion of them, made once for all later stages."""
+        """The training images' views with the teacher's logits, computed once for all later stages."""
         teacher, card = load_checkpoint(self.out / "teacher")
         count, seed = self.recipe.distillation.views, derive_seed(self.recipe.seed, "views")
         fingerprint = _fingerprint(

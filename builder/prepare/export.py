@@ -35,7 +35,7 @@ TOLERANCE: Final = 1e-4  # of the largest logit: FP32 rounding through a hundred
 
 
 class ExportError(RuntimeError):
-    """A network that cannot be exported, or whose graph does not compute what it computes."""
+    """A network that cannot be exported, or whose graph's output differs from PyTorch's."""
 
 
 def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Path) -> float:

@@ -31,7 +31,7 @@ from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Distillation, Training
 from models.training import Images, derive_seed, reproducible, train
 
-DISTILLATION: Final = Distillation(alpha=0.1)  # to be the network that it was matters more than the labels
+DISTILLATION: Final = Distillation(alpha=0.1)  # weight agreement with the original above the labels
 
 # Activations per tensor, their ranges calibrated and then fixed; weights per output channel, of the range
 # that they have at each step. A maximum of rounded values is the rounded maximum: it may be taken in INT8.

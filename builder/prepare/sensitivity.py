@@ -22,7 +22,7 @@ from models.preprocessing import Pixels
 if TYPE_CHECKING:
     import onnx
 
-LARGEST_SHARE: Final = 0.5  # of the layers in higher precision; beyond it INT8 is not worth its name
+LARGEST_SHARE: Final = 0.5  # of the layers in higher precision; above this the engine is hardly INT8
 
 
 @dataclass(frozen=True)

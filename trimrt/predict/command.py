@@ -130,7 +130,7 @@ def predict(
     """Label many images at once.
 
     INPUT is a folder, image files, or one Parquet file. An image that cannot be decoded gets a row that
-    says why. After an interruption the same command goes on where it stopped. Example:
+    says why. After an interruption the same command continues where it stopped. Example:
 
         trimrt predict photos --engine digits-resnet18-int8-openvino --out labels.parquet
     """
@@ -217,7 +217,7 @@ def _run(
             left = sum(len(plan.span(part)) for part in kept.missing())
             click.echo(
                 f"interrupted: {plan.images - left:,} of {plan.images:,} images are scored; "
-                "the same command, without --restart, goes on",
+                "the same command, without --restart, continues",
                 err=True,
             )
             raise SystemExit(_INTERRUPTED) from None
@@ -234,7 +234,7 @@ def _score(
     cluster: _Cluster | None,
     advance: Callable[[int], None],
 ) -> Generator[tuple[int, pa.Table], None, None]:
-    """The missing parts, here or on the cluster; `advance` is told of images as they are scored."""
+    """The missing parts, here or on the cluster; `advance` gets the number of images as they are scored."""
     if not missing:
         return
     if cluster is None:

@@ -133,12 +133,12 @@ class Parts:
         try:
             begun = Plan.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValidationError, UnicodeDecodeError):
-            raise PartsError(f"{path} is damaged; begin anew with --restart") from None
+            raise PartsError(f"{path} is damaged; start again with --restart") from None
         changed = [name for name in Plan.model_fields if getattr(begun, name) != getattr(self._plan, name)]
         if changed:
             raise PartsError(
                 f"{self.folder} holds parts of a run that was interrupted, and since then "
-                f"{_changes(changed)} changed. Begin anew with --restart, or name another --out"
+                f"{_changes(changed)} changed. Start again with --restart, or name another --out"
             )
 
     def missing(self) -> list[int]:

@@ -52,10 +52,10 @@ class Found:
 
 
 def discover(paths: Sequence[Path]) -> Found:
-    """Checkpoints and engine packages at `paths` and in folders below them; hidden folders are passed by.
+    """Checkpoints and engine packages at `paths` and in folders below them; hidden folders are skipped.
 
     Raises:
-        ReportError: a path is itself damaged or cannot be reported on, or there is nothing under any.
+        ReportError: a path is itself damaged or no kind that a report takes, or none has anything in it.
     """
     found, seen = Found(), set[Path]()
     for path in paths:

@@ -221,7 +221,7 @@ def _quantisation(entry: Entry, found: Found, sensitivity: bool, progress: Progr
     if isinstance(entry.item, Checkpoint) or entry.item.manifest.precision != "int8":
         reason = "only static INT8 engines have calibrated ranges"
         if isinstance(entry.item, EnginePackage) and entry.item.manifest.precision == "int8-dynamic":
-            reason = "dynamic INT8 finds its activation ranges anew for every image"
+            reason = "dynamic INT8 finds its activation ranges for every image"
         entry.missing |= {"ranges": reason, "sensitivity": reason}
         return
     package = entry.item

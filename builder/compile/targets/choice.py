@@ -1,4 +1,4 @@
-"""Which compiler: the one that is asked for, or the one that makes most of this machine."""
+"""Which compiler: the one that is asked for, or the fastest one that this machine has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_target(
     Args:
         backend: what to compile with.
         options: for TensorRT; OpenVINO has none.
-        listener: told of TensorRT's build phases.
+        listener: follows TensorRT's build phases.
 
     Raises:
         EngineError: its library is not installed here.
@@ -40,7 +40,7 @@ def open_target(
 
 
 def choose_backend() -> tuple[Backend, str]:
-    """The backend that makes most of this machine, and why."""
+    """The fastest backend that this machine has, and why."""
     from runtime.cuda import open_cuda
     from runtime.tensorrt.library import find_tensorrt
 

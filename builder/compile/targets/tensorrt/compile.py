@@ -62,7 +62,7 @@ def build_engine(
         onnx_path: a graph with one input whose only dynamic dimension, if any, is the first.
         options: what to build.
         resources: what the build may use.
-        listener: told of the build's phases.
+        listener: follows the build's phases.
 
     Returns:
         The plan.
