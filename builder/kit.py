@@ -41,7 +41,7 @@ class KitError(ValueError):
 
 @dataclass(frozen=True)
 class VerificationSet:
-    """Held-out images with what the FP32 network makes of them.
+    """Held-out images with the FP32 network's logits.
 
     Attributes:
         name: which images these are; never test images.
@@ -61,7 +61,7 @@ class _Strict(BaseModel):
 
 
 class Student(_Strict):
-    """The network that all graphs of a kit are of."""
+    """The network whose graphs a kit holds."""
 
     name: str
     labels: list[str] = Field(min_length=2)
@@ -120,7 +120,7 @@ class KitManifest(_Strict):
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit on disk, all of whose files are what `kit.json` says."""
+    """A kit on disk whose files match the hashes in `kit.json`."""
 
     path: Path
     manifest: KitManifest
@@ -149,7 +149,7 @@ class Kit:
 
 
 def is_kit(folder: Path) -> bool:
-    """Whether `folder` means to be a build kit."""
+    """Whether `folder` has a kit's manifest."""
     return (folder / KIT_NAME).is_file()
 
 

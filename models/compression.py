@@ -432,7 +432,7 @@ class Compression:
             if settings.weights == "random":
                 torch.manual_seed(derive_seed(self.recipe.seed, f"pruned weights {step}"))
                 draw_weights(network)
-            # A finished step's weights come back from its state file, so that the next prunes the same.
+            # A finished step restores its weights from its state file, so the next prunes the same.
             self._fit(network, stage, self._views, settings, part=f"-{step}")
         return network
 

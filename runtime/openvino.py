@@ -88,7 +88,7 @@ def _saturates(manifest: Manifest, here: Compatibility) -> bool:
 
 
 class OpenVINOEngine:
-    """The package's blob, of which each slot loads models of its own.
+    """The package's blob, from which each slot loads its own models.
 
     A model of one stream and one thread is run by the thread that asks for it, where any other would
     hand over to a thread of OpenVINO's and back: with one slot a core, nothing is handed over.

@@ -51,7 +51,7 @@ def this_processor() -> str:
 
 
 def with_tuning(folder: Path, options: Options) -> Options:
-    """`options`, with what they leave open taken from the package's tuning, if it was made on such a machine.
+    """`options`, completed from the package's tuning if it was made on the same kind of machine.
 
     A tuning that is damaged or from another machine is logged and ignored.
     """

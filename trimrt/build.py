@@ -83,7 +83,7 @@ def build(
     min_agreement: float,
     **values: Any,
 ) -> None:
-    """Compile a student into engine packages, and publish those that are as good as it is.
+    """Compile a student into engine packages, and publish those that pass the accuracy gate.
 
     From a CHECKPOINT (`trimrt compress`): export, conversion to each precision and compilation. From
     a build KIT (`trimrt prepare`): compilation alone, which needs neither torch nor ModelOpt. A MODEL

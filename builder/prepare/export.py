@@ -167,7 +167,7 @@ def run_onnx(path: Path, pixels: Pixels) -> NDArray[np.float32]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what the exporter and the converters print and warn of: none of it is for the user."""
+    """Silence the exporter and the converters: nothing that they print is for the user."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

@@ -101,7 +101,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A network whose graphs are made when they are asked for.
+    """A network whose graphs are made on demand.
 
     Attributes:
         subject: the network and its data.
@@ -241,7 +241,7 @@ def open_checkpoint(path: Path, data: str | None) -> Subject:
 
     Raises:
         CheckpointError: no valid checkpoint there.
-        DatasetError: its data cannot be found, or is not what it was trained on.
+        DatasetError: its data cannot be found, or differs from the training data.
     """
     network, card = load_checkpoint(path)
     spec = card.preprocessing

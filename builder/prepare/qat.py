@@ -162,7 +162,7 @@ def export_quantised(quantised: nn.Module, spec: Preprocessing, path: Path) -> N
 
 
 def convert_rest_to_fp16(graph: Path, path: Path) -> None:
-    """Write the INT8 graph in `graph` to `path` with FP16 instead of FP32 for what is not quantised."""
+    """Write the INT8 graph in `graph` to `path`, with FP16 instead of FP32 wherever it is not quantised."""
     import onnx
 
     with quiet():
@@ -279,5 +279,5 @@ class _Weight(_Quantised):
         self.register_buffer("integers", torch.from_numpy(integers))
 
     def forward(self, _: Tensor) -> Tensor:
-        """The weight; what the layer itself holds is not looked at."""
+        """The dequantised weight; the layer's own is ignored."""
         return self.operator("DequantizeLinear", self.integers, torch.float32, axis=0)

@@ -45,7 +45,7 @@ def choose_backend(manifest: Manifest, options: Options) -> Backend:
     """Triton's backend for the engine.
 
     Raises:
-        ExportError: there is none, or the options ask for what it cannot do.
+        ExportError: there is none, or it cannot do what the options ask.
     """
     if manifest.backend == "tensorrt-rtx":
         raise ExportError(
@@ -85,7 +85,7 @@ def model_config(manifest: Manifest, options: Options) -> Message:
     """The configuration, for `textproto.dump`.
 
     Raises:
-        ExportError: Triton has no backend for the engine, or the options ask for what it cannot do.
+        ExportError: Triton has no backend for the engine, or it cannot do what the options ask.
     """
     backend = choose_backend(manifest, options)
     batching = forms_batches(manifest, backend)
@@ -144,7 +144,7 @@ def _dynamic_batching(manifest: Manifest, max_queue_delay_us: int) -> Message:
 
 
 def _warmup(manifest: Manifest, *, batching: bool) -> list[Message]:
-    """Random pixels at the sizes that matter, so that no client meets a cold engine."""
+    """Random pixels at the sizes that matter, so that no request finds a cold engine."""
     batch, shape = manifest.batch, manifest.input.shape[1:]
 
     def sample(size: int) -> Message:

@@ -106,7 +106,7 @@ class _Cluster(NamedTuple):
     default=1.0,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="GPUs of each whose engine needs one; 0.25 lets four share a GPU.",
+    help="GPUs of each worker, if the engine needs one; 0.25 lets four share a GPU.",
 )
 def predict(
     inputs: tuple[Path, ...],

@@ -1,4 +1,4 @@
-"""The output, written in parts beside it, so that an interruption costs one part and nothing is done twice.
+"""The output, written in parts beside it, so that an interruption costs at most one part.
 
 The parts lie in a folder, the output's name and `.parts`, with the plan that they follow. When all are
 there, they become the output, and the folder goes.

@@ -1,4 +1,4 @@
-"""Scoring what is missing of an output: on this machine, or one part wherever it is asked for."""
+"""Scores the missing parts of an output: all on this machine, or one part on any."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class RichListener:
 class Monitoring:
     """Keeps a build's cancellation, and the first exception of its listener.
 
-    TensorRT prints and swallows what a callback raises, so it is kept here and raised after the build.
+    TensorRT prints and swallows exceptions of callbacks, so they are kept here and raised after the build.
     """
 
     def __init__(self, listener: BuildListener | None) -> None:

@@ -128,7 +128,7 @@ def _envelope(profiles: list[BatchSizes]) -> BatchSizes:
 
 
 def _kept(log: Path) -> str:
-    """Save the log of a failed build, whose folder is about to go."""
+    """Save the log of a failed build, whose folder is about to be removed."""
     if not log.is_file():
         return ""
     handle, name = tempfile.mkstemp(prefix="trimrt-tensorrt-", suffix=".log")
