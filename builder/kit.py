@@ -149,7 +149,7 @@ class Kit:
 
 
 def is_kit(folder: Path) -> bool:
-    """Whether `folder` has a kit's manifest."""
+    """Whether `folder` means to be a build kit."""
     return (folder / KIT_NAME).is_file()
 
 

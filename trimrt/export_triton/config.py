@@ -45,7 +45,7 @@ def choose_backend(manifest: Manifest, options: Options) -> Backend:
     """Triton's backend for the engine.
 
     Raises:
-        ExportError: there is none, or it cannot do what the options ask.
+        ExportError: there is none, or the options ask for what it cannot do.
     """
     if manifest.backend == "tensorrt-rtx":
         raise ExportError(
@@ -85,7 +85,7 @@ def model_config(manifest: Manifest, options: Options) -> Message:
     """The configuration, for `textproto.dump`.
 
     Raises:
-        ExportError: Triton has no backend for the engine, or it cannot do what the options ask.
+        ExportError: Triton has no backend for the engine, or the options ask for what it cannot do.
     """
     backend = choose_backend(manifest, options)
     batching = forms_batches(manifest, backend)

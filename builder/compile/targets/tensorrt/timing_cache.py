@@ -35,7 +35,7 @@ def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCa
 
 
 def save_timing_cache(config: trt.IBuilderConfig, path: Path) -> None:
-    """Replace the cache by what a build has learned; readers never see a partial file."""
+    """Store what a build has learned, over what was there; readers never see half a file."""
     data = bytes(config.get_timing_cache().serialize())
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
