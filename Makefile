@@ -69,6 +69,7 @@ check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/lint-imports
 
 format: $(VENV)/.install-dev  ## Format the code and sort its imports.

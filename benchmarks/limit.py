@@ -42,7 +42,7 @@ class Settings(BaseModel):
 
 
 class Loop:
-    """Slots that stay loaded, each on a thread of its own that fills a batch, runs it, and goes on."""
+    """Slots that stay loaded, each on a thread of its own that fills a batch and runs it, again and again."""
 
     def __init__(self, engine: Engine, setting: Setting, files: Sequence[bytes]) -> None:
         self._spec = engine.manifest.preprocessing

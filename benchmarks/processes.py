@@ -65,7 +65,7 @@ class ProcessTree:
                     member.suspend()
 
     def resume(self) -> None:
-        """Let every member go on; one that runs does so anyway."""
+        """Resume every stopped member."""
         for member in self.members():
             with suppress(psutil.NoSuchProcess):
                 member.resume()

@@ -63,7 +63,7 @@ def agreeing_labels(package: Path, paths: Sequence[Path], megapixels: float) -> 
 
 
 def enlarged(path: Path, megapixels: float) -> bytes:
-    """The image as a JPEG of so many million pixels."""
+    """The image as a JPEG of that many million pixels."""
     with Image.open(path) as image:
         scale = math.sqrt(megapixels * 1e6 / (image.width * image.height))
         size = (round(image.width * scale), round(image.height * scale))

@@ -23,7 +23,7 @@ function done(summary, latency)
       '{"requests": %d, "seconds": %.6f, "failed": %d, "refused": %d}',
       summary.requests, summary.duration / 1e6,
       errors.connect + errors.read + errors.write + errors.timeout, errors.status))
-   io.flush() -- whoever measures the server is to know at once that the load is over
+   io.flush() -- tells the measuring process at once that the load is over
    local counts = {}
    for index = 1, #latency do
       local microseconds, count = latency(index)

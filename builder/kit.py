@@ -43,7 +43,7 @@ class KitError(TrimRTError):
 
 @dataclass(frozen=True)
 class VerificationSet:
-    """Held-out images with what the FP32 network makes of them.
+    """Held-out images with the FP32 network's logits.
 
     Attributes:
         name: which images these are; never test images.
@@ -63,7 +63,7 @@ class _Strict(BaseModel):
 
 
 class Student(_Strict):
-    """The network that all graphs of a kit are of."""
+    """The network whose graphs a kit holds."""
 
     name: str
     labels: list[str] = Field(min_length=2)
@@ -122,7 +122,7 @@ class KitManifest(_Strict):
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit on disk, all of whose files are what `kit.json` says."""
+    """A kit on disk whose files match the hashes in `kit.json`."""
 
     path: Path
     manifest: KitManifest
@@ -175,10 +175,12 @@ def open_kit(folder: Path) -> Kit:
     expected[VERIFICATION_NAME] = manifest.verification_sha256
     for name, sha256 in expected.items():
         if not (folder / name).is_file():
-            raise KitError(f"{folder} has no {name}; copy the kit again, or make it anew: {manifest.command}")
+            raise KitError(
+                f"{folder} has no {name}; copy the kit again, or make it again: {manifest.command}"
+            )
         if sha256_of(folder / name) != sha256:
             raise KitError(
-                f"{folder / name} was damaged or changed; copy the kit again, or make it anew: "
+                f"{folder / name} was damaged or changed; copy the kit again, or make it again: "
                 f"{manifest.command}"
             )
     return Kit(folder, manifest, _read_verification(folder / VERIFICATION_NAME, manifest))

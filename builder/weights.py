@@ -1,4 +1,4 @@
-"""Symmetric integer weights with one scale for each output channel: the one form that every target takes."""
+"""Symmetric integer weights with one scale for each output channel, which every target accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALLEST_SCALE: Final = float(np.finfo(np.float32).tiny)  # of a channel that is
 
 
 class IntegerWeights(NamedTuple):
-    """Weights as integers and scales; `integers * scale` is what they stand for.
+    """Weights as integers and scales; `integers * scale` approximates the weights.
 
     Attributes:
         integers: INT8, of the weights' shape.
@@ -37,7 +37,7 @@ def quantise(
         weights: float, of any shape.
         axes: along which every position has a scale of its own, such as the output channels.
         levels: at most 127.
-        smallest_scale: no scale is smaller, so that whoever stores it in a smaller type does not get 0.
+        smallest_scale: lower bound of the scales, so that they do not become 0 in a smaller type.
     """
     shared = tuple(axis for axis in range(weights.ndim) if axis not in axes)
     largest = np.abs(weights).max(axis=shared, keepdims=True, initial=0)

@@ -1,6 +1,6 @@
 """One fold of a study: its networks, their engines, and both measured on the part held out.
 
-Run by experiments.reproduce in a process of its own. Finished stages are kept; a rerun goes on.
+Run by experiments.reproduce in a process of its own. Finished stages are kept; a rerun continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from builder.prepare.preparation import Settings, open_checkpoint, prepare
 from experiments.results import Engine, Fold, Network
 from experiments.study import STUDIES, Study, Variant
 from models.card import WEIGHTS_NAME, Card
-from models.compress import Compression
+from models.compression import Compression
 from models.datasets import DataSplit, open_dataset
 from models.files import replace_file
 from runtime.loading import load_engine

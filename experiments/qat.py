@@ -27,6 +27,7 @@ from rich.progress import Progress
 from builder.compile.packages import build_package
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
+from builder.options import QAT
 from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
 from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.markdown import megabytes, percent
@@ -36,7 +37,6 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.pretrained import DIGITS_STUDENT
 from runtime.manifest import BatchSizes, Precision
 from runtime.profiling import profile_layers
-from trimrt.preparing import QAT
 
 BLOCKS: Final = ("layer2.0", "layer3.0")
 FACTOR: Final = 1000.0

@@ -1,7 +1,7 @@
 """`python -m experiments.reproduce`: train, prune, compile and measure the folds of a study.
 
 Each fold is a process of its own (experiments.fold). Finished stages are kept in the runs' folder and
-an interrupted one goes on where it stopped, so the same command can be given again at any time.
+an interrupted one continues where it stopped, so the same command can be given again at any time.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _side_by_side(
             stopped.set()
             for child in running:
                 child.terminate()
-            raise click.ClickException("interrupted; the same command goes on from here") from None
+            raise click.ClickException("interrupted; the same command continues from here") from None
     return [task for task, success in zip(tasks, succeeded, strict=True) if not success]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from models.card import WEIGHTS_NAME
-from models.compress import Role
+from models.compression import Role
 from models.recipe import Recipe, Settings, make_recipe
 
 _HERE: Final = Path(__file__).parent

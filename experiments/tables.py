@@ -280,7 +280,7 @@ _RENDERERS: Final[dict[str, Callable[..., str]]] = {
 
 
 def render(text: str, folder: Path = FOLDER) -> str:
-    """`text` with what stands between its markers made anew.
+    """`text` with the parts between its markers replaced.
 
     A marker is `<!-- results: FILE TABLE [NAMES] -->`, closed by `<!-- /results -->`; FILE is a study's
     name, or that of an experiment of its own.

@@ -60,7 +60,7 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
     if hashlib.sha256(data).hexdigest() != card.weights_sha256:
         raise CheckpointError(
             f"{path} is damaged or belongs to another card: its SHA-256 is not the one in {CARD_NAME}. "
-            "Copy the folder again, or make it anew with `trimrt compress`"
+            "Copy the folder again, or make it again with `trimrt compress`"
         )
     try:
         state = safetensors.torch.load(data)

@@ -71,5 +71,5 @@ def _shorter_side(path: Path) -> int:
     try:
         with PIL.Image.open(path) as image:
             return min(image.size)
-    except Exception:  # whoever loads the pixels names the file and says what is wrong with it
+    except Exception:  # loading the pixels will name the file and the fault
         return PHOTO_SIDE

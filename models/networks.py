@@ -54,7 +54,7 @@ def build_network(architecture: str, classes: int, stem: Stem = "standard") -> n
         raise NetworkError(
             f"unknown architecture {architecture!r}; torchvision has: {', '.join(architectures())}"
         )
-    # Auxiliary heads would change what the network returns while training.
+    # Auxiliary heads would change the output in training mode.
     options = (
         {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
     )

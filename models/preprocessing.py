@@ -42,7 +42,7 @@ _END_OF_IMAGE: Final = 0xD9
 _AREA_FROM_FACTOR: Final = 2  # below it bilinear misses no pixel, and is five times faster
 _JPEG_DIVISORS: Final = (8, 4, 2)  # libjpeg-turbo's vector code; other eighths take longer than no shrinking
 
-_MAX_ASPECT: Final = 8  # resizing a 60000x1 image in full would take gigabytes, for a crop from its middle
+_MAX_ASPECT: Final = 8  # resizing all of a 60000x1 image would take gigabytes, for a crop of its middle
 # Formats that people do send, told from damaged files by their first bytes (offset, magic).
 _UNSUPPORTED: Final = {
     "HEIC, AVIF or another ISO media file": (4, b"ftyp"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -68,7 +69,7 @@ class Training(_Section):
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="stop after so many epochs without a lower validation loss, and keep the best",
+        description="stop after this many epochs without a lower validation loss, and keep the best",
     )
 
 
@@ -118,12 +119,12 @@ class Pruning(Training):
     target_parameters: float | None = Field(
         default=None,
         gt=0,
-        description="find the ratio that leaves so many parameters; below 1: a share of the student's",
+        description="find the ratio that leaves this many parameters; below 1: a share of the student's",
     )
     target_macs: float | None = Field(
         default=None,
         gt=0,
-        description="find the ratio that leaves so many multiply-accumulates; below 1: a share",
+        description="find the ratio that leaves this many multiply-accumulates; below 1: a share",
     )
     scope: Literal["local", "global"] = Field(
         default="local", description="rank channels within their layer, or across the network"
@@ -133,10 +134,10 @@ class Pruning(Training):
     )
     weights: Literal["kept", "random"] = Field(
         default="kept",
-        description="of the channels that stay; random draws them anew, to see what keeping them is worth",
+        description="of the channels that stay; random draws new ones, to show what keeping them is worth",
     )
     steps: int = Field(
-        default=1, ge=1, le=100, description="prune in so many steps, each followed by a fine-tuning"
+        default=1, ge=1, le=100, description="prune in this many steps, each followed by a fine-tuning"
     )
     epochs: int = Field(default=12, ge=0, description="passes over the training images after each step")
     learning_rate: float = Field(default=1e-3, gt=0, description="peak of the one-cycle schedule")
@@ -204,6 +205,24 @@ def make_recipe(
             for problem in error.errors()
         ]
         raise RecipeError("\n".join(lines)) from None
+
+
+def as_options(recipe: Recipe) -> list[str]:
+    """The options of `trimrt compress` that turn the preset `aligned` into this recipe."""
+    return list(_options(recipe, Recipe(), "-"))
+
+
+def _options(values: BaseModel, defaults: BaseModel, prefix: str) -> Iterator[str]:
+    for name, default in defaults:
+        value, flag = getattr(values, name), f"{prefix}-{name.replace('_', '-')}"
+        if isinstance(default, BaseModel):
+            yield from _options(value, default, flag)
+        elif value == default:
+            continue
+        elif isinstance(value, bool):
+            yield flag if value else f"--no-{flag[2:]}"
+        else:
+            yield from (flag, str(value))
 
 
 def _read_toml(file: Path) -> Settings:

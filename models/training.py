@@ -39,7 +39,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class TrueLabels:
-    """Cross-entropy with the true classes, `targets` of shape (N,), on views drawn anew in each epoch."""
+    """Cross-entropy with the true classes, `targets` of shape (N,), on views drawn again in each epoch."""
 
     targets: Tensor
     limits: Augmentation
@@ -119,7 +119,7 @@ def train(
     """Train `network` in place, on the device it is on; it is in evaluation mode afterwards.
 
     AdamW (Loshchilov and Hutter 2019) under a one-cycle schedule (Smith and Topin 2018). The state of
-    an interrupted training is in `state_file`; a call with the same fingerprint goes on from there and
+    an interrupted training is in `state_file`; a call with the same fingerprint continues from there and
     ends with the weights of an uninterrupted one. A finished training's state gives its weights at once.
 
     Args:
@@ -144,8 +144,10 @@ def train(
     steps = count // settings.batch_size + (count % settings.batch_size > 1)
     optimizer = _optimizer(network, settings)
     total_steps = max(settings.epochs * steps, 1)
+    # OneCycleLR divides by the warm-up's steps less one, so a warm-up of just one step fails.
+    warm_up = _WARM_UP_SHARE if _WARM_UP_SHARE * total_steps != 1 else 2 * _WARM_UP_SHARE
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=total_steps, pct_start=_WARM_UP_SHARE
+        optimizer, settings.learning_rate, total_steps=total_steps, pct_start=warm_up
     )
     stopping = _EarlyStopping(settings.patience)
     first_epoch = 0
@@ -260,6 +262,6 @@ def _load_state(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """The state of an earlier training of the same fingerprint; a damaged one counts as none."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many types on damaged files, and starting anew is right for all
+    except Exception:  # torch raises many types for damaged files; start again after any
         return None
     return state if state.get("fingerprint") == fingerprint else None

@@ -18,7 +18,7 @@ _RUNTIMES: Final[dict[Backend, str]] = {
 }
 
 
-def load_engine(folder: Path, options: Options | None = None) -> Engine:
+def load_engine(folder: str | Path, options: Options | None = None) -> Engine:
     """The engine package in `folder`, checked against this machine and ready to open slots.
 
     Nothing in the package but its manifest is interpreted before versions, device and hashes fit. What
@@ -28,6 +28,7 @@ def load_engine(folder: Path, options: Options | None = None) -> Engine:
         EngineError: no package, or one that is damaged or was built for something else; the message
             says what was built, what is here, and which command rebuilds it.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     try:
         runtime = importlib.import_module(_RUNTIMES[manifest.backend])

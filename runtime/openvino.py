@@ -19,19 +19,19 @@ from runtime.engine import Options, Outputs, cores
 from runtime.manifest import Compatibility, EngineError, Manifest, check_artefact
 from runtime.processor import WIDE_SUMS, processor
 
-# Left to itself the CPU plugin computes FP32 graphs in BF16 where the processor has it.
+# By default the CPU plugin computes FP32 graphs in BF16 where the processor supports it.
 CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}
 
-# A loaded model prepares its kernels anew whenever the batch size changes, which takes longer than a
-# small network's inference, and a tenth of a large one's. So each slot has models for a few sizes, and runs a
-# batch of 7 as 4 + 2 + 1. A small network has one for each size. Each has weights of its own, though: in a
-# large one, the sizes that seldom follow each other share one.
+# A loaded model prepares its kernels again whenever the batch size changes. That takes longer than a small
+# network's inference, and a tenth of a large one's. So each slot loads models for a few sizes, and runs a
+# batch of 7 as 4 + 2 + 1. A small network has a model for each size. Every model has its own copy of the
+# weights, so in a large network sizes that seldom follow each other share a model.
 _SMALL_NETWORK: Final = ((1,), (2,), (4,), (8,), (16,), (32,))
 _LARGE_NETWORK: Final = ((1, 2, 4), (8,))
-_BEST_BATCH: Final = 8  # about: beyond it throughput grows no more
-_MOST_SLOTS: Final = 8  # by default, for each has models of its own; more cores are shared among them
+_BEST_BATCH: Final = 8  # roughly where throughput stops growing
+_MOST_SLOTS: Final = 8  # by default: each slot loads its own models; with more cores each slot gets several
 _MEMORY_BYTES: Final = 150 << 20
-_LOADED_FACTOR: Final = 2  # bytes of a loaded model over those of its blob, about
+_LOADED_FACTOR: Final = 2  # loaded size relative to blob size, roughly
 
 
 def this_machine() -> Compatibility:
@@ -88,7 +88,7 @@ def _saturates(manifest: Manifest, here: Compatibility) -> bool:
 
 
 class OpenVINOEngine:
-    """The package's blob, of which each slot loads models of its own.
+    """The package's blob, from which each slot loads its own models.
 
     A model of one stream and one thread is run by the thread that asks for it, where any other would
     hand over to a thread of OpenVINO's and back: with one slot a core, nothing is handed over.
@@ -103,7 +103,7 @@ class OpenVINOEngine:
         self._pinning = options.pinning
         self._threads = options.threads or cores()
         self._slots = options.slots or min(self._threads, _MOST_SLOTS)
-        # The file's size tells too little of a loaded model, but loading one to see takes a while.
+        # A rough estimate of the loaded size: loading a model to measure it takes a while.
         self._blob = _map(check_artefact(folder, manifest))
         loaded = _LOADED_FACTOR * len(self._blob) * self._slots * len(_SMALL_NETWORK)
         self._models = _models(manifest, small=loaded <= _MEMORY_BYTES)
@@ -111,9 +111,8 @@ class OpenVINOEngine:
         self._best_batch = options.batch or min(
             largest * max(1, round(_BEST_BATCH / largest)), manifest.batch.max
         )
-        # For one image that has the machine to itself. Its threads are pinned where there is one for every
-        # core: a virtual machine's system takes a sleeping core for a busy one, and would wake them all on
-        # the same.
+        # For a single image on an idle machine. With a thread for every core they are pinned: in a virtual
+        # machine the scheduler mistakes idle cores for busy ones, and would wake all threads on one.
         self._wide = (
             self._load(self._threads, pinning=self._pinning or self._threads == os.cpu_count())
             if self._slots > 1 and manifest.batch.min == 1
@@ -127,7 +126,7 @@ class OpenVINOEngine:
 
     @property
     def slots(self) -> int:
-        """One for each thread, up to eight, unless told otherwise."""
+        """One for each thread, up to eight, unless the options say otherwise."""
         return self._slots
 
     @property
@@ -142,7 +141,7 @@ class OpenVINOEngine:
 
     @property
     def on_cpu(self) -> bool:
-        """True."""
+        """True: decoding competes with inference for the cores."""
         return True
 
     def open_slot(self) -> OpenVINOSlot:

@@ -28,7 +28,7 @@ def profile_layers(folder: Path, batch: int, runs: int) -> list[Layer]:
     """The layers of the engine package in `folder` in their order, with mean times over `runs` batches.
 
     Raises:
-        EngineError: not a usable package, or one whose backend does not tell.
+        EngineError: not a usable package, or its backend cannot time layers.
     """
     manifest = read_manifest(folder)
     if manifest.backend not in _PROFILERS:

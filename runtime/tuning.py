@@ -51,9 +51,9 @@ def this_processor() -> str:
 
 
 def with_tuning(folder: Path, options: Options) -> Options:
-    """`options`, with what they leave open taken from the package's tuning, if it was made on such a machine.
+    """`options`, completed from the package's tuning if it was made on the same kind of machine.
 
-    A tuning that is damaged, or another machine's, is told to the log and not used.
+    A tuning that is damaged or from another machine is logged and ignored.
     """
     path = folder / TUNING_NAME
     if options.slots or options.threads or not path.is_file():

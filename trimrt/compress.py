@@ -18,8 +18,7 @@ from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from models.card import Card
-    from models.compress import Role
+    from models.compression import CompressionRun, Role
 
 _EPILOG: Final = """\
 Every setting can also stand in a TOML file (--config): `--teacher-epochs 36` is `epochs = 36` under
@@ -120,29 +119,35 @@ def _compress(
     except RecipeError as error:
         raise click.UsageError(f"the recipe is not valid:\n{error}") from None
 
-    from models.compress import Compression
-    from models.datasets import open_dataset
+    from models import compress as run_compression
 
     console = Console()
     try:
-        data = open_dataset(source, fold=fold)
-        folder = out or Path("runs") / (data.name if data.fold is None else f"{data.name}-fold{data.fold}")
-        command = click.get_current_context().meta[_AS_TYPED]
-        cards = Compression(data, recipe, folder, console, command, reuse, until).run()
+        run = run_compression(
+            source,
+            out,
+            recipe,
+            fold=fold,
+            until=until,
+            reuse=reuse,
+            console=console,
+            command=click.get_current_context().meta[_AS_TYPED],
+        )
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'files'}: {error.strerror or error}") from error
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on from here.")
+        console.print("Interrupted. The same command continues from here.")
         raise click.Abort from None
-    _print_table(console, cards, folder)
+    _print_table(console, run)
 
 
-def _print_table(console: Console, cards: list[Card], folder: Path) -> None:
+def _print_table(console: Console, run: CompressionRun) -> None:
     from rich import box
     from rich.table import Table
 
+    cards = run.cards
     console.print(
-        f"\n{folder}, measured on {cards[0].metrics.images} test images in FP32:",
+        f"\n{run.folder}, measured on {cards[0].metrics.images} test images in FP32:",
         markup=False,
         soft_wrap=True,
     )
@@ -167,7 +172,7 @@ def _print_table(console: Console, cards: list[Card], folder: Path) -> None:
     _, student, pruned = cards
     fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
     console.print(
-        f"Pruning took {fewer:.1%} of the student's parameters. Next: trimrt build {folder / 'pruned'}",
+        f"Pruning took {fewer:.1%} of the student's parameters. Next: trimrt build {run.checkpoint}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -183,7 +188,7 @@ compress = _RecipeCommand(
     images: train/ and test/ (or val/) with a folder for each class, or the class folders themselves, which
     are then split into five folds.
 
-    Finished stages are reused and an interrupted one goes on where it stopped.""",
+    Finished stages are reused and an interrupted one continues where it stopped.""",
     epilog=_EPILOG,
     params=[
         click.Argument(["source"]),

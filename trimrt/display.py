@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from builder.compile.packages import Package
-from builder.compile.targets.tensorrt.progress import BuildListener, RichListener
+from builder.observer import BuildObserver
+from builder.prepare.sensitivity import LayerCost
+from runtime.manifest import Backend, Manifest
 
 
 class _StepsColumn(BarColumn):
@@ -20,10 +26,13 @@ class _StepsColumn(BarColumn):
         return Text() if task.total is None else super().render(task)
 
 
-class Display:
+class Display(BuildObserver):
     """Where the work stands, on standard error: one line that changes, below lines that stay."""
 
+    progress: Progress
+
     def __init__(self) -> None:
+        self._packages: list[Package] = []
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -41,20 +50,34 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def report(self, text: str) -> None:
-        """What is being done now."""
-        self.progress.update(self._task, description=text)
+    def report(self, step: str) -> None:
+        """Change the line."""
+        self.progress.update(self._task, description=step)
 
-    def listener(self) -> BuildListener:
-        """Shows TensorRT's build phases as bars below the line that changes."""
-        return RichListener(self.progress)
+    def chose_target(self, target: Backend, reason: str) -> None:
+        """Say what `--target auto` chose, and why."""
+        self.note(f"target: [bold]{target}[/] ({escape(reason)})")
+
+    def exported(self, difference: float) -> None:
+        """Say how exact the export is."""
+        self.note(f"the exported graph's logits differ by {difference:.1e} at most")
+
+    def ranked_layers(self, costs: Sequence[LayerCost]) -> None:
+        """Show the layers as a table."""
+        table = Table(box=SIMPLE_HEAD)
+        table.add_column("layer")
+        table.add_column("logit error if quantised alone", justify="right")
+        for cost in costs:
+            table.add_row(escape(cost.layer), f"{cost.error:.3%}")
+        self.note(table)
 
     def note(self, text: RenderableType) -> None:
         """What was found, to stay."""
         self.progress.console.print(text, highlight=False, soft_wrap=isinstance(text, str))
 
-    def note_package(self, package: Package) -> None:
-        """Where a package is, and what it took."""
+    def published(self, package: Package) -> None:
+        """Say where a package is, and what it took."""
+        self._packages.append(package)
         for line in package.rejected:
             self.note(f"[yellow]rejected[/] {escape(line)}")
         self.note(f"[green]published[/] {escape(str(package.folder))} (version {package.manifest.version})")
@@ -62,3 +85,29 @@ class Display:
             self.note(f"[yellow]NOT verified[/]: {escape(package.unverified)}")
         if package.slower is not None:
             self.note(f"[yellow]{package.manifest.precision}[/] is {package.slower}")
+
+    def note_evidence(self) -> None:
+        """Show how accurate and how fast the packages are that were published."""
+        verified = [package.manifest for package in self._packages if package.manifest.evidence is not None]
+        if verified:
+            self.note(_evidence_table(verified))
+
+
+def _evidence_table(manifests: Sequence[Manifest]) -> Table:
+    table = Table(box=SIMPLE_HEAD, caption="FP32: PyTorch's top-1. Speed: the engine alone, on this machine.")
+    table.add_column("precision", no_wrap=True)
+    for heading in ("weights", "FP32", "top-1", "agreement", "one image", "images/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for manifest in manifests:
+        evidence = manifest.evidence
+        if evidence is not None:
+            table.add_row(
+                manifest.precision,
+                f"{evidence.weights_bytes / 1e6:.2f} MB",
+                f"{evidence.reference_top1:.2%}",
+                f"{evidence.engine_top1:.2%}",
+                f"{evidence.label_agreement:.2%}",
+                f"{evidence.latency_ms:.2f} ms",
+                f"{evidence.throughput:,.0f}",
+            )
+    return table

@@ -26,7 +26,7 @@ from runtime.manifest import (
 def inspect(engine: Path, as_json: bool) -> None:
     """Show what the package ENGINE is: built from what, for which machine, how good and how fast.
 
-    The exit code is 0 if the artefact is what the manifest says, and not 0 otherwise.
+    The exit code is 0 if the artefact matches the manifest, and not 0 otherwise.
     """
     manifest = read_manifest(engine)
     if as_json:

@@ -8,17 +8,16 @@ from typing import Any, get_args
 
 import click
 
+from builder import make_kit
 from builder.compile.targets.base import INT8_REST
-from builder.kit import KitError, is_kit
 from runtime.manifest import Backend, Precision
 from trimrt.display import Display
 from trimrt.preparing import (
     HELP,
-    command_line,
     one_or_more_of,
     preparation_options,
-    prepared,
     source_argument,
+    take_prepare_options,
 )
 
 
@@ -51,30 +50,27 @@ from trimrt.preparing import (
     help="The kit's folder; an older kit there is replaced.",
 )
 @preparation_options
-@click.pass_context
 def prepare(
-    context: click.Context,
-    /,
     source: str,
     precisions: Sequence[Precision],
     targets: Sequence[Backend],
     output: Path,
     **preparation: Any,
 ) -> None:
-    """Turn a CHECKPOINT into a build kit: all that compiling on another machine needs.
+    """Turn a CHECKPOINT into a build kit: everything that compiling on another machine needs.
 
     A MODEL that was not made here is an ONNX file, or torchvision:NAME or timm:NAME with --weights.
 
     Carry the kit to the device and run `trimrt build KIT` there.
     """
     with Display() as display:
-        if output.exists() and not is_kit(output):
-            raise KitError(f"{output} exists and is not a build kit; choose another --output")
-        rests = list(dict.fromkeys(INT8_REST[target] for target in targets))
-        with prepared(source, preparation, display) as graphs:
-            from builder.prepare.preparation import write_kit
-
-            command = command_line(context, precisions=",".join(precisions))
-            kit = write_kit(graphs, output, precisions, rests, command)
+        kit = make_kit(
+            source,
+            output,
+            take_prepare_options(preparation),
+            precisions=precisions,
+            targets=targets,
+            observer=display,
+        )
         display.note(f"{output}: {', '.join(graph.file for graph in kit.graphs)}")
         display.note(f"Next, on the device:  [bold]trimrt build {output}[/]")

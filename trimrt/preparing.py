@@ -1,32 +1,19 @@
-"""What `trimrt build` and `trimrt prepare` share: the options of preparing, and preparing by them."""
+"""What the command lines of `trimrt build` and `trimrt prepare` share."""
 
 from __future__ import annotations
 
-import shlex
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
-from click.core import ParameterSource
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
+from builder.options import QAT, PrepareOptions
 from builder.prepare.import_onnx import NORMALISATIONS
 from builder.prepare.int8 import METHODS
-from builder.prepare.sensitivity import LayerCost
-from models.card import read_card
-from models.recipe import Training
-from trimrt.display import Display
-
-if TYPE_CHECKING:
-    from builder.prepare.preparation import Preparation
 
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-QAT: Final = Training(epochs=16, learning_rate=1e-3, weight_decay=0)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -49,7 +36,7 @@ def source_argument(text: str) -> Callable[[_Command], _Command]:
 
 
 def preparation_options(command: _Command) -> _Command:
-    """What says how a checkpoint becomes graphs; a build kit has that behind it."""
+    """Add the options for how a checkpoint becomes graphs; `take_prepare_options` takes their values."""
     for option in reversed(
         (
             click.option(
@@ -66,7 +53,7 @@ def preparation_options(command: _Command) -> _Command:
             ),
             click.option("--calibration-images", type=click.IntRange(1), default=512, show_default=True),
             click.option("--verification-images", type=click.IntRange(1), default=1024, show_default=True),
-            click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of images."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Selects the images."),
             click.option(
                 "--sensitivity",
                 is_flag=True,
@@ -85,7 +72,7 @@ def preparation_options(command: _Command) -> _Command:
                 type=click.FloatRange(0, min_open=True),
                 default=QAT.learning_rate,
                 show_default=True,
-                help="Less for large networks that took long to train.",
+                help="Lower for large networks that took long to train.",
             ),
             click.option(
                 "--preprocess",
@@ -109,80 +96,6 @@ def preparation_options(command: _Command) -> _Command:
     return command
 
 
-@contextmanager
-def prepared(source: str, preparation: dict[str, Any], display: Display) -> Iterator[Preparation]:
-    """The checkpoint or model that `source` names, exported; its graphs live as long as the context."""
-    path, named = Path(source), source.startswith(("torchvision:", "timm:"))
-    model_options = [name for name in ("preprocess", "labels", "weights") if preparation[name] is not None]
-    if not named and not path.is_file():
-        read_card(path)  # says what is wrong before seconds of importing
-        if model_options:
-            raise click.UsageError(
-                f"{source} is a checkpoint, which says itself what --{model_options[0]} would"
-            )
-    display.report("importing")
-    try:
-        from builder.prepare.preparation import Settings, open_checkpoint, prepare
-        from builder.prepare.sources import Details, open_named, open_onnx
-    except ImportError as error:
-        raise click.ClickException(
-            f"preparing {source} needs what `pip install 'trimrt[compress]'` brings "
-            f"({error}). Or run `trimrt prepare` where that is installed, and build from its kit here"
-        ) from error
-    method = preparation["calibration"]
-    settings = Settings(
-        calibration_images=preparation["calibration_images"],
-        verification_images=preparation["verification_images"],
-        methods=METHODS if method == "auto" else (method,),
-        seed=preparation["seed"],
-        sensitivity=preparation["sensitivity"],
-        qat=_qat(preparation) if preparation["qat"] else None,
-    )
-    display.report(f"reading {source}")
-    if named or path.is_file():
-        details = Details(**{name: preparation[name] for name in ("data", "preprocess", "labels", "weights")})
-        subject = open_named(source, details) if named else open_onnx(path, details)
-    else:
-        subject = open_checkpoint(path, preparation["data"])
-    with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
-        graphs = prepare(subject, Path(workspace), settings, display.report, display.progress)
-        display.note(f"the exported graph's logits differ by {graphs.export_difference:.1e} at most")
-        if settings.sensitivity:
-            display.note(_ranking(graphs.layer_costs))
-        yield graphs
-
-
-def _qat(preparation: dict[str, Any]) -> Training:
-    chosen = {name: preparation[f"qat_{name}"] for name in ("epochs", "learning_rate")}
-    return QAT.model_copy(update=chosen)
-
-
-def _ranking(costs: Sequence[LayerCost]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("layer")
-    table.add_column("logit error if quantised alone", justify="right")
-    for cost in costs:
-        table.add_row(escape(cost.layer), f"{cost.error:.3%}")
-    return table
-
-
-def is_typed(context: click.Context, name: str) -> bool:
-    """Whether the user gave the parameter `name`."""
-    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-
-def command_line(context: click.Context, **chosen: str) -> str:
-    """The command that does this again, with what was chosen for some parameters."""
-    words = ["trimrt", str(context.info_name)]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        value = chosen.get(name, context.params[name])
-        if name not in chosen and not is_typed(context, name):
-            continue
-        if isinstance(value, bool):
-            words.append((parameter.opts if value else parameter.secondary_opts)[0])
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            option = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
-            words += [*option, str(item)]
-    return shlex.join(words)
+def take_prepare_options(values: dict[str, Any]) -> PrepareOptions:
+    """What was given on the command line, taken out of `values`."""
+    return PrepareOptions(**{field.name: values.pop(field.name) for field in fields(PrepareOptions)})

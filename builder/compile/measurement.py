@@ -24,7 +24,7 @@ _MEASURE_SECONDS: Final = 0.5
 
 @dataclass(frozen=True)
 class Speed:
-    """Both are of the engine alone: no decoding, no HTTP.
+    """Of the engine alone, without decoding or HTTP.
 
     Attributes:
         latency_ms: median time of the smallest batch (one image, unless the engine's is fixed).
@@ -49,7 +49,7 @@ def measure(engine: Engine, seconds: float = _MEASURE_SECONDS) -> Speed:
 
 
 def measure_in_turns(engines: Sequence[Engine], rounds: int = 3) -> list[Speed]:
-    """Time each engine several times, in turns, so that a busy moment of the machine slows none for good.
+    """Time each engine several times, in turns, so that a brief disturbance does not disqualify an engine.
 
     Returns:
         The medians of each engine.
@@ -73,7 +73,7 @@ def time_in_turns(
     seconds: float,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> list[NDArray[np.float64]]:
-    """Times of each of `runs`, in turns: what else the machine does at one time slows none of them for good.
+    """Times of each of `runs`, in turns, so that a brief disturbance slows all of them alike.
 
     Args:
         runs: what to time.
@@ -87,7 +87,7 @@ def time_in_turns(
     started, rounds = time.perf_counter(), 0
     while rounds < _MIN_ROUNDS or time.perf_counter() < started + seconds:
         for run, taken in zip(runs, times, strict=True):
-            run()  # the caches are the other models' until now
+            run()  # warm the caches again after the other models
             start = time.perf_counter()
             run()
             taken.append(time.perf_counter() - start)

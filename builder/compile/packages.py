@@ -114,7 +114,7 @@ def build_package(
 
 
 def _label(graph: Graph) -> str:
-    """What distinguishes a graph from the others of its precision."""
+    """How a graph differs from the others of its precision."""
     if graph.calibration is None:
         return graph.precision
     kept = graph.calibration.higher_precision_layers
@@ -122,7 +122,7 @@ def _label(graph: Graph) -> str:
 
 
 def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: int) -> Evidence:
-    """Load the engine as a server would, hold it against the gate, then time it."""
+    """Load the engine as a server would, check it against the gate, then time it."""
     with closing(load_engine(folder)) as engine:
         comparison = compare(engine, images)
         gate.check(comparison)
@@ -133,9 +133,9 @@ def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: in
 def _verify_graph(
     source: GraphSource, graph: Graph, path: Path, batch: BatchSizes, gate: Gate, report: Report
 ) -> str:
-    """Hold the graph of an engine that cannot be run here against the gate, with OpenVINO in its place.
+    """Check the graph of an engine that cannot run here against the gate, with OpenVINO instead.
 
-    That tells a bad conversion or calibration from a good one; it says nothing of the engine itself.
+    That detects a bad conversion or calibration. It says nothing about the engine itself.
 
     Returns:
         What was found, in words.
@@ -182,7 +182,7 @@ def _no_faster(
 def _trial(
     source: GraphSource, target: Target, graph: Graph, path: Path, batch: BatchSizes, report: Report
 ) -> Iterator[Engine]:
-    """An engine that is not published, gone at the end."""
+    """An engine for measuring only, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
         folder = Path(name)
         artefact = target.compile(path, folder, batch, report)

@@ -21,7 +21,7 @@ from models.files import replace_folder
 from runtime.loading import load_engine
 from runtime.manifest import Backend, BatchSizes, Candidate, Evidence, Precision
 
-# CPUs compute FP16 graphs in FP32, so that there is nothing to choose between these two.
+# CPUs compute FP16 graphs in FP32, so FP16 is no choice of its own there.
 COMPARED: Final[dict[Backend, tuple[Precision, ...]]] = {
     "openvino": ("fp32", "int8"),
     "tensorrt": ("fp16", "int8"),

@@ -1,4 +1,4 @@
-"""Is a compiled engine as good as the network it was made from? Measured, on held-out images."""
+"""The accuracy gate: compares a compiled engine with the network it was made from, on held-out images."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def engine_logits(engine: Engine, pixels: Pixels) -> NDArray[np.float32]:
         for start in range(0, len(pixels), batch.max):
             part = pixels[start : start + batch.max]
             slot.pixels[: len(part)] = part
-            # A fixed batch size is filled up; what it gives for the rest is cut off.
+            # A fixed batch size is padded; the padding's outputs are cut off.
             outputs = slot.infer(max(len(part), batch.min))
             parts.append(outputs.logits[: len(part)].copy())
     return np.concatenate(parts)

@@ -36,7 +36,7 @@ TOLERANCE: Final = 1e-4  # of the largest logit: FP32 rounding through a hundred
 
 
 class ExportError(TrimRTError):
-    """A network that cannot be exported, or whose graph does not compute what it computes."""
+    """A network that cannot be exported, or whose graph's output differs from PyTorch's."""
 
 
 def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Path) -> float:
@@ -168,7 +168,7 @@ def run_onnx(path: Path, pixels: Pixels) -> NDArray[np.float32]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what the exporter and the converters print and warn of: none of it is for the user."""
+    """Silence the exporter and the converters: nothing that they print is for the user."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

@@ -116,7 +116,7 @@ def export_imported(imported: ImportedModel, path: Path) -> float:
     """Write the master graph: the model with pixels for input; returns the largest logit difference.
 
     Raises:
-        ExportError: the master graph does not compute what the model computes.
+        ExportError: the master graph's output differs from the model's.
     """
     import onnx
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 SENSITIVITY_IMAGES: Final = 128
 
-# One pixel down, right, and so on; the image where it is comes first.
+# Shifts by at most one pixel, the identity first.
 _SHIFTS: Final = sorted(
     itertools.product((-1, 0, 1), repeat=2), key=lambda shift: (np.abs(shift).sum(), shift)
 )
@@ -101,7 +101,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A network whose graphs are made when they are asked for.
+    """A network whose graphs are made on demand.
 
     Attributes:
         subject: the network and its data.
@@ -241,7 +241,7 @@ def open_checkpoint(path: Path, data: str | None) -> Subject:
 
     Raises:
         CheckpointError: no valid checkpoint there.
-        DatasetError: its data cannot be found, or is not what it was trained on.
+        DatasetError: its data cannot be found, or differs from the training data.
     """
     network, card = load_checkpoint(path)
     spec = card.preprocessing
@@ -380,10 +380,10 @@ def _sample(images: ImageSet, count: int, seed: int) -> ImageSet:
 
 
 def _in_positions(pixels: Pixels, positions: int) -> Pixels:
-    """Every image in the first `positions` of `_SHIFTS`, its border repeated where it moves away.
+    """Every image in the first `positions` of `_SHIFTS`, with the border repeated where the image moves away.
 
-    The gate weighs half points. Among 144 images a single one that FP32 itself can hardly tell is 0.7
-    points, so a small set would refuse good engines by chance.
+    The gate judges half points. Of 144 images, a single one that even FP32 is unsure about is 0.7 points, so
+    a small set would refuse good engines by chance.
     """
     height, width = pixels.shape[1:3]
     padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")

@@ -31,7 +31,7 @@ from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Distillation, Training
 from models.training import Images, derive_seed, reproducible, train
 
-DISTILLATION: Final = Distillation(alpha=0.1)  # to be the network that it was matters more than the labels
+DISTILLATION: Final = Distillation(alpha=0.1)  # weight agreement with the original above the labels
 
 # Activations per tensor, their ranges calibrated and then fixed; weights per output channel, of the range
 # that they have at each step. A maximum of rounded values is the rounded maximum: it may be taken in INT8.
@@ -162,7 +162,7 @@ def export_quantised(quantised: nn.Module, spec: Preprocessing, path: Path) -> N
 
 
 def convert_rest_to_fp16(graph: Path, path: Path) -> None:
-    """Write the INT8 graph in `graph` to `path` with FP16 instead of FP32 for what is not quantised."""
+    """Write the INT8 graph in `graph` to `path`, with FP16 instead of FP32 wherever it is not quantised."""
     import onnx
 
     with quiet():
@@ -279,5 +279,5 @@ class _Weight(_Quantised):
         self.register_buffer("integers", torch.from_numpy(integers))
 
     def forward(self, _: Tensor) -> Tensor:
-        """The weight; what the layer itself holds is not looked at."""
+        """The dequantised weight; the layer's own is ignored."""
         return self.operator("DequantizeLinear", self.integers, torch.float32, axis=0)

@@ -22,7 +22,7 @@ from models.preprocessing import Pixels
 if TYPE_CHECKING:
     import onnx
 
-LARGEST_SHARE: Final = 0.5  # of the layers in higher precision; beyond it INT8 is not worth its name
+LARGEST_SHARE: Final = 0.5  # of the layers in higher precision; above this the engine is hardly INT8
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _logits(model: onnx.ModelProto, pixels: Pixels) -> NDArray[np.float32]:
 
     options: Any = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # As the graph is written: fused integer kernels would add an error of their own.
+    # Without graph optimisation: fused integer kernels would add their own error.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

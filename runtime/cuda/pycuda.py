@@ -35,7 +35,7 @@ class PycudaCuda:
             self._context = self._device.retain_primary_context()
         except driver.Error as error:
             raise CudaUnavailableError(f"no usable NVIDIA GPU: {error}") from error
-        # PyCUDA frees what has no more references, so what is handed out as a number is kept here.
+        # PyCUDA frees objects without references, so those handed out as numbers are kept here.
         self._allocations: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
 

@@ -157,7 +157,7 @@ class TensorRTEngine:
 
     @property
     def on_cpu(self) -> bool:
-        """False."""
+        """False: inference runs on the GPU and leaves the cores to decoding."""
         return False
 
     def open_slot(self) -> TensorRTSlot:

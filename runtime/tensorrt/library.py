@@ -43,7 +43,7 @@ class LogLine(NamedTuple):
 
 @dataclass
 class TensorRTLog:
-    """What TensorRT says: to whoever captures it, and otherwise to Python's logging.
+    """TensorRT's messages: captured if someone captures them, else sent to Python's logging.
 
     TensorRT calls from threads of its own, also while several captures are open.
     """

@@ -236,7 +236,7 @@ class TensorRTSlot:
         return engine.create_execution_context(strategy)
 
     def _recover(self) -> None:
-        """Forget what a failure may have left half done; the next batch sets everything up again."""
+        """Drop state that a failure may have left incomplete; the next batch sets everything up again."""
         try:
             self._cuda.synchronize(self._stream)  # nothing may still read `pixels`
             self._discard_graphs()

@@ -136,7 +136,7 @@ class TestRerun:
         shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
         (tmp_path / "pruned" / "student.safetensors").write_bytes(b"")
         result = run(few_digits, "--out", tmp_path, *SHORT)
-        assert "pruned: made anew" in result.output
+        assert "pruned: made again" in result.output
         assert weights(tmp_path) == weights(finished[0])
 
     def test_interrupted_it_says_so_and_leaves_whole_stages_only(
@@ -167,7 +167,7 @@ class TestRerun:
                     break
             rest = process.stdout.read()
         assert process.returncode == 1
-        assert "goes on from here" in rest
+        assert "continues from here" in rest
         assert "Traceback" not in rest
         load_checkpoint(tmp_path / "teacher")
         assert {path.name for path in tmp_path.iterdir()} <= {"teacher", ".training"}

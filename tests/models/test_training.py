@@ -184,3 +184,14 @@ def test_process_settings_come_back() -> None:
         assert torch.get_num_threads() == 3
         assert torch.are_deterministic_algorithms_enabled()
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4, 5, 6])
+def test_it_may_have_very_few_steps(
+    epochs: int, train_images: Images, validation_images: Images, spec: Preprocessing, tmp_path: Path
+) -> None:
+    """One for each epoch: the schedule's warm-up is a fifth of them, of five just one."""
+    settings = Training(epochs=epochs, learning_rate=2e-3, batch_size=64)
+    trainer = Trainer(train_images, validation_images, spec)
+    network = trainer.run(tmp_path / "state.pt", settings=settings)
+    assert all(torch.isfinite(weights).all() for weights in network.parameters())

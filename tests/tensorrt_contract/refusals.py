@@ -8,23 +8,27 @@ from __future__ import annotations
 import json
 import sys
 
-from builder.compile.targets.tensorrt.options import BuildOptions, UnsupportedOptionError, refuse_unsupported
+from builder.compile.targets.tensorrt.options import (
+    TensorRTOptions,
+    UnsupportedOptionError,
+    refuse_unsupported,
+)
 from runtime.manifest import BatchSizes
 from runtime.tensorrt.library import MODULES, TensorRTLibrary, load_tensorrt
 
 FIXED = [BatchSizes(min=8, opt=8, max=8)]
 OPTIONS = {
-    "defaults": BuildOptions(),
-    "compute capability 8.6": BuildOptions(compute_capabilities=["8.6"]),
-    "compute capability 8.7": BuildOptions(compute_capabilities=["8.7"]),
-    "ampere+": BuildOptions(hardware_compatibility="ampere+"),
-    "same compute capability": BuildOptions(hardware_compatibility="same-compute-capability"),
-    "version compatible": BuildOptions(version_compatible=True),
-    "dla": BuildOptions(dla_core=0, profiles=FIXED),
+    "defaults": TensorRTOptions(),
+    "compute capability 8.6": TensorRTOptions(compute_capabilities=["8.6"]),
+    "compute capability 8.7": TensorRTOptions(compute_capabilities=["8.7"]),
+    "ampere+": TensorRTOptions(hardware_compatibility="ampere+"),
+    "same compute capability": TensorRTOptions(hardware_compatibility="same-compute-capability"),
+    "version compatible": TensorRTOptions(version_compatible=True),
+    "dla": TensorRTOptions(dla_core=0, profiles=FIXED),
 }
 
 
-def refusal(library: TensorRTLibrary, options: BuildOptions) -> str | None:
+def refusal(library: TensorRTLibrary, options: TensorRTOptions) -> str | None:
     try:
         refuse_unsupported(library, options)
     except UnsupportedOptionError as error:

@@ -104,7 +104,7 @@ def bench(
 ) -> None:
     """Time engine packages by themselves: no decoding, no HTTP.
 
-    Several packages are timed in turns, so that they compare well even on an unsteady machine. Example:
+    Several packages are timed in turns, so that they are comparable even on an unsteady machine. Example:
 
         trimrt bench engines/digits-resnet18-fp32-openvino engines/digits-resnet18-int8-openvino
 

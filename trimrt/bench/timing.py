@@ -48,7 +48,7 @@ class _Lane:
         pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, dtype=np.uint8)
 
     def start(self, batch: int, end: float) -> Callable[[], None]:
-        """Run batches until `end`; what is returned waits for that."""
+        """Run batches until `end`; the function returned waits for them."""
         return self._thread.submit(partial(self._run, batch, end)).result
 
     def _run(self, batch: int, end: float) -> None:

@@ -1,8 +1,8 @@
 """How an engine uses this machine best: found by trying, and kept beside it in `tuning.json`.
 
-What is tried is what the server does: where decoding and inference take the same cores, a trial decodes
-photographs too. The fewest images in a batch that come near the best throughput are taken, for every
-further one adds to the time that the others wait.
+A trial does what the server does: where decoding and inference share the cores, it decodes photographs too.
+The smallest batch that comes near the best throughput is chosen, because every further image makes the others
+wait longer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRIAL_SECONDS = 0.7
 
 _FIRST_BATCH: Final = 4  # to choose slots and threads with
 _NEAR: Final = 0.97
-_ROUNDS: Final = 2  # of every trial: what slows the machine for a moment slows no setting for good
+_ROUNDS: Final = 2  # of every trial, so that a brief disturbance does not disqualify a setting
 
 
 def throughput(
@@ -79,7 +79,7 @@ def best_rates(
     rounds: int,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> dict[Setting, float]:
-    """The best `throughput` of each setting in so many rounds of all of them, images a second.
+    """Best images/s of each setting, over `rounds` interleaved rounds.
 
     Neighbours slow the machine for seconds at a time, and never make it faster.
 

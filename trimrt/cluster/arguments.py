@@ -69,6 +69,6 @@ class Arguments(BaseModel):
 
 
 def on_share(settings: dict[str, Any], cpus: float) -> Settings:
-    """The settings of a server that has so many cores of its machine; what they set themselves stays."""
+    """The settings of a server that has this many cores of its machine; explicit settings win."""
     threads = max(1, int(cpus))
     return Settings(**({"decode_threads": threads, "inference_threads": threads} | settings))

@@ -46,7 +46,7 @@ def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) ->
     default=1.0,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="GPUs of a replica whose engine needs one; 0.25 lets four share a GPU.",
+    help="GPUs of a replica, if its engine needs one; 0.25 lets four share a GPU.",
 )
 @click.option(
     "--target-ongoing",

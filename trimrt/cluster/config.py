@@ -70,7 +70,7 @@ def configure(pools: Sequence[Pool], *, name: str, host: str, port: int, route_p
                 "max_ongoing_requests": 2 * room,
                 "graceful_shutdown_timeout_s": _STOP_SECONDS,
                 "ray_actor_options": {"num_cpus": _ROUTER_CPUS},
-                "logging_config": {"log_level": "ERROR"},  # a pool without room is no event
+                "logging_config": {"log_level": "ERROR"},  # back-pressure is normal, not worth a log line
             }
         )
     configuration = {

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from server.bodies import BodyMemory, body_too_large
 from server.problems import Problem
 
-# What of a request goes on to a replica; the rest belongs to the connection.
+# Headers that are forwarded to a replica; the rest belong to the connection.
 _PASSED_ON: Final = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path"),
     *("headers", "client", "server"),

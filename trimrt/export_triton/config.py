@@ -145,7 +145,7 @@ def _dynamic_batching(manifest: Manifest, max_queue_delay_us: int) -> Message:
 
 
 def _warmup(manifest: Manifest, *, batching: bool) -> list[Message]:
-    """Random pixels at the sizes that matter, so that no client meets a cold engine."""
+    """Random pixels at the sizes that matter, so that no request finds a cold engine."""
     batch, shape = manifest.batch, manifest.input.shape[1:]
 
     def sample(size: int) -> Message:

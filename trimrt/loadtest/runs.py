@@ -66,7 +66,7 @@ def run(plan: Plan, thresholds: Thresholds, start_point: StartPoint) -> Report:
     Args:
         plan: what to send.
         thresholds: what every load must keep.
-        start_point: told of every load before it is sent; gives the function that shows its progress.
+        start_point: called with every load before it is sent; returns the function that shows its progress.
 
     Raises:
         LoadTestError: the server does not answer, refuses the first image, or there are no images.
@@ -101,7 +101,7 @@ def run(plan: Plan, thresholds: Thresholds, start_point: StartPoint) -> Report:
 
 
 def _try(url: str, body: Body, headers: dict[str, str]) -> str:
-    """Ask once, so that a mistake is told before a minute of errors; the engine that answered."""
+    """Send one request, to fail at once if something is wrong; a description of the engine that answered."""
     try:
         response = httpx.post(url, content=body.data, headers={**headers, "Content-Type": body.content_type})
     except httpx.TransportError as error:

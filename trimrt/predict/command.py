@@ -107,7 +107,7 @@ class _Cluster(NamedTuple):
     default=1.0,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="GPUs of each whose engine needs one; 0.25 lets four share a GPU.",
+    help="GPUs of each worker, if the engine needs one; 0.25 lets four share a GPU.",
 )
 def predict(
     inputs: tuple[Path, ...],
@@ -131,7 +131,7 @@ def predict(
     """Label many images at once.
 
     INPUT is a folder, image files, or one Parquet file. An image that cannot be decoded gets a row that
-    says why. After an interruption the same command goes on where it stopped. Example:
+    says why. After an interruption the same command continues where it stopped. Example:
 
         trimrt predict photos --engine digits-resnet18-int8-openvino --out labels.parquet
     """
@@ -216,7 +216,7 @@ def _run(
             left = sum(len(plan.span(part)) for part in kept.missing())
             click.echo(
                 f"interrupted: {plan.images - left:,} of {plan.images:,} images are scored; "
-                "the same command, without --restart, goes on",
+                "the same command, without --restart, continues",
                 err=True,
             )
             raise SystemExit(_INTERRUPTED) from None
@@ -233,7 +233,7 @@ def _score(
     cluster: _Cluster | None,
     advance: Callable[[int], None],
 ) -> Generator[tuple[int, pa.Table], None, None]:
-    """The missing parts, here or on the cluster; `advance` is told of images as they are scored."""
+    """The missing parts, here or on the cluster; `advance` gets the number of images as they are scored."""
     if not missing:
         return
     if cluster is None:

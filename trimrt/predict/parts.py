@@ -1,4 +1,4 @@
-"""The output, written in parts beside it, so that an interruption costs one part and nothing is done twice.
+"""The output, written in parts beside it, so that an interruption costs at most one part.
 
 The parts lie in a folder, the output's name and `.parts`, with the plan that they follow. When all are
 there, they become the output, and the folder goes.
@@ -134,12 +134,12 @@ class Parts:
         try:
             begun = Plan.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValidationError, UnicodeDecodeError):
-            raise PartsError(f"{path} is damaged; begin anew with --restart") from None
+            raise PartsError(f"{path} is damaged; start again with --restart") from None
         changed = [name for name in Plan.model_fields if getattr(begun, name) != getattr(self._plan, name)]
         if changed:
             raise PartsError(
                 f"{self.folder} holds parts of a run that was interrupted, and since then "
-                f"{_changes(changed)} changed. Begin anew with --restart, or name another --out"
+                f"{_changes(changed)} changed. Start again with --restart, or name another --out"
             )
 
     def missing(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Scoring what is missing of an output: on this machine, or one part wherever it is asked for."""
+"""Scores the missing parts of an output: all on this machine, or one part on any."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _take(scored: Iterator[Rows], images: int, advance: Callable[[int], None]) -
 
 
 def _batches(source: Source, plan: Plan, parts: Sequence[int]) -> Iterator[list[Item]]:
-    """The images of `parts` in batches; none crosses parts, so that each gets the same whoever scores it."""
+    """The images of `parts` in batches. None crosses parts: a part's results do not depend on the run."""
     for _, following in groupby(enumerate(parts), lambda numbered: numbered[1] - numbered[0]):
         stretch = [part for _, part in following]  # parts that follow each other are read in one go
         items = source.items(plan.span(stretch[0]).start, plan.span(stretch[-1]).stop)

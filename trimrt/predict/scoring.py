@@ -84,7 +84,7 @@ def open_scorer(workload: Workload) -> Iterator[Scorer]:
             future.result()
         yield scorer
     finally:
-        decoders.shutdown(cancel_futures=True)  # which lets the slots pass by what is left over
+        decoders.shutdown(cancel_futures=True)  # so that slots skip the remaining batches
         for _ in slots:
             scorer.batches.put(None)
         for slot in slots:
@@ -149,7 +149,7 @@ class Scorer:
                     batch.rows.set_result(
                         self._run(slot, batch.items, [future.result() for future in batch.decoding])
                     )
-                except BaseException as error:  # whoever waits for the rows is to have it
+                except BaseException as error:  # raised where the rows are waited for
                     batch.rows.set_exception(error)
         finally:
             slot.close()

@@ -52,7 +52,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files, each read by whoever decodes it.
+    """Image files, each read by the thread that decodes it.
 
     Attributes:
         paths: of the files, as they are called in the output.

@@ -1,4 +1,4 @@
-"""Which test images a model is measured on: those of its own data set, or of the one that was named."""
+"""The test images that a model is measured on: of its own data set, or of the one given."""
 
 from __future__ import annotations
 

@@ -54,10 +54,10 @@ class Found:
 
 
 def discover(paths: Sequence[Path]) -> Found:
-    """Checkpoints and engine packages at `paths` and in folders below them; hidden folders are passed by.
+    """Checkpoints and engine packages at `paths` and in folders below them; hidden folders are skipped.
 
     Raises:
-        ReportError: a path is itself damaged or cannot be reported on, or there is nothing under any.
+        ReportError: a given path is damaged or of no known kind, or none has anything in it.
     """
     found, seen = Found(), set[Path]()
     for path in paths:
@@ -122,7 +122,7 @@ def _leave_out_copy(folder: Path, original: Path, found: Found) -> None:
 
 
 def _first_lines(error: Exception) -> str:
-    """A validation error names every field on lines of its own; the first says enough."""
+    """A validation error has several lines for every field; the first says enough."""
     return " ".join(" ".join(str(error).splitlines()[:3]).split())
 
 

@@ -28,7 +28,7 @@ _PROFILE_RUNS: Final = 20
 
 
 class Progress(Protocol):
-    """Told what is being done, and which share of it is done."""
+    """Called with the current step, and the share of it that is done."""
 
     def __call__(self, text: str, share: float | None = None) -> None:
         """`share` is None where it is not known."""
@@ -131,7 +131,7 @@ def score(labels: NDArray[np.int64], targets: NDArray[np.int64]) -> Accuracy:
 
 
 def _compare(entry: Entry, entries: Sequence[Entry]) -> None:
-    """Hold a model against its reference: what an engine was built from, what a student was made from."""
+    """Compare a model with its reference: the checkpoint of an engine, the ancestor of a checkpoint."""
     if isinstance(entry.item, Checkpoint):
         ancestors = [ancestor.weights_sha256 for ancestor in reversed(entry.item.card.lineage)]
         reference = next(
@@ -213,7 +213,7 @@ def _profile(entry: Entry, progress: Progress) -> None:
 
 
 def _title(name: str, titles: dict[str, str]) -> str:
-    """OpenVINO appends to a node's name what it did to it."""
+    """OpenVINO appends its transformations to a node's name."""
     return titles.get(name.split("/WithoutBiases")[0]) or titles.get(name) or name.replace("network/", "")
 
 
@@ -221,7 +221,7 @@ def _quantisation(entry: Entry, found: Found, sensitivity: bool, progress: Progr
     if isinstance(entry.item, Checkpoint) or entry.item.manifest.precision != "int8":
         reason = "only static INT8 engines have calibrated ranges"
         if isinstance(entry.item, EnginePackage) and entry.item.manifest.precision == "int8-dynamic":
-            reason = "dynamic INT8 finds its activation ranges anew for every image"
+            reason = "dynamic INT8 finds its activation ranges for every image"
         entry.missing |= {"ranges": reason, "sensitivity": reason}
         return
     package = entry.item

@@ -1,4 +1,4 @@
-"""Which compiler: the one that is asked for, or the one that makes most of this machine."""
+"""Which compiler: the one that is asked for, or the fastest one that this machine has."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from builder.compile.targets.base import Target
 from runtime.manifest import Backend, EngineError
 
 if TYPE_CHECKING:
-    from builder.compile.targets.tensorrt.options import BuildOptions
+    from builder.compile.targets.tensorrt.options import TensorRTOptions
     from builder.compile.targets.tensorrt.progress import BuildListener
 
 
 def open_target(
-    backend: Backend, options: BuildOptions | None = None, listener: BuildListener | None = None
+    backend: Backend, options: TensorRTOptions | None = None, listener: BuildListener | None = None
 ) -> Target:
     """The target for that backend.
 
     Args:
         backend: what to compile with.
         options: for TensorRT; OpenVINO has none.
-        listener: told of TensorRT's build phases.
+        listener: follows TensorRT's build phases.
 
     Raises:
         EngineError: its library is not installed here.
@@ -33,14 +33,14 @@ def open_target(
                 f"openvino cannot be imported: {error}; `pip install openvino` installs it"
             ) from error
         return OpenVINOTarget()
-    from builder.compile.targets.tensorrt.options import BuildOptions
+    from builder.compile.targets.tensorrt.options import TensorRTOptions
     from builder.compile.targets.tensorrt.target import TensorRTTarget
 
-    return TensorRTTarget(backend, options or BuildOptions(), listener)
+    return TensorRTTarget(backend, options or TensorRTOptions(), listener)
 
 
 def choose_backend() -> tuple[Backend, str]:
-    """The backend that makes most of this machine, and why."""
+    """The fastest backend that this machine has, and why."""
     from runtime.cuda import open_cuda
     from runtime.tensorrt.library import find_tensorrt
 

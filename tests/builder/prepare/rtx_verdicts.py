@@ -13,7 +13,7 @@ import onnx
 
 from builder.compile.targets.base import CompileError
 from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
-from builder.compile.targets.tensorrt.options import BuildOptions
+from builder.compile.targets.tensorrt.options import TensorRTOptions
 from runtime.manifest import BatchSizes
 from runtime.tensorrt.library import load_tensorrt
 
@@ -24,7 +24,7 @@ def verdict(path: Path) -> dict[str, object]:
     sizes = BatchSizes(min=batch or 1, opt=batch or 4, max=batch or 8)
     try:
         resources = BuildResources(workspace=1 << 28)
-        plan = build_engine(load_tensorrt("tensorrt-rtx"), path, BuildOptions(profiles=[sizes]), resources)
+        plan = build_engine(load_tensorrt("tensorrt-rtx"), path, TensorRTOptions(profiles=[sizes]), resources)
     except CompileError as error:
         return {"accepted": False, "reason": str(error)}
     return {"accepted": True, "bytes": len(plan)}

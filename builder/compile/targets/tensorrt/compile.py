@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.compile.targets.base import CompileError
 from builder.compile.targets.tensorrt.options import (
-    BuildOptions,
+    TensorRTOptions,
     UnsupportedOptionError,
     compute_capabilities,
     hardware_level,
@@ -48,7 +48,7 @@ class BuildResources:
 def build_engine(
     library: TensorRTLibrary,
     onnx_path: Path,
-    options: BuildOptions,
+    options: TensorRTOptions,
     resources: BuildResources,
     listener: BuildListener | None = None,
 ) -> bytes:
@@ -62,7 +62,7 @@ def build_engine(
         onnx_path: a graph with one input whose only dynamic dimension, if any, is the first.
         options: what to build.
         resources: what the build may use.
-        listener: told of the build's phases.
+        listener: follows the build's phases.
 
     Returns:
         The plan.
@@ -96,7 +96,7 @@ def build_engine(
 def _build(
     library: TensorRTLibrary,
     onnx_path: Path,
-    options: BuildOptions,
+    options: TensorRTOptions,
     resources: BuildResources,
     monitoring: Monitoring,
 ) -> bytes | None:
@@ -130,7 +130,7 @@ def _parser_errors(parser: trt.OnnxParser) -> str:
 
 
 def _configure(
-    library: TensorRTLibrary, config: trt.IBuilderConfig, options: BuildOptions, resources: BuildResources
+    library: TensorRTLibrary, config: trt.IBuilderConfig, options: TensorRTOptions, resources: BuildResources
 ) -> None:
     trt, name = library.trt, f"{library.backend} {library.version}"
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, resources.workspace)
@@ -196,7 +196,7 @@ def _use_dla(
     builder: trt.Builder,
     config: trt.IBuilderConfig,
     parser: trt.OnnxParser,
-    options: BuildOptions,
+    options: TensorRTOptions,
 ) -> None:
     trt, cores = library.trt, builder.num_DLA_cores
     if options.dla_core is None or options.dla_core >= cores:  # TensorRT itself would silently use the GPU

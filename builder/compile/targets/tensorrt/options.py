@@ -18,7 +18,7 @@ class UnsupportedOptionError(CompileError):
     """An option that this TensorRT or this machine does not have; the message names the version."""
 
 
-class BuildOptions(BaseModel):
+class TensorRTOptions(BaseModel):
     """How TensorRT is to build an engine. The defaults suit a server on a GPU."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +38,7 @@ class BuildOptions(BaseModel):
     )
     profiling: Literal["none", "layer_names_only", "detailed"] = "layer_names_only"
     tf32: bool = Field(default=True, description="let FP32 layers use TF32 tensor cores")
-    sparsity: bool = Field(default=False, description="use 2:4 sparse kernels where the weights are so")
+    sparsity: bool = Field(default=False, description="use 2:4 sparse kernels for weights with that pattern")
     version_compatible: bool = Field(default=False, description="loads on newer TensorRT versions too")
     hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = "none"
     compute_capabilities: list[str] = Field(
@@ -47,11 +47,11 @@ class BuildOptions(BaseModel):
     dla_core: int | None = Field(
         default=None,
         ge=0,
-        description="run on this deep learning accelerator, and on the GPU what it cannot do",
+        description="run on this deep learning accelerator; the GPU runs what it cannot",
     )
 
     @model_validator(mode="after")
-    def _without_gaps(self) -> BuildOptions:
+    def _without_gaps(self) -> TensorRTOptions:
         """A server may form any batch between the smallest and the largest."""
         ordered = sorted(self.profiles, key=lambda sizes: sizes.min)
         for lower, upper in itertools.pairwise(ordered):
@@ -60,7 +60,7 @@ class BuildOptions(BaseModel):
         return self
 
 
-def refuse_unsupported(library: TensorRTLibrary, options: BuildOptions, *, l4t: str | None = None) -> None:
+def refuse_unsupported(library: TensorRTLibrary, options: TensorRTOptions, *, l4t: str | None = None) -> None:
     """Check the options against the TensorRT that is here, before it builds anything.
 
     Args:
@@ -132,7 +132,7 @@ def hardware_level(trt: Any, level: str, name: str) -> Any:
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 
 
-def _refuse_dla(library: TensorRTLibrary, options: BuildOptions, name: str) -> None:
+def _refuse_dla(library: TensorRTLibrary, options: TensorRTOptions, name: str) -> None:
     if library.backend == "tensorrt-rtx":
         raise UnsupportedOptionError(f"{name} has no DLA; it is for PCs")
     version = tuple(int(part) for part in library.version.split(".")[:3])

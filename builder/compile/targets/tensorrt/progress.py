@@ -9,10 +9,10 @@ from rich.progress import Progress, TaskID
 
 
 class BuildListener(Protocol):
-    """Who is told how a build goes; called from TensorRT's threads, one call at a time."""
+    """Follows a build; called from TensorRT's threads, one call at a time."""
 
     def started(self, phase: str, parent: str | None, steps: int) -> None:
-        """A phase of so many steps begins, inside another one or outermost."""
+        """A phase of `steps` steps begins, inside the phase `parent` or outermost."""
 
     def advanced(self, phase: str, step: int) -> None:
         """Step number `step`, counted from 0, is done."""
@@ -24,7 +24,7 @@ class BuildListener(Protocol):
 class RichListener:
     """A bar for each phase that is running, nested ones indented.
 
-    Takes events in any order: phase names are no API, and a bar is no reason to end a build.
+    Accepts events in any order: phase names are no API, and a bar must not end a build.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -56,7 +56,7 @@ class RichListener:
 class Monitoring:
     """Keeps a build's cancellation, and the first exception of its listener.
 
-    TensorRT prints and swallows what a callback raises, so it is kept here and raised after the build.
+    TensorRT prints and swallows exceptions of callbacks, so they are kept here and raised after the build.
     """
 
     def __init__(self, listener: BuildListener | None) -> None:

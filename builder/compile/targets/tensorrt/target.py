@@ -12,7 +12,7 @@ from typing import Final
 from builder.compile.targets.base import Artefact, CompileError
 from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
 from builder.compile.targets.tensorrt.memory import MIB, default_workspace
-from builder.compile.targets.tensorrt.options import BuildOptions
+from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.targets.tensorrt.progress import BuildListener
 from builder.compile.targets.tensorrt.timing_cache import timing_cache_path
 from builder.kit import Report
@@ -30,7 +30,7 @@ class TensorRTTarget:
     """Compiles for the GPU at hand; with TensorRT-RTX, for any GPU from Ampere on, and without one."""
 
     def __init__(
-        self, backend: TensorRTBackend, options: BuildOptions, listener: BuildListener | None = None
+        self, backend: TensorRTBackend, options: TensorRTOptions, listener: BuildListener | None = None
     ) -> None:
         """Import the library.
 
@@ -128,7 +128,7 @@ def _envelope(profiles: list[BatchSizes]) -> BatchSizes:
 
 
 def _kept(log: Path) -> str:
-    """Save the log of a failed build, whose folder is about to go."""
+    """Save the log of a failed build, whose folder is about to be removed."""
     if not log.is_file():
         return ""
     handle, name = tempfile.mkstemp(prefix="trimrt-tensorrt-", suffix=".log")

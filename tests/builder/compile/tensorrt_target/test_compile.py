@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from builder.compile.targets.base import CompileError
 from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
-from builder.compile.targets.tensorrt.options import BuildOptions, UnsupportedOptionError
+from builder.compile.targets.tensorrt.options import TensorRTOptions, UnsupportedOptionError
 from builder.compile.targets.tensorrt.progress import RichListener
 from builder.prepare.legality import check_legality
 from models.recipe import PRESETS
@@ -27,7 +27,7 @@ RESOURCES = BuildResources(workspace=1 << 30)
 
 
 def compile_graph(rtx, path, profiles=DYNAMIC, listener=None, resources=RESOURCES, **options) -> bytes:
-    return build_engine(rtx, path, BuildOptions(profiles=profiles, **options), resources, listener)
+    return build_engine(rtx, path, TensorRTOptions(profiles=profiles, **options), resources, listener)
 
 
 class Recording:
@@ -167,7 +167,7 @@ def test_too_small_a_workspace_is_told_in_tensorrts_words(rtx, graph, tmp_path):
 
 def test_a_profile_out_of_order_is_refused(rtx, graph):
     backwards = BatchSizes.model_construct(min=4, opt=2, max=8)  # our own models do not let it pass
-    options = BuildOptions().model_copy(update={"profiles": [backwards]})
+    options = TensorRTOptions().model_copy(update={"profiles": [backwards]})
     with pytest.raises(CompileError, match=r"profile 4\.\.2\.\.8 was refused"):
         build_engine(rtx, graph("fp32"), options, RESOURCES)
 

@@ -1,7 +1,7 @@
 """The compression run: a teacher, a student that learns from it, and the student pruned.
 
-Each stage ends in a checkpoint folder. A rerun takes a finished stage as it is where everything that
-decided it is the same, and goes on with an interrupted one where it stopped.
+Each stage ends in a checkpoint folder. A rerun keeps a finished stage if everything that determined it is
+the same, and continues an interrupted one where it stopped.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from torch import nn
 
 from models.card import Ancestor, Card, CheckpointError, Metrics
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
-from models.datasets import DataSplit, ImageSet
+from models.datasets import DataSplit, ImageSet, open_dataset
 from models.distillation import TeacherViews, label_views, load_logits, save_logits
 from models.evaluation import count_macs, count_parameters, evaluate, live_parameters
 from models.files import restore
@@ -37,7 +38,7 @@ from models.networks import (
 )
 from models.preprocessing import Preprocessing
 from models.pruning import Pruner, find_ratio
-from models.recipe import Augmentation, Pruning, Recipe, Training, TrainingPrecision
+from models.recipe import Augmentation, Pruning, Recipe, Training, TrainingPrecision, as_options
 from models.training import (
     Images,
     Objective,
@@ -48,7 +49,7 @@ from models.training import (
     train,
 )
 
-LIVE_SHARE: Final = 0.95  # with less of a network alive, its size is mostly for show
+LIVE_SHARE: Final = 0.95  # below this most parameters are dead weights
 
 _PROBE_IMAGES: Final = 64
 _LIBRARIES: Final = ("trimrt", "torch", "torchvision", "torch-pruning")
@@ -57,8 +58,76 @@ Role = Literal["teacher", "student", "pruned"]
 
 
 @dataclass(frozen=True)
+class CompressionRun:
+    """What a run made.
+
+    Attributes:
+        folder: it holds a checkpoint's folder for each card, named by the card's role.
+        cards: of teacher, student and pruned student, or of those up to the last stage asked for.
+    """
+
+    folder: Path
+    cards: list[Card]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the last checkpoint, which `builder.build` takes."""
+        return self.folder / self.cards[-1].role
+
+
+def compress(
+    source: str | Path,
+    out: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    fold: int = 0,
+    until: Role = "pruned",
+    reuse: str | Path | None = None,
+    console: Console | None = None,
+    command: str | None = None,
+) -> CompressionRun:
+    """Train a teacher, distil a student from it, and prune the student.
+
+    Finished stages are reused, and an interrupted one continues where it stopped.
+
+    Args:
+        source: `digits`, `digits-unshuffled`, `fashion-mnist`, or a folder of images.
+        out: folder for `teacher/`, `student/` and `pruned/`; None: `runs/` and the data's name.
+        recipe: every other setting; None: the preset `aligned`.
+        fold: part held out for testing, 0 to 4, where the data has no test part.
+        until: the last stage to make.
+        reuse: another run's folder, whose stages are copied where this run would make the same.
+        console: for messages and progress; None: silent.
+        command: recorded in the cards; None: the `trimrt compress` command that does the same.
+
+    Raises:
+        DatasetError: no such data, or images that cannot be read.
+        NetworkError: an architecture, device or weights file that cannot be used.
+        PruningError: a network that cannot be pruned as asked.
+        CheckpointError: a damaged checkpoint.
+    """
+    recipe = recipe or Recipe()
+    data = open_dataset(str(source), fold=fold)
+    name = data.name if data.fold is None else f"{data.name}-fold{data.fold}"
+    folder = Path(out) if out else Path("runs") / name
+    if command is None:
+        words = ["trimrt", "compress", str(source), "--out", str(folder), "--fold", str(fold)]
+        command = shlex.join([*words, "--until", until, *as_options(recipe)])
+    run = Compression(
+        data=data,
+        recipe=recipe,
+        out=folder,
+        console=console or Console(quiet=True),
+        command=command,
+        reuse=Path(reuse) if reuse else None,
+        until=until,
+    )
+    return CompressionRun(folder, run.run())
+
+
+@dataclass(frozen=True)
 class _Stage:
-    """What decides a checkpoint: with the same of it, the weights come out the same."""
+    """Everything that determines a checkpoint: the same stage gives the same weights."""
 
     role: Role
     name: str
@@ -121,7 +190,7 @@ class Compression:
                     break
         return cards
 
-    # What all stages share, made when first needed.
+    # Shared by all stages; each is made when first needed.
 
     @cached_property
     def _progress(self) -> Progress:
@@ -176,7 +245,7 @@ class Compression:
 
     @cached_property
     def _views(self) -> TeacherViews:
-        """The training images' views with the teacher's opinion of them, made once for all later stages."""
+        """The training images' views with the teacher's logits, computed once for all later stages."""
         teacher, card = load_checkpoint(self.out / "teacher")
         count, seed = self.recipe.distillation.views, derive_seed(self.recipe.seed, "views")
         fingerprint = _fingerprint(
@@ -267,14 +336,14 @@ class Compression:
         try:
             card = load_checkpoint(folder)[1]
         except CheckpointError as error:
-            self._say(f"{stage.role}: made anew, for {error}", "yellow")
+            self._say(f"{stage.role}: made again, because {error}", "yellow")
             return None
         same = (
             (card.architecture, card.recipe, card.lineage, card.dataset)
             == (stage.architecture, stage.settings, stage.lineage, self.data.card())
         ) and (card.preprocessing, card.stem) == self._inputs
         if not same and folder.parent == self.out:
-            self._say(f"{stage.role}: made anew, for {folder} is of another recipe or other data", "yellow")
+            self._say(f"{stage.role}: made again, because {folder} has another recipe or data", "yellow")
         return card if same else None
 
     def _publish(self, stage: _Stage, network: nn.Module) -> Card:
@@ -365,7 +434,7 @@ class Compression:
             if settings.weights == "random":
                 torch.manual_seed(derive_seed(self.recipe.seed, f"pruned weights {step}"))
                 draw_weights(network)
-            # A finished step's weights come back from its state file, so that the next prunes the same.
+            # A finished step restores its weights from its state file, so the next prunes the same.
             self._fit(network, stage, self._views, settings, part=f"-{step}")
         return network
 
@@ -404,7 +473,7 @@ class Compression:
         self, network: nn.Module, stage: _Stage, objective: Objective, settings: Training, *, part: str = ""
     ) -> None:
         network.to(self._device)
-        self._work.mkdir(parents=True, exist_ok=True)  # no place to write is better known before than after
+        self._work.mkdir(parents=True, exist_ok=True)  # fail before training, not after
         train(
             network,
             self._train_images,

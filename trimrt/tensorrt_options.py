@@ -7,11 +7,10 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from builder.compile.targets.tensorrt.options import BuildOptions
+from builder.compile.targets.tensorrt.options import TensorRTOptions
 from runtime.manifest import BatchSizes
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
 
 _OPTIONS: Final = (
     click.option(
@@ -19,7 +18,7 @@ _OPTIONS: Final = (
         "profiles",
         multiple=True,
         metavar="MIN:OPT:MAX",
-        help="Batch sizes to tune for, instead of --min-batch and its like; repeatable.",
+        help="Batch sizes to tune for, instead of --min-batch, --opt-batch and --max-batch; repeatable.",
     ),
     click.option(
         "--workspace-mib",
@@ -40,7 +39,7 @@ _OPTIONS: Final = (
     click.option(
         "--tf32/--no-tf32", default=None, help="TF32 tensor cores for FP32 layers.  [default: tf32]"
     ),
-    click.option("--sparsity/--no-sparsity", default=None, help="2:4 sparse kernels where weights are so."),
+    click.option("--sparsity/--no-sparsity", default=None, help="Use 2:4 sparse kernels where weights fit."),
     click.option("--version-compatible", is_flag=True, default=None, help="Loads on newer TensorRT too."),
     click.option(
         "--hardware-compatibility",
@@ -55,37 +54,30 @@ _OPTIONS: Final = (
         help="tensorrt-rtx: a GPU to compile for; repeatable.  [default: Ampere and later]",
     ),
     click.option(
-        "--dla-core", type=click.IntRange(0), help="Run on this DLA core, and on the GPU what it cannot do."
+        "--dla-core",
+        type=click.IntRange(0),
+        help="Run on this DLA core; the GPU runs what it cannot.",
     ),
-)
-NAMES: Final = (
-    "profiles",
-    "workspace_mib",
-    "optimization_level",
-    "aux_streams",
-    "profiling",
-    "tf32",
-    "sparsity",
-    "version_compatible",
-    "hardware_compatibility",
-    "compute_capabilities",
-    "dla_core",
 )
 
 
 def tensorrt_options(command: _Command) -> _Command:
-    """Add the options to a command; it gets them as keyword arguments, which `build_options` takes."""
+    """Add the options to a command; `take_tensorrt_options` takes their values."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def build_options(values: dict[str, Any]) -> BuildOptions:
-    """What was given on the command line, taken out of `values`."""
-    given = {name: values.pop(name) for name in NAMES}
+def take_tensorrt_options(values: dict[str, Any]) -> TensorRTOptions:
+    """What was given on the command line, taken out of `values`.
+
+    Raises:
+        click.UsageError: values that contradict each other.
+    """
+    given = {name: values.pop(name) for name in TensorRTOptions.model_fields}
     try:
         profiles = [_batch_sizes(text) for text in given.pop("profiles")]
-        return BuildOptions(
+        return TensorRTOptions(
             profiles=profiles, **{name: value for name, value in given.items() if value not in (None, ())}
         )
     except ValueError as error:

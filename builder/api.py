@@ -1,0 +1,200 @@
+"""From a network to engine packages: what `trimrt build` and `trimrt prepare` call, from Python too."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from builder.compile.packages import Package, build_package
+from builder.compile.selection import build_best
+from builder.compile.targets.base import INT8_REST
+from builder.compile.targets.choice import choose_backend, open_target
+from builder.compile.targets.tensorrt.progress import RichListener
+from builder.compile.verification import GateError
+from builder.kit import GraphSource, Kit, KitError, KitManifest, is_kit, open_kit
+from builder.observer import BuildObserver
+from builder.options import QAT, BuildOptions, PrepareOptions
+from builder.prepare.export import ExportError
+from builder.prepare.int8 import METHODS
+from builder.rebuilding import build_command, changed_options, prepare_command
+from models.card import read_card
+from runtime.manifest import Backend, Precision
+
+if TYPE_CHECKING:
+    from builder.prepare.preparation import Preparation, Subject
+
+
+def build(
+    source: str | Path,
+    output: str | Path = "engines",
+    options: BuildOptions | None = None,
+    observer: BuildObserver | None = None,
+) -> list[Package]:
+    """Build engine packages and publish those that pass the accuracy gate.
+
+    Args:
+        source: a checkpoint's folder, a build kit's, an ONNX file, `torchvision:NAME` or `timm:NAME`. All
+            but a kit need `pip install 'trimrt[compress]'`.
+        output: folder that the packages' folders go into.
+        options: what to build, and how; None: an INT8 engine for this machine.
+        observer: follows the build.
+
+    Returns:
+        The published packages, in the order of `options.precisions`.
+
+    Raises:
+        GateError: an engine failed the gate. All others are published; the message names each that is not.
+        CheckpointError, DatasetError, ExportError, KitError: the source, its data or the options cannot be
+            used.
+        CompileError, EngineError: the compiler is missing or refused a graph, or an engine does not run.
+        PublicationError: a package cannot be put into `output`.
+    """
+    output, options, observer = Path(output), options or BuildOptions(), observer or BuildObserver()
+    backend, listener = options.target, RichListener(observer.progress) if observer.progress else None
+    if backend == "auto":
+        backend, reason = choose_backend()
+        observer.chose_target(backend, reason)
+    target = open_target(backend, options.tensorrt, listener)
+    packages: list[Package] = []
+    refused: list[str] = []
+    with _graphs(source, options.prepare, observer) as graphs:
+        for precision in options.precisions:
+            build_one = build_best if precision == "best" else partial(build_package, precision=precision)
+            try:
+                package = build_one(
+                    source=graphs,
+                    target=target,
+                    output=output,
+                    batch=options.batch,
+                    gate=options.gate,
+                    command=build_command(source, output, options, precision, backend),
+                    report=observer.report,
+                )
+            except GateError as error:
+                refused.append(str(error))
+                continue
+            observer.published(package)
+            packages.append(package)
+        if refused and {"int8", "best"} & set(options.precisions):
+            refused += _remedies(graphs, options.prepare)
+    if refused:
+        raise GateError("\n".join(refused))
+    return packages
+
+
+def make_kit(
+    source: str | Path,
+    output: str | Path,
+    options: PrepareOptions | None = None,
+    *,
+    precisions: Sequence[Precision] = get_args(Precision),
+    targets: Sequence[Backend] = tuple(INT8_REST),
+    observer: BuildObserver | None = None,
+) -> KitManifest:
+    """Write a build kit: all that `build` needs on another machine, which then needs neither torch nor onnx.
+
+    Args:
+        source: as for `build`, but no kit.
+        output: the kit's folder; an older kit there is replaced.
+        options: how the graphs are made.
+        precisions: what can be built from the kit.
+        targets: what it can be built for.
+        observer: follows the preparation.
+
+    Returns:
+        What the kit says of itself.
+
+    Raises:
+        CheckpointError, DatasetError, ExportError: the source, its data or the options cannot be used.
+        KitError: `output` exists and is not a kit.
+    """
+    output, options, observer = Path(output), options or PrepareOptions(), observer or BuildObserver()
+    if output.exists() and not is_kit(output):
+        raise KitError(f"{output} exists and is not a build kit; choose another --output")
+    rests = list(dict.fromkeys(INT8_REST[target] for target in targets))
+    with _prepared(source, options, observer) as graphs:
+        from builder.prepare.preparation import write_kit
+
+        command = prepare_command(source, output, precisions, targets, options)
+        return write_kit(graphs, output, precisions, rests, command)
+
+
+@contextmanager
+def _graphs(source: str | Path, options: PrepareOptions, observer: BuildObserver) -> Iterator[GraphSource]:
+    """The build kit, or the checkpoint or model, exported."""
+    if not is_kit(Path(source)):
+        with _prepared(source, options, observer) as graphs:
+            yield graphs
+        return
+    if changed := changed_options(options):
+        raise KitError(
+            f"{source} is a build kit, whose images and calibration are fixed; leave out {', '.join(changed)}"
+        )
+    observer.report("checking the build kit")
+    yield open_kit(Path(source))
+
+
+@contextmanager
+def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserver) -> Iterator[Preparation]:
+    """The checkpoint or model, exported; its graphs live as long as the context."""
+    named = str(source).startswith(("torchvision:", "timm:"))
+    if not named and not Path(source).is_file():
+        read_card(Path(source))  # says what is wrong before seconds of importing
+        for name in ("preprocess", "labels", "weights"):
+            if getattr(options, name) is not None:
+                raise ExportError(f"{source} is a checkpoint, which says itself what --{name} would")
+    observer.report("importing")
+    try:
+        from builder.prepare.preparation import Settings, prepare
+    except ImportError as error:
+        raise ExportError(
+            f"preparing {source} needs what `pip install 'trimrt[compress]'` brings "
+            f"({error}). Or run `trimrt prepare` where that is installed, and build from its kit here"
+        ) from error
+    qat = {"epochs": options.qat_epochs, "learning_rate": options.qat_learning_rate}
+    settings = Settings(
+        calibration_images=options.calibration_images,
+        verification_images=options.verification_images,
+        methods=METHODS if options.calibration == "auto" else [options.calibration],
+        seed=options.seed,
+        sensitivity=options.sensitivity,
+        qat=QAT.model_copy(update=qat) if options.qat else None,
+    )
+    observer.report(f"reading {source}")
+    subject = _open(str(source), options)
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
+        graphs = prepare(subject, Path(workspace), settings, observer.report, observer.progress)
+        observer.exported(graphs.export_difference)
+        if settings.sensitivity:
+            observer.ranked_layers(graphs.layer_costs)
+        yield graphs
+
+
+def _open(source: str, options: PrepareOptions) -> Subject:
+    from builder.prepare.preparation import open_checkpoint
+    from builder.prepare.sources import Details, open_named, open_onnx
+
+    details = Details(options.data, options.preprocess, options.labels, options.weights)
+    if source.startswith(("torchvision:", "timm:")):
+        return open_named(source, details)
+    if Path(source).is_file():
+        return open_onnx(Path(source), details)
+    return open_checkpoint(Path(source), options.data)
+
+
+def _remedies(source: GraphSource, options: PrepareOptions) -> Iterator[str]:
+    """What has not been tried to get INT8 through the gate."""
+    sensitivity, qat, where = options.sensitivity, options.qat, ""
+    if isinstance(source, Kit):
+        made = [graph.calibration for graph in source.manifest.graphs if graph.calibration is not None]
+        sensitivity = any(calibration.higher_precision_layers for calibration in made)
+        qat = any(calibration.method == "qat" for calibration in made)
+        where = " (of `trimrt prepare`)"
+    if not sensitivity:
+        yield f"--sensitivity{where} finds the layers that INT8 hurts most, and keeps them out of it"
+    if not qat and not source.path.is_file():  # a file is a graph, which cannot be trained
+        yield f"--qat{where} fine-tunes the network for INT8"

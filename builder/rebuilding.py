@@ -1,0 +1,82 @@
+"""The command lines that make a package or a kit again, as its manifest records them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder.compile.targets.base import INT8_REST
+from builder.compile.targets.tensorrt.options import TensorRTOptions
+from builder.options import BuildOptions, PrepareOptions
+from runtime.manifest import Backend
+
+
+def build_command(
+    source: str | Path, output: Path, options: BuildOptions, precision: str, target: Backend
+) -> str:
+    """The `trimrt build` command for one package; options that have their default are left out."""
+    words = ["trimrt", "build", str(source), "--precision", precision, "--target", target]
+    words += ["--output", str(output)]
+    default = BuildOptions()
+    for name in ("min", "opt", "max"):
+        words += _changed(f"--{name}-batch", getattr(options.batch, name), getattr(default.batch, name))
+    words += _changed("--max-drop", *_percent(options.gate.max_drop, default.gate.max_drop))
+    words += _changed("--min-agreement", *_percent(options.gate.min_agreement, default.gate.min_agreement))
+    return shlex.join([*words, *_tensorrt_words(options.tensorrt), *_prepare_words(options.prepare)])
+
+
+def prepare_command(
+    source: str | Path,
+    output: Path,
+    precisions: Sequence[str],
+    targets: Sequence[Backend],
+    options: PrepareOptions,
+) -> str:
+    """The `trimrt prepare` command for a kit; options that have their default are left out."""
+    words = ["trimrt", "prepare", str(source), "--precision", ",".join(precisions)]
+    if list(targets) != list(INT8_REST):
+        words += [word for target in targets for word in ("--target", target)]
+    return shlex.join([*words, "--output", str(output), *_prepare_words(options)])
+
+
+def changed_options(options: PrepareOptions) -> list[str]:
+    """Names of the options that do not have their default, as the command line writes them."""
+    return [
+        _flag(field.name)
+        for field in dataclasses.fields(options)
+        if getattr(options, field.name) != field.default
+    ]
+
+
+def _prepare_words(options: PrepareOptions) -> Iterator[str]:
+    for field in dataclasses.fields(options):
+        yield from _changed(_flag(field.name), getattr(options, field.name), field.default)
+
+
+def _tensorrt_words(options: TensorRTOptions) -> Iterator[str]:
+    for profile in options.profiles:
+        yield from ("--profile", f"{profile.min}:{profile.opt}:{profile.max}")
+    for name, field in TensorRTOptions.model_fields.items():
+        if name not in ("profiles", "compute_capabilities"):
+            yield from _changed(_flag(name), getattr(options, name), field.default)
+    for capability in options.compute_capabilities:
+        yield from ("--compute-capability", capability)
+
+
+def _changed(flag: str, value: Any, default: Any) -> list[str]:
+    if value == default:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, str(value)]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _percent(*shares: float) -> Iterator[str]:
+    return (f"{100 * share:.10g}" for share in shares)
