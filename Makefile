@@ -36,8 +36,10 @@ demo: $(VENV)/.install  ## Build, serve, ask and compare, once, on handwritten d
 serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:8000.
 	@$(BIN)/trimrt serve --engine $(ENGINE)
 
-test: $(VENV)/.install-dev  ## Run the test suite and print its coverage.
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov
+# A file's tests share what is slow to build; tests/conftest.py puts the longest files first. Each of the two
+# workers has a core, so OpenMP gets one thread: several would spin while they wait for each other.
+test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail where that is too low.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov
 
 test-load: $(VENV)/.install-dev  ## Run the long tests of the server: overload, abuse, thousands of requests.
 	@$(BIN)/python -m pytest -m slow tests/load

@@ -22,6 +22,7 @@ from models.datasets import open_dataset
 from models.recipe import Recipe, make_recipe
 
 _SHORT = {
+    "image": {"size": 16, "stem": "small"},
     "teacher": {"architecture": "resnet18", "epochs": 1, "batch_size": 16},
     "student": {"epochs": 1, "batch_size": 16},
     "distillation": {"views": 1},
