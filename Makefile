@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load test-gpu bench reproduce tables images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-load test-gpu test-python310 bench reproduce tables images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -46,6 +46,26 @@ test-load: $(VENV)/.install-dev  ## Run the long tests of the server: overload, 
 
 test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
 	@$(BIN)/python -m pytest tests/gpu -m gpu -v
+
+# JetPack 6's Python is 3.10, which pyenv offers only where it is asked for it. Its pins run neither the tests
+# nor OpenVINO, on which the tests' engines run: what is added for them has the versions of constraints.txt.
+PYTHON310 := PYENV_VERSION=3.10 python3.10
+BIN310    := build/python3.10/bin
+ADDED310  := filelock|httpx|hypothesis|iniconfig|onnx|openvino|psutil|pytest|pytest-timeout|pytest-xdist|PyYAML
+
+test-python310: $(VENV)/.install-dev  ## Test the server on JetPack 6's Python and pins; with no 3.10 here, check types.
+	@if $(PYTHON310) -c "" 2>/dev/null; then set -e; \
+		$(PYTHON310) -m venv build/python3.10; \
+		grep -E '^($(ADDED310))==' constraints.txt > build/python3.10/added.txt; \
+		$(BIN310)/python -m pip install -q -r deploy/jetson/jetpack6.txt -r build/python3.10/added.txt; \
+		$(BIN310)/python -m pip install -q --no-deps -e .; \
+		$(BIN310)/python -c "import builder.compile.packages, builder.compile.targets.choice, trimrt.build"; \
+		OMP_NUM_THREADS=1 $(BIN310)/python -m pytest -m "not slow" -n 2 --dist loadfile \
+			tests/runtime tests/server --ignore tests/server/test_page.py; \
+	else \
+		echo "There is no Python 3.10: types are checked for it, and nothing is run on it."; \
+		$(BIN)/mypy --python-version 3.10 -p runtime -p server -p builder.compile; \
+	fi
 
 bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and the limit (half an hour; needs wrk).
 	@$(BIN)/python -m benchmarks.peers

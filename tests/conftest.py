@@ -84,9 +84,7 @@ def data(cache_dir: Path) -> Iterator[DataSplit]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Path:
     from small_student import write_checkpoint
 
-    runs = build_once(
-        tmp_path_factory, "runs", lambda folder: write_checkpoint(folder / "tiny-digits", data)
-    )
+    runs = build_once(tmp_path_factory, "runs", lambda folder: write_checkpoint(folder / "tiny-digits", data))
     return runs / "tiny-digits"
 
 
