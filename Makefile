@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load test-gpu bench reproduce tables images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-load test-gpu test-python310 bench reproduce tables images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -36,14 +36,35 @@ demo: $(VENV)/.install  ## Build, serve, ask and compare, once, on handwritten d
 serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:8000.
 	@$(BIN)/trimrt serve --engine $(ENGINE)
 
-test: $(VENV)/.install-dev  ## Run the test suite and print its coverage.
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov
+# A file's tests share what is slow to build; tests/conftest.py puts the longest files first. Each of the two
+# workers has a core, so OpenMP gets one thread: several would spin while they wait for each other.
+test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail where that is too low.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov
 
 test-load: $(VENV)/.install-dev  ## Run the long tests: overload, abuse, thousands of requests, killed writers.
 	@$(BIN)/python -m pytest -m slow tests/load tests/builder
 
 test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
 	@$(BIN)/python -m pytest tests/gpu -m gpu -v
+
+# JetPack 6's Python is 3.10, which pyenv offers only where it is asked for it. What its pins lack for the tests is
+# the newest that works with them: not every version in constraints.txt runs on 3.10.
+PYTHON310 := PYENV_VERSION=3.10 python3.10
+BIN310    := build/python3.10/bin
+ADDED310  := filelock "grpcio-tools<1.82" httpx hypothesis "onnx~=1.21.0" psutil pytest pytest-timeout \
+	pytest-xdist pyyaml "tritonclient[grpc,http]"
+
+test-python310: $(VENV)/.install-dev  ## Test the server on JetPack 6's Python and pins; with no 3.10 here, check types.
+	@if $(PYTHON310) -c "" 2>/dev/null; then set -e; \
+		$(PYTHON310) -m venv build/python3.10; \
+		$(BIN310)/python -m pip install -q -r deploy/jetson/jetpack6.txt $(ADDED310) -e ".[grpc,otel]"; \
+		$(BIN310)/python -c "import builder.compile.packages, builder.compile.targets.choice, trimrt.build"; \
+		OMP_NUM_THREADS=1 $(BIN310)/python -m pytest -m "not slow" -n 2 --dist loadfile \
+			tests/runtime tests/server --ignore tests/server/test_page.py; \
+	else \
+		echo "There is no Python 3.10: types are checked for it, and nothing is run on it."; \
+		$(BIN)/mypy --python-version 3.10 -p runtime -p server -p builder.compile; \
+	fi
 
 bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and the limit (half an hour; needs wrk).
 	@$(BIN)/python -m benchmarks.peers

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import cv2
 from pydantic import BaseModel, Field
 
 from benchmarks.load import Round, merge
@@ -129,6 +130,7 @@ def best_for_latency(package: Path, files: Sequence[bytes]) -> Setting:
 
 def main(package: str, *names: str) -> None:
     """Find the best settings, then do as told until there is nothing more to read."""
+    cv2.setNumThreads(1)  # parallelism is across images, as in the server
     folder = Path(package)
     files = [Path(name).read_bytes() for name in names]
     best = Settings(throughput=best_for_throughput(folder, files), latency=best_for_latency(folder, files))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import click
+import cv2
 import numpy as np
 import orjson
 from rich.box import SIMPLE_HEAD
@@ -108,6 +109,7 @@ def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple
 def main(seconds: float, repeats: int) -> None:
     """Time every stage of a request."""
     exit_on_sigterm()
+    cv2.setNumThreads(1)
     TRIMRT.install()
     engines = prepare(BUILD / "engine", click.echo)
     files = store("640x427", photographs(), BUILD / "photographs")

@@ -7,6 +7,9 @@ every exported graph.
 The libraries were chosen by measurement (`benchmarks/preprocessing.py`): libjpeg-turbo (through
 simplejpeg) decodes a JPEG straight at a reduced scale, OpenCV resizes, and Pillow reads all other
 formats. This module imports no torch.
+
+Importing it leaves the settings of the process alone. A process that decodes in several threads runs fastest
+if OpenCV uses one for each image: `cv2.setNumThreads(1)`, or OPENCV_FOR_THREADS_NUM=1 in the environment.
 """
 
 from __future__ import annotations
@@ -54,10 +57,8 @@ _UNSUPPORTED: Final = {
     "PDF": (0, b"%PDF-"),
 }
 
-# The pixel limit is checked here, before anything is decoded, and with the caller's own value.
-Image.MAX_IMAGE_PIXELS = None
-# One image is one thread's work; parallelism is across images.
-cv2.setNumThreads(1)
+# Pillow refuses or warns by a limit of the whole process, PIL.Image.MAX_IMAGE_PIXELS.
+_PILLOWS_LIMIT: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class ImageError(TrimRTError):
@@ -120,7 +121,8 @@ def load_pixels(
         data: a JPEG, PNG, WebP, GIF, BMP or TIFF file. Of an animation the first frame counts, of
             transparent pixels their colour, of 16-bit channels the upper half.
         spec: sizes and decoding mode.
-        max_pixels: refuse images with more pixels than this, judged by the header.
+        max_pixels: refuse images with more pixels than this, judged by the header. Pillow's own limit, which
+            is twice `PIL.Image.MAX_IMAGE_PIXELS`, holds beside it for all formats but JPEG.
         out: where to put the result, of its shape and dtype; None: in new memory.
 
     Returns:
@@ -129,7 +131,7 @@ def load_pixels(
     Raises:
         DamagedImageError: not an image, truncated, or corrupt.
         UnsupportedImageError: an image of a format that is not accepted.
-        ImageTooLargeError: more than `max_pixels` pixels.
+        ImageTooLargeError: more pixels than `max_pixels`, or than Pillow allows.
     """
     if data[:3] == b"\xff\xd8\xff":
         image = decode_jpeg(data, spec.resize if spec.scaled_decoding else math.inf, max_pixels)
@@ -224,6 +226,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
             if data[offset : offset + len(magic)] == magic:
                 raise UnsupportedImageError(f"a {kind}; convert it to one of {accepted}") from error
         raise DamagedImageError(f"not an image of a known format ({accepted})") from error
+    except _PILLOWS_LIMIT as error:
+        raise ImageTooLargeError(f"Pillow refuses the image: {error}") from error
     except Exception as error:  # Pillow's readers raise many types on hostile headers
         raise DamagedImageError(f"damaged image: {error}") from error
     with image:
@@ -233,6 +237,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
             orientation = _orientation(image)
         except UnsupportedImageError:
             raise
+        except _PILLOWS_LIMIT as error:
+            raise ImageTooLargeError(f"Pillow refuses the image: {error}") from error
         except Exception as error:
             raise DamagedImageError(f"damaged {image.format}: {error}") from error
     return _orient(pixels, orientation)

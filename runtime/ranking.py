@@ -49,7 +49,7 @@ def _sorted(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     bits = (logits + np.float32(0)).view(np.int32)  # adding zero turns -0 into 0
     # Read as integers, IEEE 754 floats keep their order, except that negative ones are reversed.
     falling = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    keys = falling.astype(np.int64)
+    keys: NDArray[np.int64] = falling.astype(np.int64)
     keys <<= 32
     keys |= np.arange(logits.shape[1])
     keys.sort(axis=1)

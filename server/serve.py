@@ -29,8 +29,12 @@ def run(settings: Settings) -> None:
         raise click.ClickException(str(error)) from None
     listener = listen(settings)
 
+    from PIL import Image
+
     from server.app import create_app
     from server.draining import DrainingServer
+
+    Image.MAX_IMAGE_PIXELS = None  # `settings.max_pixels` is the limit; this process is the server's own
 
     failures: list[Exception] = []
 

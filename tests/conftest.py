@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
+from shared import build_once
 
 from trimrt.cli import main
 
@@ -22,7 +23,33 @@ if TYPE_CHECKING:  # imported where they are used: most tests need no torch
 # A script's background jobs are born deaf to Ctrl-C, and so are their children: `make test &` would be too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Whoever takes the last file of all is soon done with it, so that pytest-xdist's workers end together.
+LONGEST_FIRST = (
+    "builder/compile/test_instruction_sets.py",
+    "builder/prepare/test_qat.py",
+    "e2e/test_main_job.py",
+    "models/test_compress.py",
+    "experiments/test_reproduce.py",
+    "builder/prepare/test_sensitivity.py",
+    "trimrt/cluster/test_cluster.py",
+    "server/test_scheduling.py",
+    "trimrt/predict/test_predict_command.py",
+    "trimrt/report/test_report_command.py",
+    "experiments/test_calibration_methods.py",
+    "builder/prepare/test_calibration.py",
+    "models/test_training.py",
+    "benchmarks/test_limit.py",
+    "e2e/test_wheel.py",
+)
+
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int8-dynamic")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first; all others keep their order."""
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +63,20 @@ def trimrt() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataSplit]:
-    """Handwritten digits, fold 0, unpacked where the command line finds them too."""
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the handwritten digits are unpacked already."""
     from models.datasets import open_dataset
 
-    cache = tmp_path_factory.mktemp("cache")
+    return build_once(tmp_path_factory, "cache", lambda folder: open_dataset("digits", cache_dir=folder))
+
+
+@pytest.fixture(scope="session")
+def data(cache_dir: Path) -> Iterator[DataSplit]:
+    """Handwritten digits, fold 0, where the command line finds them too."""
+    from models.datasets import open_dataset
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRIMRT_CACHE", str(cache))
+        patch.setenv("TRIMRT_CACHE", str(cache_dir))
         yield open_dataset("digits", fold=0)
 
 
@@ -50,7 +84,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataSplit]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Path:
     from small_student import write_checkpoint
 
-    return write_checkpoint(tmp_path_factory.mktemp("runs") / "tiny-digits", data)
+    runs = build_once(tmp_path_factory, "runs", lambda folder: write_checkpoint(folder / "tiny-digits", data))
+    return runs / "tiny-digits"
 
 
 @pytest.fixture(scope="session")
@@ -58,10 +93,11 @@ def kit(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, trimrt: Call
     """All precisions, for OpenVINO."""
     from builder.kit import open_kit
 
-    folder = tmp_path_factory.mktemp("kits") / "tiny-digits"
-    result = trimrt("prepare", checkpoint, "--target", "openvino", "--output", folder)
-    assert result.exit_code == 0, result.output
-    return open_kit(folder)
+    def build(folder: Path) -> None:
+        result = trimrt("prepare", checkpoint, "--target", "openvino", "--output", folder / "tiny-digits")
+        assert result.exit_code == 0, result.output
+
+    return open_kit(build_once(tmp_path_factory, "kits", build) / "tiny-digits")
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +105,10 @@ def packages(
     tmp_path_factory: pytest.TempPathFactory, kit: Kit, trimrt: Callable[..., Result]
 ) -> dict[Precision, Path]:
     """An engine package's folder for each precision, not to be changed."""
-    output = tmp_path_factory.mktemp("engines")
-    result = trimrt("build", kit.path, "--precision", ",".join(PRECISIONS), "--output", output)
-    assert result.exit_code == 0, result.output
+
+    def build(folder: Path) -> None:
+        result = trimrt("build", kit.path, "--precision", ",".join(PRECISIONS), "--output", folder)
+        assert result.exit_code == 0, result.output
+
+    output = build_once(tmp_path_factory, "engines", build)
     return {precision: output / f"tiny-digits-{precision}-openvino" for precision in PRECISIONS}

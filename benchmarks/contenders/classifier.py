@@ -84,8 +84,11 @@ class Classifier:
 
 
 def _trimrt_pixels() -> Callable[[bytes], NDArray[Any]]:
+    import cv2
+
     from models.preprocessing import Preprocessing, load_pixels
 
+    cv2.setNumThreads(1)  # in the contender's own process, as in TrimRT's server
     spec = Preprocessing(resize=256, height=224, width=224)
     return lambda file: load_pixels(file, spec)
 

@@ -20,7 +20,7 @@ from wrapped_engine import load_wrapped
 
 from builder.compile.verification import engine_logits
 from models.card import Card, read_card
-from models.datasets import ImageSet, open_dataset
+from models.datasets import DataSplit, ImageSet, open_dataset
 from models.preprocessing import Preprocessing
 from models.pretrained import DIGITS_STUDENT
 from runtime.loading import load_engine
@@ -34,12 +34,12 @@ def card() -> Card:
 
 
 @pytest.fixture(scope="module")
-def test_images(card: Card) -> ImageSet:
+def test_images(card: Card, data: DataSplit) -> ImageSet:
     return open_dataset(card.dataset.source, fold=card.dataset.fold or 0).test
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> tuple[Path, str]:
     """The engine directory that the demonstration fills, and what it prints."""
     folder = tmp_path_factory.mktemp("demo")
     done = run_demo(folder)

@@ -18,6 +18,7 @@ from experiments.calibration import MISTAKES, Results, Row, Variant, calibrate, 
 from experiments.graphs import Measured, Measurement, held_out_images, measure_graph
 from experiments.results import made_here
 from models.card import read_card
+from models.datasets import DataSplit
 from models.pretrained import DIGITS_STUDENT
 
 WRONG = Variant("max", 32, next(iter(MISTAKES)))
@@ -33,12 +34,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preparation]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRIMRT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        settings = Settings(verification_images=144)
-        subject = open_checkpoint(DIGITS_STUDENT, None)
-        yield prepare(subject, tmp_path_factory.mktemp("workspace"), settings, lambda _: None)
+def prepared(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Preparation:
+    settings = Settings(verification_images=144)
+    subject = open_checkpoint(DIGITS_STUDENT, None)
+    return prepare(subject, tmp_path_factory.mktemp("workspace"), settings, lambda _: None)
 
 
 @pytest.fixture(scope="module")

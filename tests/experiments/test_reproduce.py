@@ -18,10 +18,11 @@ from experiments.reproduce import reproduce
 from experiments.results import Fold, Results, read_results
 from experiments.study import STUDIES, Study, Variant
 from models.checkpoint import load_checkpoint
-from models.datasets import open_dataset
+from models.datasets import DataSplit
 from models.recipe import Recipe, make_recipe
 
 _SHORT = {
+    "image": {"size": 16, "stem": "small"},
     "teacher": {"architecture": "resnet18", "epochs": 1, "batch_size": 16},
     "student": {"epochs": 1, "batch_size": 16},
     "distillation": {"views": 1},
@@ -31,11 +32,10 @@ _RELAXED = experiments.fold.Gate(max_drop=1, min_agreement=0)
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Study:
     """Three networks and the engines of the last, on three of the digits."""
     folder = tmp_path_factory.mktemp("data") / "three-digits"
-    digits = open_dataset("digits")
-    for part, images, count in (("train", digits.train, 16), ("test", digits.test, 4)):
+    for part, images, count in (("train", data.train, 16), ("test", data.test, 4)):
         for target in range(3):
             directory = folder / part / str(target)
             directory.mkdir(parents=True)

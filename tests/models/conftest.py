@@ -21,20 +21,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def digits(cache_dir: Path) -> DataSplit:
-    return open_dataset("digits", cache_dir=cache_dir)
-
-
-@pytest.fixture(scope="session")
-def few_digits(digits: DataSplit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few_digits(data: DataSplit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with 16 training and 4 test images of each of the digits 0, 1 and 2."""
     folder = tmp_path_factory.mktemp("few-digits")
-    for part, images, count in (("train", digits.train, 16), ("test", digits.test, 4)):
+    for part, images, count in (("train", data.train, 16), ("test", data.test, 4)):
         for target in range(3):
             directory = folder / part / images.labels[target]
             directory.mkdir(parents=True)

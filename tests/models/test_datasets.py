@@ -27,9 +27,9 @@ def write_images(folder: Path, classes: dict[str, int]) -> None:
 
 
 class TestDigits:
-    def test_files_hold_scikit_learns_images(self, digits: DataSplit) -> None:
+    def test_files_hold_scikit_learns_images(self, data: DataSplit) -> None:
         original = load_digits()
-        for images in (digits.train, digits.validation, digits.test):
+        for images in (data.train, data.validation, data.test):
             indices = [int(path.stem) for path in images.paths]
             grey = np.round(original.images[indices] * 255 / 16)
             np.testing.assert_array_equal(images.load_pixels(SPEC)[:, :, :, 1], grey)
@@ -50,28 +50,28 @@ class TestDigits:
         assert [int(path.stem) for path in data.test.paths] == test.tolist()
         assert data.card().source == "digits-unshuffled"
 
-    def test_parts_are_disjoint_and_complete(self, digits: DataSplit) -> None:
-        parts = [set(images.paths) for images in (digits.train, digits.validation, digits.test)]
+    def test_parts_are_disjoint_and_complete(self, data: DataSplit) -> None:
+        parts = [set(images.paths) for images in (data.train, data.validation, data.test)]
         assert [len(part) for part in parts] == [1293, 144, 360]
         assert len(set.union(*parts)) == 1797
 
-    def test_validation_has_a_tenth_of_every_class(self, digits: DataSplit) -> None:
-        rest = np.bincount(digits.train.targets) + np.bincount(digits.validation.targets)
-        np.testing.assert_allclose(np.bincount(digits.validation.targets), rest / 10, atol=1)
+    def test_validation_has_a_tenth_of_every_class(self, data: DataSplit) -> None:
+        rest = np.bincount(data.train.targets) + np.bincount(data.validation.targets)
+        np.testing.assert_allclose(np.bincount(data.validation.targets), rest / 10, atol=1)
 
     def test_test_parts_of_the_folds_share_no_image(self, cache_dir: Path) -> None:
         tests = [open_dataset("digits", fold=fold, cache_dir=cache_dir).test.paths for fold in range(5)]
         assert len({path for paths in tests for path in paths}) == sum(map(len, tests)) == 1797
 
-    def test_opening_again_gives_the_same(self, digits: DataSplit, cache_dir: Path, tmp_path: Path) -> None:
+    def test_opening_again_gives_the_same(self, data: DataSplit, cache_dir: Path, tmp_path: Path) -> None:
         again = open_dataset("digits", cache_dir=cache_dir)
         elsewhere = open_dataset("digits", cache_dir=tmp_path)
-        assert again.train.paths == digits.train.paths
-        assert elsewhere.sha256 == digits.sha256
-        assert elsewhere.train.sha256 == digits.train.sha256 != digits.test.sha256
+        assert again.train.paths == data.train.paths
+        assert elsewhere.sha256 == data.sha256
+        assert elsewhere.train.sha256 == data.train.sha256 != data.test.sha256
 
-    def test_card_tells_how_to_find_the_data_again(self, digits: DataSplit, cache_dir: Path) -> None:
-        card = digits.card()
+    def test_card_tells_how_to_find_the_data_again(self, data: DataSplit, cache_dir: Path) -> None:
+        card = data.card()
         assert card.fold is not None
         assert open_dataset(card.source, fold=card.fold, cache_dir=cache_dir).card() == card
 

@@ -64,10 +64,10 @@ def test_resnet18_has_its_published_size() -> None:
 @pytest.mark.parametrize(
     ("size", "stem", "alive"), [(24, "small", True), (32, "small", True), (32, "standard", False)]
 )
-def test_dead_weights_are_found(digits: DataSplit, size: int, stem: Stem, alive: bool) -> None:
+def test_dead_weights_are_found(data: DataSplit, size: int, stem: Stem, alive: bool) -> None:
     # 32 pixels under the standard stem leave the last stage one pixel: 8 of its 9 taps see padding.
     spec = Preprocessing(resize=size, height=size, width=size)
-    pixels = digits.train.subset(np.arange(32), "few").load_pixels(spec)
+    pixels = data.train.subset(np.arange(32), "few").load_pixels(spec)
     torch.manual_seed(0)
     network = build_network("resnet18", 10, stem)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

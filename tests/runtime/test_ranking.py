@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from runtime.ranking import ranked
 
 # Few values, so that many are equal; and any others.
-FEW = [-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, 1e-45, -1e-45]
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+FEW = [-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, SMALLEST, -SMALLEST]
 LOGITS = st.sampled_from(FEW) | st.floats(width=32, allow_nan=False)
 
 

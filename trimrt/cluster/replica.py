@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
+import cv2
 import ray
+from PIL import Image
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
@@ -34,6 +36,9 @@ class Replica:
         logs.configure(configured.log_level, configured.log_format, access_log=configured.access_log)
         self._id = serve.get_replica_context().replica_tag
         self._answered, self._failed = 0, 0
+        # The process is the replica's own: parallelism is across images, and `max_pixels` is their limit.
+        cv2.setNumThreads(1)
+        Image.MAX_IMAGE_PIXELS = None
         failures: list[Exception] = []
         self._app = create_app(configured, on_failure=failures.append, observers=[ReplicaMetrics()])
         self._running = AsyncExitStack()

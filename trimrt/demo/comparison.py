@@ -21,7 +21,7 @@ from models.datasets import ImageSet
 from models.networks import build_network
 from runtime.loading import load_engine
 
-_TIMING_SECONDS: Final = 5.0
+_TIMING_SECONDS: Final = 2.0
 _BYTES_PER_WEIGHT: Final = 4
 
 

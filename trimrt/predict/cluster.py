@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,6 +49,7 @@ class PartScorer:
     def __call__(self, parts: dict[str, NDArray[np.int64]]) -> pa.Table:
         """The rows of one part, and its number beside each of them."""
         if self._scorer is None:
+            cv2.setNumThreads(1)  # in the actor's own process; parallelism is across images
             self._scorer = self._opening.__enter__()
         number = int(parts[_PART][0])
         ((_, table),) = score_parts(self._scorer, self._manifest, self._source, self._plan, [number])
