@@ -137,10 +137,11 @@ class Graphs:
     pixels: Pixels
     reference: Mapping[str, NDArray[np.float32]]
 
-    def exact(self, name: str, found: Found) -> NDArray[np.float32]:
-        """Logits of the quantised graph with the weights that the target made of its own."""
+    def exact(self, name: str, found: Found | None = None) -> NDArray[np.float32]:
+        """Logits of the quantised graph; of one that was `found`, with the weights that the target made."""
         model = onnx.load(str(self.folder / f"{name}.onnx"))
-        return exact(with_weights(model, found.weights) if found.saturation_safe else model, self.pixels)
+        changed = found is not None and found.saturation_safe
+        return exact(with_weights(model, found.weights) if changed else model, self.pixels)
 
 
 @dataclass(frozen=True)
@@ -319,9 +320,12 @@ def test_layers_run_in_int8(found_neighbours: dict[str, Found]) -> None:
     assert all(layers.values()), layers
 
 
-def test_the_student_that_ships_keeps_its_labels(trained: Graphs, found_trained: dict[str, Found]) -> None:
+def test_the_student_that_ships_keeps_its_labels_and_logits(
+    trained: Graphs, found_trained: dict[str, Found]
+) -> None:
     for name in ("student-static", "student-dynamic"):
         for logits in found_trained[name].logits.values():
+            assert np.abs(logits - trained.reference[name]).mean() <= 0.1, name
             assert np.mean(logits.argmax(1) == trained.reference[name].argmax(1)) >= 0.997, name
 
 
@@ -330,13 +334,13 @@ def test_the_student_that_ships_keeps_its_labels(trained: Graphs, found_trained:
 def test_trained_networks_lose_only_what_rounding_to_int8_costs(
     trained: Graphs, found_trained: dict[str, Found], network: str, kind: str
 ) -> None:
-    """An exact computation with the same weights is as far from FP32, which is not far."""
+    """Exact sums of the same weights are as far from FP32; those of 8-bit weights at least half as far."""
     name = f"{network}-{kind}"
     found, reference = found_trained[name], trained.reference[name]
-    exact = trained.exact(name, found)
+    exact, of_8_bits = trained.exact(name, found), trained.exact(name)
     for logits in found.logits.values():
         assert np.abs(logits - reference).mean() <= 1.1 * np.abs(exact - reference).mean()
-        assert np.abs(logits - reference).mean() <= 0.1
+        assert np.abs(logits - reference).mean() <= 2.2 * np.abs(of_8_bits - reference).mean()
         if kind == "dynamic":  # whose first convolution is not folded
             assert np.abs(logits - exact).mean() <= 0.005
 
