@@ -11,7 +11,6 @@ from typing import Final
 import click
 
 import trimrt
-from trimrt.cli import main
 
 _OWN: Final = ("models", "runtime", "builder", "server")
 
@@ -25,6 +24,8 @@ def run() -> None:
         sys.exit(error.exit_code)
     # One image is one thread's work; parallelism is across images. OpenCV reads this when it is loaded.
     os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
+    from trimrt.cli import main  # which imports those packages
+
     main()
 
 
