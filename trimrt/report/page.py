@@ -13,6 +13,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from trimrt.report import plots
+from trimrt.report.axes import Cost
 from trimrt.report.results import Accuracy, Group, LayerRange, LayerTime, Measured, Model, Report
 
 _FOLDER: Final = Path(__file__).parent
@@ -229,7 +230,7 @@ def _tiles(models: list[Model]) -> list[Tile]:
     return tiles
 
 
-def _beside(model: Model, cost: plots.Cost, models: Sequence[Model]) -> str:
+def _beside(model: Model, cost: Cost, models: Sequence[Model]) -> str:
     ratio = _smaller(model, models) if cost == "size" else _faster(model, models)
     parts = [f"{ratio} than #{models[0].number}"] if ratio else []
     if model.accuracy is not None:
@@ -240,7 +241,7 @@ def _beside(model: Model, cost: plots.Cost, models: Sequence[Model]) -> str:
 def _trade_offs(index: int, models: list[Model]) -> list[Figure]:
     figures = []
     timed = [model for model in models if model.latency is not None]
-    costs: tuple[tuple[plots.Cost, list[Model]], ...] = (("size", models), ("latency", timed))
+    costs: tuple[tuple[Cost, list[Model]], ...] = (("size", models), ("latency", timed))
     for cost, shown in costs:
         if not shown:
             continue

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimrt.report.plots import spread_ticks
+from trimrt.report.axes import spread_ticks
 from trimrt.report.statistics import pareto_front, wilson_interval
 
 points = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30)
