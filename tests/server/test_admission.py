@@ -98,7 +98,7 @@ def test_images_are_answered_and_counted(
     answer = it.ask(*images)
     assert answer.error == ""
     assert list(answer.best) == [reference(image).argmax() for image in images]
-    assert it.counted("ok", "") == 1
+    wait_until(lambda: it.counted("ok", "") == 1)
 
 
 def test_a_request_takes_the_way_that_it_is_named_for(start: Start, gate: Gate, encode: Encode) -> None:
@@ -145,7 +145,7 @@ def test_a_protected_server_asks_everyone_for_the_key_who_is_not_on_this_machine
         refused = it.ask(image, **ELSEWHERE, **headers)
         assert refused.error == it.error("unauthorized")
         assert refused.detail == "send the API key as `Authorization: Bearer <key>` or as `X-API-Key: <key>`"
-    assert it.counted("invalid", "unauthorized") == 3
+    wait_until(lambda: it.counted("invalid", "unauthorized") == 3)
     assert gate.batches == []
     gate.open()
     for headers in (
@@ -165,7 +165,7 @@ def test_a_protected_server_without_a_key_serves_this_machine_alone(
     assert refused.error == it.error("forbidden")
     assert "only callers on loopback may do this" in refused.detail
     assert it.ask(encode(0), Origin="https://evil.example").error == it.error("forbidden")
-    assert it.counted("invalid", "forbidden") == 2
+    wait_until(lambda: it.counted("invalid", "forbidden") == 2)
     assert it.ask(encode(0)).error == ""
 
 
@@ -211,7 +211,7 @@ def test_no_client_may_wait_longer_than_the_server_allows(start: Start, gate: Ga
         late = it.ask(encode(0), timeout_ms=timeout_ms)
         assert late.error == it.error("deadline-exceeded")
         assert late.detail == "the deadline passed before the result was there"
-    assert it.counted("expired", "deadline-exceeded") == 2
+    wait_until(lambda: it.counted("expired", "deadline-exceeded") == 2)
 
 
 @over_http
@@ -221,7 +221,7 @@ def test_a_body_that_does_not_come_in_time_is_expired_and_not_invalid(start: Sta
     sent, connection = it.open({"Content-Length": "100"}, timeout_ms=50)
     connection.sendall(b"only this")
     assert sent.answer().error == "body-timeout"
-    assert it.counted("expired", "body-timeout") == 1
+    wait_until(lambda: it.counted("expired", "body-timeout") == 1)
 
 
 @over_http
@@ -270,7 +270,7 @@ def test_an_unknown_engine_is_said(start: Start, encode: Encode) -> None:
     refused = it.ask(encode(0), engine="nobody")
     assert refused.error == it.error("engine-not-found")
     assert refused.detail == "no engine 'nobody' is loaded; loaded: tiny"
-    assert it.counted("invalid", "engine-not-found") == 1
+    wait_until(lambda: it.counted("invalid", "engine-not-found") == 1)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.4])
@@ -295,7 +295,7 @@ def test_a_full_queue_says_when_to_try_again_by_the_measured_rate(
     assert math.ceil(QUEUE_LIMIT * least) <= int(said) <= math.ceil(QUEUE_LIMIT * most)
     if isinstance(it, Http):
         assert refused.headers["retry-after"] == said
-    assert it.counted("rejected", "queue-full") == 1
+    wait_until(lambda: it.counted("rejected", "queue-full") == 1)
     gate.open()
     assert [sent.answer().error for sent in accepted] == [""] * QUEUE_LIMIT
 
@@ -333,7 +333,7 @@ def test_bodies_together_may_not_hold_more_than_their_limit(
     refused = it.ask(image)
     assert refused.error == it.error("queue-full")
     assert "request bodies hold" in refused.detail
-    assert it.counted("rejected", "queue-full") == 1
+    wait_until(lambda: it.counted("rejected", "queue-full") == 1)
     gate.open()
     assert [sent.answer().error for sent in held] == ["", ""]
     assert it.ask(image).error == ""
@@ -352,7 +352,7 @@ def test_a_body_announced_above_the_limit_is_refused_before_it_comes(start: Star
     assert isinstance(it, Http)
     sent, _ = it.open({"Content-Length": "1001"})
     assert sent.answer().error == "body-too-large"
-    assert it.counted("invalid", "body-too-large") == 1
+    wait_until(lambda: it.counted("invalid", "body-too-large") == 1)
 
 
 @over_http
@@ -362,13 +362,13 @@ def test_a_body_of_unannounced_size_is_stopped_at_the_limit(start: Start, kind: 
     sent, connection = it.open({"Transfer-Encoding": "chunked"})
     connection.sendall(b"258\r\n" + b"\0" * 600 + b"\r\n258\r\n" + b"\0" * 600 + b"\r\n")
     assert sent.answer().error == "body-too-large"
-    assert it.counted("invalid", "body-too-large") == 1
+    wait_until(lambda: it.counted("invalid", "body-too-large") == 1)
 
 
 def test_a_body_that_cannot_be_parsed_is_malformed(start: Start) -> None:
     it = start()
     assert it.send_body(b"\xff\xff\xff\xff").answer().error == it.error("malformed-request")
-    assert it.counted("invalid", "malformed-request") == 1
+    wait_until(lambda: it.counted("invalid", "malformed-request") == 1)
 
 
 def test_more_images_than_the_limit_are_refused(start: Start, gate: Gate, encode: Encode) -> None:
@@ -376,7 +376,7 @@ def test_more_images_than_the_limit_are_refused(start: Start, gate: Gate, encode
     gate.open()
     refused = it.ask(*[encode(0)] * 3)
     assert (refused.error, refused.detail) == (it.error("too-many-images"), "3 images; the limit is 2")
-    assert it.counted("invalid", "too-many-images") == 1
+    wait_until(lambda: it.counted("invalid", "too-many-images") == 1)
     assert it.ask(*[encode(0)] * 2).error == ""
 
 
@@ -384,7 +384,7 @@ def test_a_damaged_image_is_the_clients_fault(start: Start, gate: Gate) -> None:
     it = start()
     gate.open()
     assert it.ask(b"no image").error == it.error("image-damaged")
-    assert it.counted("invalid", "image-damaged") == 1
+    wait_until(lambda: it.counted("invalid", "image-damaged") == 1)
 
 
 # --- the outcome ----------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_an_engine_that_fails_is_the_servers_fault(start: Start, gate: Gate, enc
     failed = it.ask(encode(0))
     assert failed.error == it.error("inference-failed")
     assert "the device fell off" in failed.detail
-    assert it.counted("failed", "inference-failed") == 1
+    wait_until(lambda: it.counted("failed", "inference-failed") == 1)
     gate.open()
     assert it.ask(encode(0)).error == ""
 

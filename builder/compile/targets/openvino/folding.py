@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 from openvino import opset13
 
 from builder.compile.targets.openvino.constants import constants
-from builder.weights import LEVELS, quantise
+from builder.weights import quantise
 
 
-def fold_normalisation(
-    core: openvino.Core, model: openvino.Model, *, framed: bool = False, levels: int = LEVELS
-) -> None:
+def fold_normalisation(core: openvino.Core, model: openvino.Model, *, framed: bool = False) -> None:
     """Let a quantised first convolution read the pixels themselves; any other graph stays as it is.
 
     `(pixels - mean) / std`, rounded to INT8, is a pass over the image of its own, and loses some of it.
@@ -27,7 +25,6 @@ def fold_normalisation(
         model: changed in place.
         framed: whether the zero point is the same for all channels, as kernels for AMX require. What pads the
             image must be the mean still, so a frame of it is put around the pixels.
-        levels: of the weights, on either side of zero.
     """
     nodes = {op.get_friendly_name(): op for op in model.get_ordered_ops()}
     layout = nodes.get("pre/layout")
@@ -46,7 +43,7 @@ def fold_normalisation(
         [nodes["pre/centre"].input_value(1), nodes["pre/scale"].input_value(1), convolution.input_value(1)],
     )
     mean, inverse_std = mean.reshape(1, -1, 1, 1), inverse_std.reshape(1, -1, 1, 1)
-    quantised, scale = quantise(weights * inverse_std, levels=levels)
+    quantised, scale = quantise(weights * inverse_std)
     padding = np.round(mean).astype(np.uint8)
     zero_point = np.full((1, 1, 1, 1), np.round(mean.mean()), np.uint8) if framed else padding
     rest = (

@@ -14,9 +14,8 @@ from openvino import opset13
 from builder.compile.targets.base import Artefact, CompileError
 from builder.compile.targets.openvino.channel_padding import pad_channels
 from builder.compile.targets.openvino.folding import fold_normalisation
-from builder.compile.targets.openvino.saturation import SAFE_LEVELS, make_safe, sums_saturate
+from builder.compile.targets.openvino.saturation import make_safe, sums_saturate
 from builder.kit import Report
-from builder.weights import LEVELS
 from runtime.manifest import Backend, BatchSizes
 from runtime.openvino import CONFIGURATION, this_machine
 
@@ -40,7 +39,7 @@ class OpenVINOTarget:
             if amx:
                 model = pad_channels(model)
             limited = _is_quantised(model) and sums_saturate()
-            fold_normalisation(core, model, framed=amx, levels=SAFE_LEVELS if limited else LEVELS)
+            fold_normalisation(core, model, framed=amx)
             if limited:
                 make_safe(core, model)
             pixels = model.input(0)
