@@ -39,7 +39,8 @@ serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:80
 # A file's tests share what is slow to build; tests/conftest.py puts the longest files first. Each of the two
 # workers has a core, so OpenMP gets one thread: several would spin while they wait for each other.
 test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail where that is too low.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
+		--max-worker-restart 0 --cov
 
 test-load: $(VENV)/.install-dev  ## Run the long tests: overload, abuse, thousands of requests, killed writers.
 	@$(BIN)/python -m pytest -m slow tests/load tests/builder
