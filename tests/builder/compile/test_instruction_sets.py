@@ -389,5 +389,5 @@ def test_a_package_built_without_vnni_says_so_and_is_right_or_refused(
     assert manifest.evidence.label_agreement >= 0.98
 
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    with pytest.raises(EngineError, match=r"built for Intel SSE4\.1; OpenVINO uses Intel .* here\. Rebuild"):
-        load_engine(folder)
+    done = run(["-c", f"from runtime import load_engine; load_engine({str(folder)!r})"])
+    assert re.search(r"built for Intel SSE4\.1; OpenVINO uses Intel .* here\. Rebuild it here", done.stderr)

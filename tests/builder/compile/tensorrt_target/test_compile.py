@@ -142,6 +142,15 @@ def test_what_a_listener_raises_ends_the_build(rtx, graph, tmp_path):
     assert "cancel" in (tmp_path / "build.log").read_text().lower()
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, whatever a test before has left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_build_and_leaves_the_process_able_to_build(rtx, graph):
     main = threading.main_thread().ident
     listener = Recording(lambda: signal.pthread_kill(main, signal.SIGINT))
