@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT, LOGITS
-from builder.weights import LEVELS
+from builder.weights import round_to_scale
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def _with_one_layer_quantised(master: onnx.ModelProto, layer: str, scales: Layer
     weights = next(tensor for tensor in graph.initializer if tensor.name == node.input[1])
     values = numpy_helper.to_array(weights)
     steps = scales.weights.reshape([-1 if axis == scales.axis else 1 for axis in range(values.ndim)])
-    rounded = np.clip(np.rint(values / steps), -LEVELS, LEVELS) * steps
+    integers, scale = round_to_scale(values, steps)
+    rounded = integers * scale
     prefix = "sensitivity/"
     graph.initializer.extend(
         [

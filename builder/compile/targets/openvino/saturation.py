@@ -40,8 +40,10 @@ _ATTRIBUTES: Final = (
 SAFE_LEVELS: Final = 63  # of weights of 7 bits, on either side of zero
 
 # What may stand between the quantisation of an activation and its use: dequantisation, and changes of shape.
-_DEQUANTISATION: Final = ("Convert", "Subtract", "Multiply")
-_PASSING: Final = (*_DEQUANTISATION, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit")
+_PASSING: Final = (
+    *("Convert", "Subtract", "Multiply"),
+    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit"),
+)
 
 
 @cache
