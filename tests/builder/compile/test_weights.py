@@ -1,14 +1,17 @@
-"""Integer weights: of one scale for each output channel, and of neighbours that do not saturate."""
+"""Integer weights: of one scale per output channel, of neighbours that do not saturate; second operands."""
 
 from __future__ import annotations
 
 import numpy as np
+import openvino
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from openvino import opset13
 
-from builder.compile.targets.openvino.saturation import pair_neighbours
+from builder.compile.targets.openvino.saturation import make_safe, pair_neighbours
 from builder.weights import LEVELS, quantise
+from runtime.openvino import CONFIGURATION
 
 WEIGHTS = arrays.arrays(
     np.float64,
@@ -41,3 +44,15 @@ def test_no_two_neighbours_of_one_sign_saturate_in_16_bits(
 def test_weights_that_are_never_large_neighbours_keep_8_bits() -> None:
     weights = np.array([[1.0, -1.0, 0.5, 0.4, 0.0, 1.0]])
     assert np.abs(pair_neighbours(weights, 0, 1).integers).max() == LEVELS
+
+
+def test_a_second_operand_whose_channels_have_scales_of_their_own_takes_the_widest() -> None:
+    """No exporter writes one today; it must neither stop a build nor cut values off."""
+    first, second = (opset13.parameter([1, 4, 4], np.float32) for _ in range(2))
+    most = np.array([1, 2, 4, 8], np.float32).reshape(1, 1, 4)
+    quantised = opset13.fake_quantize(second, 0 * most, most, 0 * most, most, levels=256)
+    model = openvino.Model([opset13.matmul(first, quantised, False, False)], [first, second])
+    make_safe(openvino.Core(), model)
+    eye, values = np.eye(4, dtype=np.float32)[None], np.broadcast_to(most, (1, 4, 4)) * np.float32(0.9)
+    found = openvino.Core().compile_model(model, "CPU", CONFIGURATION)([eye, values])[0]
+    np.testing.assert_allclose(found, values, atol=2 * 8 / 255)

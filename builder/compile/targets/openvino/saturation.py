@@ -226,7 +226,8 @@ def _products(integers: openvino.Node) -> Iterator[openvino.Node]:
 def _limit_second_operand(core: openvino.Core, product: openvino.Node) -> None:
     """Round the second operand of a product of two quantised activations to 7 bits.
 
-    It is quantised once more, in steps of twice the size. A weight, or what is not quantised, stays as it is.
+    It is quantised once more, in steps of twice the size (the largest, where channels have their own). A
+    weight, or what is not quantised, stays as it is.
     """
     edge = product.input(1)
     node, scales = edge.get_source_output().get_node(), []
@@ -236,8 +237,9 @@ def _limit_second_operand(core: openvino.Core, product: openvino.Node) -> None:
         node = node.input_value(0).get_node()
     if node.get_type_name() != "FakeQuantize":
         return
-    least, most, *factors = (value.item() for value in constants(core, [*node.input_values()[3:], *scales]))
-    low, high = (np.float32(2 * limit * math.prod(factors)) for limit in (least, most))
+    least, most, *factors = constants(core, [*node.input_values()[3:], *scales])
+    step = 2 * math.prod(factor.max() for factor in factors)
+    low, high = np.float32(least.min() * step), np.float32(most.max() * step)
     limited = opset13.fake_quantize(edge.get_source_output(), low, high, low, high, levels=256)
     edge.replace_source_output(limited.output(0))
 
