@@ -27,7 +27,7 @@ from builder.prepare.preparation import Settings, open_checkpoint, prepare
 from experiments.results import Engine, Fold, Network
 from experiments.study import STUDIES, Study, Variant
 from models.card import WEIGHTS_NAME, Card
-from models.compression import Compression
+from models.compression import compress
 from models.datasets import DataSplit, open_dataset
 from models.files import replace_file
 from runtime.loading import load_engine
@@ -76,15 +76,16 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
         folder = _variant_folder(base, variant)
         command = study.command(variant, fold, seed=seed, threads=threads, start=start(variant))
         with _cost_kept(base, variant.name, unless=folder / variant.role):
-            card = Compression(
-                data,
-                study.recipe(variant, seed=seed, threads=threads, start=start(variant)),
+            card = compress(
+                study.source,
                 folder,
-                console,
-                command,
-                None if folder == base else base,
-                variant.role,
-            ).run()[-1]
+                study.recipe(variant, seed=seed, threads=threads, start=start(variant)),
+                fold=fold,
+                until=variant.role,
+                reuse=None if folder == base else base,
+                console=console,
+                command=command,
+            ).cards[-1]
         precision = card.recipe["precision"]
         networks.append(_network(variant, card, folder / variant.role, command))
     for number, variant in enumerate(compiled, len(study.variants) + 1):
