@@ -7,48 +7,68 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.verification import Gate
+from builder.prepare.import_onnx import NORMALISATIONS
 from models.recipe import Training
 from runtime.manifest import Backend, BatchSizes, Precision
 
 QAT: Final = Training(epochs=16, learning_rate=1e-3, weight_decay=0)
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """How a network becomes ONNX graphs.
+class PrepareOptions(BaseModel):
+    """How a network becomes ONNX graphs."""
 
-    Attributes:
-        data: data set whose training images calibrate INT8 and whose validation images judge the engines:
-            `digits`, `fashion-mnist` or an ImageFolder directory; None: what the checkpoint was trained on.
-        calibration: how INT8 activation ranges are found; `auto` tries entropy, then max.
-        calibration_images: training images to calibrate with, at most.
-        verification_images: validation images to judge engines by, at most.
-        seed: selects the images.
-        sensitivity: rank the layers by what quantising each costs; if INT8 fails the gate, keep the costliest
-            in higher precision.
-        qat: if INT8 fails the gate in every other way, fine-tune the network for it.
-        qat_epochs: passes over the training images.
-        qat_learning_rate: peak of the one-cycle schedule.
-        preprocess: how a model from elsewhere normalises images: a name or a JSON file; None: what the model
-            says.
-        labels: text file with the classes of a model from elsewhere, one a line; None: the data's.
-        weights: for `torchvision:NAME` and `timm:NAME`: a state dict's file, or `pretrained`.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str | None = None
-    calibration: Literal["auto", "entropy", "max"] = "auto"
-    calibration_images: int = 512
-    verification_images: int = 1024
-    seed: int = 0
-    sensitivity: bool = False
-    qat: bool = False
-    qat_epochs: int = QAT.epochs
-    qat_learning_rate: float = QAT.learning_rate
-    preprocess: str | None = None
-    labels: Path | None = None
-    weights: str | None = None
+    data: str | None = Field(
+        default=None,
+        description="Data set whose training images calibrate INT8 and whose validation images judge the "
+        "engines: digits, fashion-mnist, or an ImageFolder directory; by default what the checkpoint was "
+        "trained on.",
+    )
+    calibration: Literal["auto", "entropy", "max"] = Field(
+        default="auto", description="How INT8 activation ranges are found; auto tries entropy, then max."
+    )
+    calibration_images: int = Field(
+        default=512, ge=1, description="Training images to calibrate with, at most."
+    )
+    verification_images: int = Field(
+        default=1024, ge=1, description="Validation images to judge engines by, at most."
+    )
+    seed: int = Field(default=0, description="Selects the images.")
+    sensitivity: bool = Field(
+        default=False,
+        description="Rank the layers by what quantising each costs; if INT8 fails the gate, keep the "
+        "costliest in higher precision.",
+    )
+    qat: bool = Field(
+        default=False,
+        description="If INT8 fails the gate in every other way, fine-tune the network for it "
+        "(quantisation-aware training), which takes about as long as training did.",
+    )
+    qat_epochs: int = Field(default=QAT.epochs, ge=1, description="Passes over the training images.")
+    qat_learning_rate: float = Field(
+        default=QAT.learning_rate,
+        gt=0,
+        description="Peak of the one-cycle schedule; lower for large networks that took long to train.",
+    )
+    preprocess: str | None = Field(
+        default=None,
+        description=f"How a model from elsewhere normalises images: {', '.join(NORMALISATIONS)}, or a JSON "
+        "file with resize, mean and std; by default what the model says.",
+    )
+    labels: Path | None = Field(
+        default=None,
+        description="File with the classes of a model from elsewhere, one a line; by default the data's.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="For torchvision:NAME and timm:NAME: a state dict's file, or `pretrained` for the "
+        "library's own.",
+    )
 
 
 @dataclass(frozen=True)

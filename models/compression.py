@@ -91,7 +91,7 @@ def compress(
     folder = Path(out) if out else Path("runs") / name
     if command is None:
         words = ["trimrt", "compress", str(source), "--out", str(folder), "--fold", str(fold)]
-        command = shlex.join([*words, "--until", until, *as_options(recipe)])
+        command = shlex.join([*words, "--until", until, *as_options(recipe, Recipe())])
     setup = Setup(data, recipe, folder, Path(reuse) if reuse else None, console or Console(quiet=True))
     return CompressionRun(folder, _Compression(setup, command, until).run())
 

@@ -8,23 +8,29 @@ from typing import Any, Literal, get_args
 
 import click
 
-from builder import BuildOptions, Gate
+from builder import BuildOptions, Gate, PrepareOptions, TensorRTOptions
 from builder import build as build_packages
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, BatchSizes, Precision
 from trimrt.display import Display
-from trimrt.preparing import (
-    HELP,
-    one_or_more_of,
-    preparation_options,
-    source_argument,
-    take_prepare_options,
-)
-from trimrt.tensorrt_options import take_tensorrt_options, tensorrt_options
+from trimrt.options import HELP, one_or_more_of, options_of, take
+
+
+def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> list[BatchSizes]:
+    sizes = []
+    for text in texts:
+        try:
+            low, best, high = (int(part) for part in text.split(":"))
+            sizes.append(BatchSizes(min=low, opt=best, max=high))
+        except ValueError:
+            raise click.UsageError(
+                f"--profile {text}: that is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX"
+            ) from None
+    return sizes
 
 
 @click.command(context_settings=HELP)
-@source_argument("CHECKPOINT|KIT|MODEL")
+@click.argument("source", metavar="CHECKPOINT|KIT|MODEL")
 @click.option(
     "-p",
     "--precision",
@@ -68,8 +74,23 @@ from trimrt.tensorrt_options import take_tensorrt_options, tensorrt_options
     show_default=True,
     help="Refuse an engine that labels fewer validation images as the FP32 network does, in percent.",
 )
-@tensorrt_options
-@preparation_options
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="MIN:OPT:MAX",
+    callback=_profiles,
+    help="TensorRT: sizes to tune for, instead of --min-batch, --opt-batch and --max-batch; repeatable.",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="X.Y",
+    help="tensorrt-rtx: a GPU to compile for; repeatable.  [default: Ampere and later]",
+)
+@options_of(TensorRTOptions)
+@options_of(PrepareOptions)
 def build(
     source: str,
     precisions: Sequence[Precision | Literal["best"]],
@@ -97,8 +118,8 @@ def build(
         target=target,
         batch=_batch_sizes(min_batch, opt_batch, max_batch),
         gate=Gate(max_drop=max_drop / 100, min_agreement=min_agreement / 100),
-        tensorrt=take_tensorrt_options(values),
-        prepare=take_prepare_options(values),
+        tensorrt=take(TensorRTOptions, values),
+        prepare=take(PrepareOptions, values),
     )
     with Display() as display:
         try:
