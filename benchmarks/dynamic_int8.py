@@ -6,7 +6,7 @@ All graphs are timed in turn, so that a busy machine slows all alike.
 from __future__ import annotations
 
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +17,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from rich.console import Console
 from rich.table import Table
 
+from builder.compile.measurement import time_in_turns
 from builder.kit import KitError, open_kit
 from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from models.preprocessing import Pixels
@@ -54,18 +55,14 @@ def main(kit: Path, rounds: int) -> None:
             for name, graph in graphs.items()
             for batch in (1, BATCH)
         }
-        times: dict[tuple[str, int], list[float]] = {key: [] for key in requests}
-        for _ in range(rounds):
-            for (name, batch), request in requests.items():
-                start = time.perf_counter()
-                request.infer({0: pixels[:batch]})
-                times[name, batch].append(time.perf_counter() - start)
+        runs = [partial(request.infer, {0: pixels[:batch]}) for (_, batch), request in requests.items()]
+        times = dict(zip(requests, time_in_turns(runs, rounds=rounds), strict=True))
         for name, graph in graphs.items():
             alone, together = (run(requests[name, batch], pixels, batch) for batch in (1, BATCH))
             table.add_row(
                 name,
                 f"{graph.stat().st_size / 1e6:.2f}",
-                *(f"{1000 * np.median(times[name, batch]):.2f}" for batch in (1, BATCH)),
+                *(f"{np.median(times[name, batch]):.2f}" for batch in (1, BATCH)),
                 f"{np.abs(together - expected).max():.3f}",
                 f"{np.abs(together - alone).max():.3f}",
             )

@@ -8,8 +8,6 @@ in a loop, in turns with it.
 from __future__ import annotations
 
 import http.client
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -22,21 +20,23 @@ import numpy as np
 import orjson
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.contenders import BUILD, TRIMRT, TrimRT
 from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
-from benchmarks.limit import loaded
+from benchmarks.limit import work
 from benchmarks.load import cpu_milliseconds
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
 from benchmarks.serving import Serving, serving
 from benchmarks.turns import take_turns
+from builder.compile.measurement import time_in_turns
 from models.preprocessing import decode_jpeg, load_pixels
 from runtime.engine import Options, Slot
 from runtime.loading import load_engine
 from runtime.tuning import Setting
+from trimrt.bench.loop import open_loop
 
 _BATCH: Final = 8
 _CONNECTIONS: Final = 8
@@ -75,13 +75,17 @@ def stage_milliseconds(slot: Slot, answer: bytes, file: bytes, repeats: int) -> 
         f"inference, batch {_BATCH}": (infer_batch, _BATCH),
         "serialisation": (lambda: orjson.dumps(content), 1),
     }
-    times: dict[str, list[float]] = {name: [] for name in stages}
-    for _ in track(range(repeats), "stages", transient=True):
-        for name, (run, images) in stages.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) / images)
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("stages", total=1.0)
+        times = time_in_turns(
+            [run for run, _ in stages.values()],
+            rounds=repeats,
+            progress=lambda share: progress.update(task, completed=share),
+        )
+    return {
+        name: float(np.median(taken)) / images
+        for (name, (_, images)), taken in zip(stages.items(), times, strict=True)
+    }
 
 
 def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple[float, float]:
@@ -96,10 +100,10 @@ def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple
     settings = {"TRIMRT_SLOTS": "1", "TRIMRT_INFERENCE_THREADS": "1"}
     encoded = [file.read_bytes() for file in files]
     with (
-        loaded(engines / NEXT_TO_NOTHING, setting, encoded) as loop,
+        open_loop(engines / NEXT_TO_NOTHING, setting, encoded) as loop,
         serving(contender, "trimrt", engines, encoded[0], settings) as server,
     ):
-        served, alone = take_turns(partial(server.round, files, _CONNECTIONS), loop.run, seconds)
+        served, alone = take_turns(partial(server.round, files, _CONNECTIONS), partial(work, loop), seconds)
     return cpu_milliseconds(served), cpu_milliseconds(alone)
 
 

@@ -70,29 +70,31 @@ def measure_in_turns(engines: Sequence[Engine], rounds: int = 3) -> list[Speed]:
 def time_in_turns(
     runs: Sequence[Callable[[], object]],
     *,
-    seconds: float,
+    seconds: float = 0,
+    rounds: int = _MIN_ROUNDS,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> list[NDArray[np.float64]]:
     """Times of each of `runs`, in turns, so that a brief disturbance slows all of them alike.
 
     Args:
         runs: what to time.
-        seconds: for all of them together; three rounds are done however long they take.
-        progress: takes the share of that time that has passed, after each round.
+        seconds: for all of them together, at least.
+        rounds: at least so many are done.
+        progress: takes the share that is done, after each round.
 
     Returns:
         Milliseconds, one array of shape (rounds,) for each of `runs`.
     """
     times: list[list[float]] = [[] for _ in runs]
-    started, rounds = time.perf_counter(), 0
-    while rounds < _MIN_ROUNDS or time.perf_counter() < started + seconds:
+    started, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() < started + seconds:
         for run, taken in zip(runs, times, strict=True):
             run()  # warm the caches again after the other models
             start = time.perf_counter()
             run()
             taken.append(time.perf_counter() - start)
-        rounds += 1
-        progress(min(1.0, (time.perf_counter() - started) / max(seconds, 1e-9)))
+        done += 1
+        progress(min(1.0, done / rounds, (time.perf_counter() - started) / max(seconds, 1e-9)))
     return [1000 * np.array(taken) for taken in times]
 
 
