@@ -22,6 +22,7 @@ from builder.kit import KitError, open_kit
 from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from models.preprocessing import Pixels
 from runtime.openvino import CONFIGURATION
+from trimrt.options import HELP
 
 BATCH = 8
 
@@ -32,7 +33,7 @@ def run(request: openvino.InferRequest, pixels: Pixels, batch: int) -> NDArray[n
     return np.concatenate([request.infer({0: part})[0].copy() for part in parts])
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("kit", type=click.Path(path_type=Path))
 @click.option("--rounds", default=200, show_default=True, help="Timings of each graph and batch size.")
 def main(kit: Path, rounds: int) -> None:

@@ -16,9 +16,10 @@ from typing import Final, Protocol
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from benchmarks.answers import Labels, expected_labels
+from benchmarks.command import output_option, steps
 from benchmarks.contenders import BUILD, PEERS, REPOSITORY, TRIMRT, Contender, Form
 from benchmarks.engine import INT8, prepare, usable
 from benchmarks.load import Round
@@ -43,6 +44,7 @@ from benchmarks.stages import serve_nothing
 from benchmarks.turns import take_turns
 from benchmarks.unserved import Unserved, unserved
 from models.datasets import open_dataset
+from trimrt.options import HELP
 
 _FIRST_WARM_UP: Final = 2.0
 _WARM_UP: Final = 1.0
@@ -229,7 +231,7 @@ def measure_agreement(results: Results, console: Console) -> None:
         results.agreement = agreeing_labels(_TRAINED, paths, megapixels=12) / len(paths)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option(
     "--contender",
     "names",
@@ -244,13 +246,7 @@ def measure_agreement(results: Results, console: Console) -> None:
 @click.option("--connections", default="1,8,32", show_default=True, help="Connections, with commas.")
 @click.option("--large/--no-large", default=True, show_default=True, help="Also 12-megapixel JPEGs.")
 @click.option("--limit/--no-limit", default=True, show_default=True, help="Also measure without a server.")
-@click.option(
-    "--output",
-    default=BUILD / "results",
-    type=click.Path(path_type=Path, file_okay=False),
-    show_default="build/benchmarks/results",
-    help="Folder for results.json, the table and the plot.",
-)
+@output_option("results.json, the table and the plot")
 def main(
     names: tuple[str, ...],
     forms: tuple[Form, ...],
@@ -264,8 +260,7 @@ def main(
     exit_on_sigterm()
     console = Console()
     peers = [peer for peer in PEERS if not names or peer.name in names]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with steps(console) as progress:
         task = progress.add_task("installing", total=None)
         for contender in (TRIMRT, *peers):
             progress.update(task, description=f"installing {contender.title}")

@@ -21,8 +21,8 @@ from typing import Final
 import click
 from pydantic import BaseModel, Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command import output_option, steps
 from benchmarks.contenders import BUILD, TRIMRT, Contender, Form
 from benchmarks.engine import FP32, INT8, prepare
 from benchmarks.load import Load
@@ -31,6 +31,7 @@ from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
 from benchmarks.report import markdown_table, write_report
 from benchmarks.serving import Serving, serving
+from trimrt.options import HELP
 
 CONNECTIONS: Final = (1, 16)  # latency, and throughput
 PROXIES: Final = {False: "Ray's proxy", True: "HAProxy"}
@@ -203,18 +204,12 @@ def markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option("--seconds", default=10.0, show_default=True, help="Length of each load.")
 @click.option(
     "--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds over all servers."
 )
-@click.option(
-    "--output",
-    default=BUILD / "results",
-    type=click.Path(path_type=Path, file_okay=False),
-    show_default="build/benchmarks/results",
-    help="Folder for ray_serve.json and ray_serve.md.",
-)
+@output_option("ray_serve.json and ray_serve.md")
 def main(seconds: float, rounds: int, output: Path) -> None:
     """Measure what Ray Serve costs, and what a second replica gains."""
     exit_on_sigterm()
@@ -222,8 +217,7 @@ def main(seconds: float, rounds: int, output: Path) -> None:
     files = store("640x427", photographs(), BUILD / "photographs")
     results = Results(machine=this_machine(), seconds=seconds)
     packages = (INT8, FP32)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    with steps() as progress:
         task = progress.add_task("", total=rounds * len(packages) * len(setups(INT8)) * len(CONNECTIONS))
         for number in range(rounds):
             for setup in (setup for package in packages for setup in setups(package)):

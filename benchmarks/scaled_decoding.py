@@ -22,9 +22,10 @@ from models.preprocessing import Pixels, load_pixels
 from runtime.engine import cores
 from runtime.loading import load_engine
 from runtime.manifest import EngineError
+from trimrt.options import HELP
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--data", default="digits", show_default=True, help="`digits`, `fashion-mnist` or a folder.")
 @click.option("--images", default=300, show_default=True, help="How many test images.")

@@ -7,7 +7,6 @@ in a loop, in turns with it.
 
 from __future__ import annotations
 
-import http.client
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -23,13 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.answers import post
 from benchmarks.contenders import BUILD, TRIMRT, TrimRT
 from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
 from benchmarks.limit import work
 from benchmarks.load import cpu_milliseconds
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
-from benchmarks.serving import Serving, serving
+from benchmarks.serving import serving
 from benchmarks.turns import take_turns
 from builder.compile.measurement import time_in_turns
 from models.preprocessing import decode_jpeg, load_pixels
@@ -37,6 +37,7 @@ from runtime.engine import Options, Slot
 from runtime.loading import load_engine
 from runtime.tuning import Setting
 from trimrt.bench.loop import open_loop
+from trimrt.options import HELP
 
 _BATCH: Final = 8
 _CONNECTIONS: Final = 8
@@ -107,7 +108,7 @@ def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple
     return cpu_milliseconds(served), cpu_milliseconds(alone)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option("--seconds", default=8.0, show_default=True, help="Length of each load.")
 @click.option("--repeats", default=200, show_default=True, help="How often each stage is timed.")
 def main(seconds: float, repeats: int) -> None:
@@ -119,7 +120,7 @@ def main(seconds: float, repeats: int) -> None:
     files = store("640x427", photographs(), BUILD / "photographs")
     file = files[0].read_bytes()
     with serving(TRIMRT, "trimrt", engines, file) as server:
-        answer = _response(server, file)
+        answer = post(server.port, TRIMRT.path, TRIMRT.headers, file)
     engine = load_engine(engines / INT8, Options(slots=1, threads=1))
     with closing(engine), closing(engine.open_slot()) as slot:
         slot.pixels[:] = np.random.default_rng(0).integers(0, 256, slot.pixels.shape, dtype=np.uint8)
@@ -133,12 +134,6 @@ def main(seconds: float, repeats: int) -> None:
     for name, milliseconds in times.items():
         table.add_row(name, f"{milliseconds:.3f}")
     Console().print(table)
-
-
-def _response(server: Serving, file: bytes) -> bytes:
-    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
-        connection.request("POST", server.contender.path, body=file, headers=dict(server.contender.headers))
-        return connection.getresponse().read()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from experiments.results import FOLDER, Made, made_here
 from models.card import CARD_NAME, CheckpointError, read_card
 from models.datasets import DatasetError
 from models.preprocessing import Pixels
+from trimrt.options import HELP
 
 if TYPE_CHECKING:
     import onnx
@@ -248,7 +249,7 @@ def _name(variant: Variant) -> str:
     return f"{variant.method}, {variant.images} images{mistake}"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument(
     "folders",
     metavar="RUN_FOLDER...",

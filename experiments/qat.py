@@ -37,6 +37,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.pretrained import DIGITS_STUDENT
 from runtime.manifest import BatchSizes, Precision
 from runtime.profiling import profile_layers
+from trimrt.options import HELP
 
 BLOCKS: Final = ("layer2.0", "layer3.0")
 FACTOR: Final = 1000.0
@@ -174,7 +175,7 @@ def table(results: Results) -> str:
     return markdown_table(["graph", *head], lines)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -18,9 +18,10 @@ from runtime.manifest import (
     check_artefact,
     read_manifest,
 )
+from trimrt.options import HELP
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
 def inspect(engine: Path, as_json: bool) -> None:

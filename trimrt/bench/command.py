@@ -22,6 +22,7 @@ from runtime.profiling import Layer, profile_layers
 from runtime.tuning import TUNING_NAME
 from trimrt.bench.timing import PERCENTILES, Timing, rounds, time_engines
 from trimrt.bench.tuning import sample_photographs, tune
+from trimrt.options import HELP
 from trimrt.output import OutputFile, write_output
 
 _SHOWN_LAYERS = 20
@@ -58,7 +59,7 @@ def _batches(_context: click.Context, _parameter: click.Parameter, value: str) -
     return sizes
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=HELP)
 @click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
 @click.option("--batch", "batches", default="1,8", show_default=True, callback=_batches, help="Batch sizes.")
 @click.option(

@@ -8,12 +8,13 @@ import click
 from pydantic import ValidationError
 
 from trimrt.cluster import options
+from trimrt.options import HELP
 from trimrt.output import OutputFile, write_output
 
 _HEADER = "# From `trimrt cluster config`. On one machine: serve run FILE; on a cluster: serve deploy FILE\n"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings=HELP)
 def cluster() -> None:
     """Serve engine packages on a Ray cluster."""
 
@@ -24,7 +25,7 @@ def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) ->
     return value
 
 
-@cluster.command(context_settings={"max_content_width": 100})
+@cluster.command(context_settings=HELP)
 @click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
 @click.option(
     "--replicas",

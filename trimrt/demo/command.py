@@ -22,13 +22,14 @@ from models.datasets import ImageSet, open_dataset
 from models.pretrained import DIGITS_STUDENT
 from runtime.loading import load_engine
 from runtime.manifest import EngineError, read_manifest
+from trimrt.options import HELP
 
 PRECISIONS: Final = ("fp32", "fp16", "int8")
 
 _START_SECONDS: Final = 60
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option(
     "--engine-dir",
     type=click.Path(file_okay=False, path_type=Path),

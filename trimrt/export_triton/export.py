@@ -26,6 +26,7 @@ from trimrt.export_triton.config import (
 )
 from trimrt.export_triton.readme import write_readme
 from trimrt.export_triton.textproto import dump
+from trimrt.options import HELP
 
 CONFIG_NAME: Final = "config.pbtxt"
 README_NAME: Final = "README.md"
@@ -105,7 +106,7 @@ def _one_line(label: str) -> str:
     return label.replace("\n", " ")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("repository", type=click.Path(path_type=Path))
 @click.option(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from trimrt.options import HELP
 from trimrt.output import OutputFile, write_output
 
 
@@ -23,7 +24,7 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
     return loads
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=HELP)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
 @click.option(
     "--images",

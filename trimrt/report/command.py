@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from trimrt.options import HELP
 from trimrt.output import OutputFile, write_output
 from trimrt.report.discovery import discover
 
@@ -29,9 +30,7 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(
-    cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.command(cls=_Command, context_settings=HELP)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
 @click.option(
     "-o",
