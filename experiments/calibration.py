@@ -107,7 +107,7 @@ def measure(folder: Path, variants: Sequence[Variant] = VARIANTS) -> Iterator[Ro
     checkpoint = _checkpoint(folder)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
         prepared = prepare(open_checkpoint(checkpoint, None), Path(name), Settings(), lambda _: None)
-        test = held_out_images(prepared)
+        test = held_out_images(prepared.subject)
         for variant in variants:
             graph = prepared.master
             if variant.method != "none":

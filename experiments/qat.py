@@ -142,7 +142,7 @@ def run(console: Console) -> Results:
 
 
 def _rows(prepared: Preparation) -> list[Row]:
-    test, seed = held_out_images(prepared), prepared.settings.seed
+    test, seed = held_out_images(prepared.subject), prepared.settings.seed
     precisions: tuple[Precision, ...] = ("int8",) if seed else ("fp32", "int8")
     return [
         Row(

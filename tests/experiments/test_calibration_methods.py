@@ -63,7 +63,7 @@ def scales(path: Path) -> dict[str, float]:
 def test_a_mistake_costs_accuracy_and_the_gate_sees_it(
     prepared: Preparation, graphs: dict[Variant, Path]
 ) -> None:
-    test = held_out_images(prepared)
+    test = held_out_images(prepared.subject)
     right, _, wrong = (measure_graph(graphs[variant], prepared.verification, test) for variant in VARIANTS)
     # One of so few validation images is more than the gate allows, and may change its label by rounding.
     assert right.validation.wrong - right.validation.reference_wrong <= 1
