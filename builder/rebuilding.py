@@ -9,7 +9,8 @@ from typing import Any
 
 from builder.compile.targets.base import INT8_REST
 from builder.compile.targets.tensorrt.options import TensorRTOptions
-from builder.options import BuildOptions, PrepareOptions
+from builder.options import BuildOptions
+from builder.prepare.options import PrepareOptions
 from models.recipe import as_options
 from runtime.manifest import Backend
 

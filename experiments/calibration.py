@@ -26,7 +26,8 @@ from rich.progress import Progress
 
 from builder.kit import INPUT
 from builder.prepare.int8 import METHODS, Method, convert_to_int8
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.markdown import percents, spread
 from experiments.markdown import table as markdown_table
@@ -106,7 +107,7 @@ def measure(folder: Path, variants: Sequence[Variant] = VARIANTS) -> Iterator[Ro
     """
     checkpoint = _checkpoint(folder)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
-        prepared = prepare(open_checkpoint(checkpoint, None), Path(name), Settings(), lambda _: None)
+        prepared = prepare(open_checkpoint(checkpoint, None), Path(name), PrepareOptions(), lambda _: None)
         test = held_out_images(prepared.subject)
         for variant in variants:
             graph = prepared.master
@@ -135,7 +136,7 @@ def calibrate(prepared: Preparation, variant: Variant, path: Path) -> None:
 
     train = prepared.subject.data.train
     # Of one order, so that a larger set has all images of a smaller one.
-    chosen = np.random.default_rng(prepared.settings.seed).permutation(len(train))[: variant.images]
+    chosen = np.random.default_rng(prepared.options.seed).permutation(len(train))[: variant.images]
     images = train.subset(np.sort(chosen), "calibration")
     pixels = images.load_pixels(prepared.student.preprocessing, progress=False)
     method: Method = "entropy" if variant.method == "entropy" else "max"

@@ -23,7 +23,8 @@ from builder.compile.targets.choice import open_target
 from builder.compile.targets.openvino.target import GRAPH_NAME
 from builder.compile.verification import Gate, GateError, compare
 from builder.kit import VerificationSet
-from builder.prepare.preparation import Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import open_checkpoint, prepare
 from experiments.graphs import held_out_images
 from experiments.results import Engine, Fold, Network
 from experiments.study import STUDIES, Study, Variant
@@ -152,7 +153,7 @@ def _engines(variant: Variant, file: Path, console: Console) -> Engines:
     made = Engines(checkpoint_sha256=str(sha256))
     test = held_out_images(subject)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace, console.status("") as status:
-        prepared = prepare(subject, Path(workspace), Settings(), status.update)
+        prepared = prepare(subject, Path(workspace), PrepareOptions(), status.update)
         for precision in get_args(Precision):
             try:
                 package = build_package(

@@ -27,8 +27,8 @@ from rich.progress import Progress
 from builder.compile.packages import build_package
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
-from builder.options import QAT
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import QAT, PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.markdown import megabytes, percent
 from experiments.markdown import table as markdown_table
@@ -111,8 +111,8 @@ def run(console: Console) -> Results:
         for seed in progress.track(SEEDS, description="seeds"):
             folder = Path(name) / str(seed)
             folder.mkdir()
-            settings = Settings(seed=seed, qat=QAT)
-            prepared = prepare(subject, folder, settings, lambda _: None, progress)
+            options = PrepareOptions(seed=seed, qat=True)
+            prepared = prepare(subject, folder, options, lambda _: None, progress)
             results.calibration_images = len(prepared.calibration)
             try:
                 package = build_package(
@@ -142,7 +142,7 @@ def run(console: Console) -> Results:
 
 
 def _rows(prepared: Preparation) -> list[Row]:
-    test, seed = held_out_images(prepared.subject), prepared.settings.seed
+    test, seed = held_out_images(prepared.subject), prepared.options.seed
     precisions: tuple[Precision, ...] = ("int8",) if seed else ("fp32", "int8")
     return [
         Row(

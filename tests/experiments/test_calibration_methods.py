@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from experiments import calibration
 from experiments.calibration import MISTAKES, Results, Row, Variant, calibrate, main, table
 from experiments.graphs import Measured, Measurement, held_out_images, measure_graph
@@ -35,9 +36,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Preparation:
-    settings = Settings(verification_images=144)
+    options = PrepareOptions(verification_images=144)
     subject = open_checkpoint(DIGITS_STUDENT, None)
-    return prepare(subject, tmp_path_factory.mktemp("workspace"), settings, lambda _: None)
+    return prepare(subject, tmp_path_factory.mktemp("workspace"), options, lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,14 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 Scenario = Literal["single-stream", "multi-stream", "server", "offline", "closed-loop"]
+Unit = Literal["requests/s", "connections"]
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9}
+
+
+def unit_of(scenario: Scenario) -> Unit:
+    """What a scenario's loads are counted in."""
+    return "requests/s" if scenario == "server" else "connections"
 
 
 class Latencies(BaseModel):
@@ -60,7 +66,7 @@ class Report(BaseModel):
     """One load test."""
 
     scenario: Scenario
-    unit: Literal["requests/s", "connections"]
+    unit: Unit
     url: str
     engine: str
     images: int = Field(description="different images sent in turn")
