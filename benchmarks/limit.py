@@ -22,6 +22,7 @@ from benchmarks.load import Round, merge
 from benchmarks.turns import take_turns
 from runtime.engine import cores
 from runtime.manifest import read_manifest
+from runtime.timing import rate
 from runtime.tuning import Setting
 from trimrt.bench.loop import Loop, open_loop
 from trimrt.bench.tuning import best_rates
@@ -47,7 +48,7 @@ def work(loop: Loop, seconds: float) -> Round:
     latencies = Counter(round(1e6 * one) for own in times for one in own)
     return Round(
         requests=images,
-        seconds=images / loop.rate(times),
+        seconds=images / rate(loop.batch, times),
         latencies=[(value, loop.batch * count) for value, count in latencies.items()],
         cpu_seconds=cpu,
     )

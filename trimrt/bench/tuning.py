@@ -18,6 +18,7 @@ import simplejpeg
 from models.files import replace_file
 from runtime.engine import cores
 from runtime.manifest import read_manifest
+from runtime.timing import rate
 from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, this_processor
 from trimrt.bench.loop import open_loop
 
@@ -37,7 +38,7 @@ def throughput(package: Path, setting: Setting, files: Sequence[bytes], seconds:
         EngineError: the engine does not load, or failed.
     """
     with open_loop(package, setting, files, always_decode=False) as loop:
-        return loop.rate(loop.run(seconds))
+        return rate(setting.batch, loop.run(seconds))
 
 
 def best_rates(
@@ -97,8 +98,8 @@ def tune(
         def report(share: float) -> None:
             progress(min(1.0, (before + share * len(fresh)) / expected))
 
-        for setting, rate in best_rates(package, fresh, files, seconds, _ROUNDS, report).items():
-            trials[setting] = Trial(setting=setting, throughput=rate)
+        for setting, most in best_rates(package, fresh, files, seconds, _ROUNDS, report).items():
+            trials[setting] = Trial(setting=setting, throughput=most)
         return max(settings, key=lambda setting: trials[setting].throughput)
 
     way = best(ways)
