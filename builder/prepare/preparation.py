@@ -36,7 +36,7 @@ from builder.prepare.options import PrepareOptions
 from builder.prepare.sensitivity import LayerCost, fallback_groups, rank_layers
 from models.card import Card
 from models.checkpoint import load_checkpoint
-from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
+from models.datasets import DataSplit, ImageSet, open_dataset, require_data_of
 from models.evaluation import predict_logits
 from models.files import replace_folder
 from models.preprocessing import Pixels
@@ -338,17 +338,7 @@ def write_kit(
 
 def _open_data(card: Card, data: str | None) -> DataSplit:
     split = open_dataset(data or card.dataset.source, fold=card.dataset.fold or 0)
-    if list(split.labels) != card.labels:
-        raise DatasetError(
-            f"{split.source} has other classes than {card.name} was trained on; "
-            "name the right data with --data"
-        )
-    if data is None and split.sha256 != card.dataset.sha256:
-        raise DatasetError(
-            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
-            "so its validation images may be ones that the network has learned. Restore it, or name other "
-            "data with --data"
-        )
+    require_data_of(card, split, named=data is not None)
     return split
 
 

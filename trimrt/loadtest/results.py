@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 Scenario = Literal["single-stream", "multi-stream", "server", "offline", "closed-loop"]
@@ -35,12 +35,13 @@ class Latencies(BaseModel):
         """Exact percentiles (nearest rank)."""
         if not seconds:
             return cls()
-        ordered = sorted(seconds)
-        ranks = {
-            name: ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] * 1000
-            for name, percent in PERCENTILES.items()
-        }
-        return cls(mean=sum(ordered) / len(ordered) * 1000, max=ordered[-1] * 1000, **ranks)
+        milliseconds = 1000 * np.array(seconds)
+        found = np.percentile(milliseconds, list(PERCENTILES.values()), method="inverted_cdf").tolist()
+        return cls(
+            mean=float(milliseconds.mean()),
+            max=float(milliseconds.max()),
+            **dict(zip(PERCENTILES, found, strict=True)),
+        )
 
 
 class Point(BaseModel):
