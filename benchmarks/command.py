@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.contenders import BUILD
+from trimrt.options import FOLDER
 
 
 def output_option(files: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -18,7 +18,7 @@ def output_option(files: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return click.option(
         "--output",
         default=BUILD / "results",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=FOLDER,
         show_default="build/benchmarks/results",
         help=f"Folder for {files}.",
     )

@@ -35,7 +35,7 @@ def run(request: openvino.InferRequest, pixels: Pixels, batch: int) -> NDArray[n
 
 @click.command(context_settings=HELP)
 @click.argument("kit", type=click.Path(path_type=Path))
-@click.option("--rounds", default=200, show_default=True, help="Timings of each graph and batch size.")
+@click.option("--rounds", default=200, help="Timings of each graph and batch size.")
 def main(kit: Path, rounds: int) -> None:
     """Speed, accuracy and batch dependence of the FP32 graph in KIT (`trimrt prepare`), quantised."""
     try:

@@ -119,7 +119,7 @@ def plot(growth: Growth, path: Path) -> None:
 
 
 @click.command(context_settings=HELP)
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each load.")
+@click.option("--seconds", default=8.0, help="Length of each load.")
 @output_option("growth.json, growth.md and growth.svg")
 def main(seconds: float, output: Path) -> None:
     """Measure how TrimRT grows with image size, concurrency and batch."""

@@ -242,10 +242,10 @@ def measure_agreement(results: Results, console: Console) -> None:
 @click.option(
     "--form", "forms", multiple=True, type=click.Choice(["usual", "trimrt"]), help="Only peers of this form."
 )
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each load, in rounds.")
-@click.option("--connections", default="1,8,32", show_default=True, help="Connections, with commas.")
-@click.option("--large/--no-large", default=True, show_default=True, help="Also 12-megapixel JPEGs.")
-@click.option("--limit/--no-limit", default=True, show_default=True, help="Also measure without a server.")
+@click.option("--seconds", default=8.0, help="Length of each load, in rounds.")
+@click.option("--connections", default="1,8,32", help="Connections, with commas.")
+@click.option("--large/--no-large", default=True, help="Also 12-megapixel JPEGs.")
+@click.option("--limit/--no-limit", default=True, help="Also measure without a server.")
 @output_option("results.json, the table and the plot")
 def main(
     names: tuple[str, ...],

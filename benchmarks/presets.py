@@ -85,7 +85,7 @@ def _median(speeds: Speeds, name: str, number: int) -> float:
 
 
 @click.command(context_settings=HELP)
-@click.option("--seconds", default=4.0, show_default=True, help="For each engine and batch size.")
+@click.option("--seconds", default=4.0, help="For each engine and batch size.")
 @output_option("presets.json and presets.md")
 def main(seconds: float, output: Path) -> None:
     """Time a ResNet18 at 224x224 before and after pruning by each preset."""

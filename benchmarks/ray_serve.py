@@ -31,7 +31,7 @@ from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
 from benchmarks.report import markdown_table, write_report
 from benchmarks.serving import Serving, serving
-from trimrt.options import HELP
+from trimrt.options import COUNT, HELP
 
 CONNECTIONS: Final = (1, 16)  # latency, and throughput
 PROXIES: Final = {False: "Ray's proxy", True: "HAProxy"}
@@ -205,10 +205,8 @@ def markdown(results: Results) -> str:
 
 
 @click.command(context_settings=HELP)
-@click.option("--seconds", default=10.0, show_default=True, help="Length of each load.")
-@click.option(
-    "--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds over all servers."
-)
+@click.option("--seconds", default=10.0, help="Length of each load.")
+@click.option("--rounds", default=3, type=COUNT, help="Rounds over all servers.")
 @output_option("ray_serve.json and ray_serve.md")
 def main(seconds: float, rounds: int, output: Path) -> None:
     """Measure what Ray Serve costs, and what a second replica gains."""

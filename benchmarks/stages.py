@@ -109,8 +109,8 @@ def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple
 
 
 @click.command(context_settings=HELP)
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each load.")
-@click.option("--repeats", default=200, show_default=True, help="How often each stage is timed.")
+@click.option("--seconds", default=8.0, help="Length of each load.")
+@click.option("--repeats", default=200, help="How often each stage is timed.")
 def main(seconds: float, repeats: int) -> None:
     """Time every stage of a request."""
     exit_on_sigterm()

@@ -35,7 +35,7 @@ from experiments.results import FOLDER, Made, made_here
 from models.card import CARD_NAME, CheckpointError, read_card
 from models.datasets import DatasetError
 from models.preprocessing import Pixels
-from trimrt.options import HELP
+from trimrt.options import FILE, HELP
 
 if TYPE_CHECKING:
     import onnx
@@ -260,7 +260,7 @@ def _name(variant: Variant) -> str:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     default=FOLDER / "calibration.json",
     show_default="experiments/results/calibration.json",
 )

@@ -37,7 +37,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.pretrained import DIGITS_STUDENT
 from runtime.manifest import BatchSizes, Precision
 from runtime.profiling import profile_layers
-from trimrt.options import HELP
+from trimrt.options import FILE, HELP
 
 BLOCKS: Final = ("layer2.0", "layer3.0")
 FACTOR: Final = 1000.0
@@ -176,12 +176,7 @@ def table(results: Results) -> str:
 
 
 @click.command(context_settings=HELP)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=FOLDER / "qat.json",
-    show_default="experiments/results/qat.json",
-)
+@click.option("--out", type=FILE, default=FOLDER / "qat.json", show_default="experiments/results/qat.json")
 def main(out: Path) -> None:
     """Show a network that no calibration gets through the accuracy gate, and that QAT does."""
     console = Console()

@@ -21,6 +21,8 @@ from rich.console import Console
 from experiments.fold import RESULT, fold_folder
 from experiments.results import FOLDER, Fold, Results, made_here
 from experiments.study import STUDIES, Study
+from trimrt.options import COUNT, HELP
+from trimrt.options import FOLDER as OUTPUT
 
 _STAGE: Final = re.compile(r"\[\d+/\d+\] ")
 
@@ -34,20 +36,20 @@ def _folds(_context: click.Context, _parameter: click.Parameter, value: str) -> 
         raise click.BadParameter(f"{value!r} is neither `all` nor numbers such as 0 or 0,2") from None
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(context_settings=HELP)
 @click.argument("study", type=click.Choice(list(STUDIES)), default="digits")
 @click.option("--folds", callback=_folds, default="0", help="Numbers, or `all`.")
 @click.option(
     "--jobs",
     default=1,
-    type=click.IntRange(1),
+    type=COUNT,
     help="Folds side by side, which share the cores. Two folds of one thread each take less time than one "
     "after the other on two threads; their weights differ in the last bits.",
 )
-@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", help="Checkpoints.")
+@click.option("--runs", type=OUTPUT, default="runs", help="Checkpoints.")
 @click.option(
     "--results",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OUTPUT,
     default=FOLDER,
     show_default="experiments/results",
     help="Folder of the result file.",

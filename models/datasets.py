@@ -231,7 +231,8 @@ def require_data_of(card: Card, split: DataSplit, *, named: bool) -> None:
     if not named and split.sha256 != card.dataset.sha256:
         raise DatasetError(
             f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
-            "so it may have learned the images that are to judge it. Restore it, or name other data with --data"
+            "so it may have learned the images that are to judge it. Restore it, or name other data with "
+            "--data"
         )
 
 

@@ -13,7 +13,7 @@ from builder import build as build_packages
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, BatchSizes, Precision
 from trimrt.display import Display
-from trimrt.options import HELP, one_or_more_of, options_of, take
+from trimrt.options import COUNT, FOLDER, HELP, one_or_more_of, options_of, take
 
 
 def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> list[BatchSizes]:
@@ -38,7 +38,6 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     callback=one_or_more_of((*get_args(Precision), "best")),
     metavar="LIST",
     default="int8",
-    show_default=True,
     help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the faster one of "
     "int8 and fp16 (fp32 for OpenVINO) that passes the gate.",
 )
@@ -46,32 +45,24 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     "--target",
     type=click.Choice(["auto", *INT8_REST]),
     default="auto",
-    show_default=True,
     help="What to compile for; auto takes TensorRT where it and a GPU are, else OpenVINO.",
 )
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("engines"),
-    show_default=True,
-    help="Folder that the packages' folders go into.",
+    "-o", "--output", type=FOLDER, default=Path("engines"), help="Folder that the packages' folders go into."
 )
-@click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--min-batch", type=COUNT, default=1)
+@click.option("--opt-batch", type=COUNT, default=8)
+@click.option("--max-batch", type=COUNT, default=32)
 @click.option(
     "--max-drop",
     type=click.FloatRange(0, 100),
     default=0.5,
-    show_default=True,
     help="Refuse an engine that loses more top-1 accuracy than this, in points.",
 )
 @click.option(
     "--min-agreement",
     type=click.FloatRange(0, 100),
     default=98.0,
-    show_default=True,
     help="Refuse an engine that labels fewer validation images as the FP32 network does, in percent.",
 )
 @click.option(

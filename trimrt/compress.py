@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
-from trimrt.options import HELP, options_of
+from trimrt.options import FOLDER, HELP, options_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,15 +67,12 @@ def _overrides(values: dict[str, Any]) -> Settings:
 @click.command(cls=_RecipeCommand, epilog=_EPILOG, context_settings=HELP)
 @click.argument("source")
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="folder for teacher/, student/ and pruned/  [default: runs/<data>-fold<k>]",
+    "--out", type=FOLDER, help="folder for teacher/, student/ and pruned/  [default: runs/<data>-fold<k>]"
 )
 @click.option(
     "--fold",
     type=click.IntRange(0, 4),
     default=0,
-    show_default=True,
     help="part held out for testing, where the data has no test part",
 )
 @click.option(
@@ -96,7 +93,6 @@ def _overrides(values: dict[str, Any]) -> Settings:
     "--until",
     type=click.Choice(["teacher", "student", "pruned"]),
     default="pruned",
-    show_default=True,
     help="the last stage to make",
 )
 @options_of(Recipe)

@@ -12,7 +12,12 @@ import click
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+COUNT: Final = click.IntRange(min=1)
+POSITIVE: Final = click.FloatRange(min=0, min_open=True)
+FILE: Final = click.Path(path_type=Path, dir_okay=False)
+FOLDER: Final = click.Path(path_type=Path, file_okay=False)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -82,5 +87,5 @@ def _click_type(kind: Any) -> click.ParamType[Any] | type:
     if typing.get_origin(kind) is typing.Literal:
         return click.Choice(typing.get_args(kind))
     if kind is Path:
-        return click.Path(path_type=Path, dir_okay=False)
+        return FILE
     return typing.cast(type, kind)

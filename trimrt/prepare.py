@@ -12,7 +12,7 @@ from builder import PrepareOptions, make_kit
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, Precision
 from trimrt.display import Display
-from trimrt.options import HELP, one_or_more_of, options_of, take
+from trimrt.options import FOLDER, HELP, one_or_more_of, options_of, take
 
 
 @click.command(context_settings=HELP)
@@ -24,7 +24,6 @@ from trimrt.options import HELP, one_or_more_of, options_of, take
     callback=one_or_more_of(get_args(Precision)),
     metavar="LIST",
     default=",".join(get_args(Precision)),
-    show_default=True,
     help="What can be built from the kit.",
 )
 @click.option(
@@ -33,15 +32,10 @@ from trimrt.options import HELP, one_or_more_of, options_of, take
     type=click.Choice(list(INT8_REST)),
     multiple=True,
     default=list(INT8_REST),
-    show_default=True,
     help="What it can be built for; repeatable.",
 )
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The kit's folder; an older kit there is replaced.",
+    "-o", "--output", type=FOLDER, required=True, help="The kit's folder; an older kit there is replaced."
 )
 @options_of(PrepareOptions)
 def prepare(

@@ -22,7 +22,7 @@ from runtime.profiling import Layer, profile_layers
 from runtime.tuning import TUNING_NAME
 from trimrt.bench.timing import PERCENTILES, Timing, rounds, time_engines
 from trimrt.bench.tuning import sample_photographs, tune
-from trimrt.options import HELP
+from trimrt.options import COUNT, HELP, POSITIVE
 from trimrt.output import OutputFile, write_output
 
 _SHOWN_LAYERS = 20
@@ -61,21 +61,11 @@ def _batches(_context: click.Context, _parameter: click.Parameter, value: str) -
 
 @click.command(context_settings=HELP)
 @click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
-@click.option("--batch", "batches", default="1,8", show_default=True, callback=_batches, help="Batch sizes.")
-@click.option(
-    "--seconds",
-    default=3.0,
-    show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
-    help="For each engine and size.",
-)
-@click.option(
-    "--warm-up", default=0.5, show_default=True, type=click.FloatRange(min=0), help="Seconds before that."
-)
-@click.option("--slots", default=1, show_default=True, type=click.IntRange(min=1), help="Batches at once.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads for all slots together; all if not given."
-)
+@click.option("--batch", "batches", default="1,8", callback=_batches, help="Batch sizes.")
+@click.option("--seconds", default=3.0, type=POSITIVE, help="For each engine and size.")
+@click.option("--warm-up", default=0.5, type=click.FloatRange(min=0), help="Seconds before that.")
+@click.option("--slots", default=1, type=COUNT, help="Batches at once.")
+@click.option("--threads", type=COUNT, help="CPU threads for all slots together; all if not given.")
 @click.option("--profile", is_flag=True, help="Also time every layer, at the largest of the sizes.")
 @click.option(
     "--tune",

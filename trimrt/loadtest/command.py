@@ -26,7 +26,7 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
 
 
 @click.command(context_settings=HELP)
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
+@click.option("--url", default="http://127.0.0.1:8000", help="The server.")
 @click.option(
     "--images",
     type=click.Path(exists=True, path_type=Path),
@@ -37,7 +37,6 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
     "--scenario",
     type=click.Choice(["single-stream", "multi-stream", "server", "offline", "closed-loop"]),
     default="closed-loop",
-    show_default=True,
     help="As MLPerf Inference names them: one image at a time; eight to a request; Poisson arrivals; "
     "many at once. closed-loop sweeps connections.",
 )
@@ -48,15 +47,11 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
     metavar="N,N,…",
     help="Loads to sweep: connections, or requests a second for the server scenario.",
 )
-@click.option(
-    "--duration", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds a load."
-)
-@click.option(
-    "--warmup", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Seconds not counted."
-)
+@click.option("--duration", type=click.FloatRange(min=0.1), default=10.0, help="Seconds a load.")
+@click.option("--warmup", type=click.FloatRange(min=0), default=1.0, help="Seconds not counted.")
 @click.option("--engine", help="Engine to ask; the server's default one if absent.")
 @click.option("--api-key", envvar="TRIMRT_API_KEY", help="Where the server asks for it.  [TRIMRT_API_KEY]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrival times.")
+@click.option("--seed", type=int, default=0, help="Of the arrival times.")
 @click.option("--p99-ms", type=float, help="Fail if the 99th percentile is above this at any load.")
 @click.option("--min-rps", type=float, help="Fail if fewer requests a second are answered at any load.")
 @click.option(
