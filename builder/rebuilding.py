@@ -55,7 +55,7 @@ def _prepare_words(options: PrepareOptions) -> list[str]:
 def _tensorrt_words(options: TensorRTOptions) -> Iterator[str]:
     for profile in options.profiles:
         yield from ("--profile", f"{profile.min}:{profile.opt}:{profile.max}")
-    lists = {"profiles": [], "compute_capabilities": []}
+    lists: dict[str, list[str]] = {"profiles": [], "compute_capabilities": []}
     yield from as_options(options.model_copy(update=lists), TensorRTOptions())
     for capability in options.compute_capabilities:
         yield from ("--compute-capability", capability)
