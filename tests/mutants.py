@@ -1,7 +1,8 @@
 """`make mutants`: small breakages of the code that decides, one by one; each has to fail a test.
 
-cosmic-ray makes them, in copies of the working tree under `build/mutants`. If one passes all tests of its file,
-its diff is printed and the exit code is 1. `# pragma: no mutate` marks a line whose breakages change nothing.
+cosmic-ray makes them, in copies of the working tree under `build/mutants`. If one passes all tests of its
+file, its diff is printed and the exit code is 1. `# pragma: no mutate` marks a line whose breakages change
+nothing.
 """
 
 from __future__ import annotations
