@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -32,7 +33,6 @@ from benchmarks.measurements import (
     Measurement,
     Results,
     Run,
-    now,
     this_machine,
 )
 from benchmarks.photos import photographs, store
@@ -138,7 +138,9 @@ class Benchmark:
     results: Results = field(init=False)
 
     def __post_init__(self) -> None:
-        self.results = Results(started_at=now(), machine=this_machine(), seconds=self.seconds)
+        self.results = Results(
+            started_at=datetime.now(timezone.utc), machine=this_machine(), seconds=self.seconds
+        )
 
     def compare(self, contender: Contender, form: Form) -> None:
         """Load a contender and TrimRT in turns.

@@ -23,7 +23,7 @@ from benchmarks.report import goals_table, markdown_table, write_report
 from runtime.engine import Options
 from runtime.loading import load_engine
 from runtime.manifest import Precision
-from trimrt.bench.timing import Timing, rounds, time_engines
+from trimrt.bench.timing import ROUNDS, Timing, time_engines
 from trimrt.options import HELP
 
 BATCHES: Final = (1, 8)
@@ -92,7 +92,7 @@ def main(seconds: float, output: Path) -> None:
     folder = BUILD / "presets"
     folders = [folder / f"{name}-{precision}-openvino" for name, precision in _NETWORKS]
     with steps() as progress, ExitStack() as stack:
-        task = progress.add_task("", total=len(_NETWORKS) + rounds() * len(BATCHES))
+        task = progress.add_task("", total=len(_NETWORKS) + ROUNDS * len(BATCHES))
         for network, package in zip(_NETWORKS, folders, strict=True):
             progress.update(task, description=f"building {package.name}")
             if not usable(package):

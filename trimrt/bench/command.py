@@ -20,7 +20,7 @@ from runtime.loading import load_engine
 from runtime.manifest import Precision, read_manifest
 from runtime.profiling import Layer, profile_layers
 from runtime.tuning import TUNING_NAME
-from trimrt.bench.timing import PERCENTILES, Timing, rounds, time_engines
+from trimrt.bench.timing import PERCENTILES, ROUNDS, Timing, time_engines
 from trimrt.bench.tuning import sample_photographs, tune
 from trimrt.options import COUNT, HELP, POSITIVE
 from trimrt.output import OutputFile, write_output
@@ -172,7 +172,7 @@ def _time(
 ) -> Report:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with ExitStack() as stack, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("loading", total=rounds() * len(batches))
+        task = progress.add_task("loading", total=ROUNDS * len(batches))
         engines: list[Engine] = []
         for folder in folders:
             engines.append(load_engine(folder, options))

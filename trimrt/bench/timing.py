@@ -20,7 +20,7 @@ from runtime.timing import TimedSlots
 
 PERCENTILES: Final = (50, 90, 95, 99)
 
-_ROUNDS: Final = 10
+ROUNDS: Final = 10  # of turns
 
 
 class Timing(BaseModel):
@@ -80,7 +80,7 @@ def time_engines(
         batch: images in one inference.
         seconds: for each engine.
         warm_up: seconds for each engine before that.
-        progress: called `rounds()` times.
+        progress: called `ROUNDS` times.
 
     Returns:
         One timing an engine, in their order.
@@ -93,13 +93,8 @@ def time_engines(
         candidates = [stack.enter_context(closing(_Candidate(engine, batch))) for engine in engines]
         for candidate in candidates:
             candidate.warm_up(warm_up)
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             for candidate in candidates:
-                candidate.run(seconds / _ROUNDS)
+                candidate.run(seconds / ROUNDS)
             progress()
         return [candidate.timing() for candidate in candidates]
-
-
-def rounds() -> int:
-    """How often `time_engines` reports progress."""
-    return _ROUNDS
