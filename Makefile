@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load test-gpu test-python310 bench reproduce tables images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-load test-gpu mutants test-python310 bench reproduce tables images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -47,6 +47,9 @@ test-load: $(VENV)/.install-dev  ## Run the long tests: overload, abuse, thousan
 
 test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
 	@$(BIN)/python -m pytest tests/gpu -m gpu -v
+
+mutants: $(VENV)/.install-dev  ## Break the code that decides in small ways; each must fail a test (MUTANTS=file).
+	@$(BIN)/python -m tests.mutants $(MUTANTS)
 
 # JetPack 6's Python is 3.10, which pyenv offers only where it is asked for it. What its pins lack for the tests is
 # the newest that works with them: not every version in constraints.txt runs on 3.10.

@@ -6,6 +6,7 @@ import http.client
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -29,23 +30,25 @@ def expected_labels(engines: Path, form: Form, files: Sequence[bytes]) -> list[L
     return [tuple(prediction["label"] for prediction in answer["predictions"]) for answer in answers]
 
 
-def ask(port: int, path: str, headers: Mapping[str, str], file: bytes, timeout: float = 30) -> Labels:
-    """The labels that the server answers, best first.
+def post(port: int, path: str, headers: Mapping[str, str], file: bytes, timeout: float = 30) -> bytes:
+    """The server's answer.
 
     Raises:
         OSError, http.client.HTTPException: it does not answer.
         click.ClickException: it answers with an error.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
         connection.request("POST", path, body=file, headers=dict(headers))
         response = connection.getresponse()
         body = response.read()
-    finally:
-        connection.close()
     if response.status != 200:
         raise click.ClickException(f"HTTP {response.status}: {body[:500].decode(errors='replace')}")
-    return tuple(label.decode() for label in _LABEL.findall(body))
+    return body
+
+
+def ask(port: int, path: str, headers: Mapping[str, str], file: bytes, timeout: float = 30) -> Labels:
+    """The labels that the server answers, best first; errors as of `post`."""
+    return tuple(label.decode() for label in _LABEL.findall(post(port, path, headers, file, timeout)))
 
 
 def wait_for_answer(tree: ProcessTree, port: int, path: str, headers: Mapping[str, str], file: bytes) -> None:

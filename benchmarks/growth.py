@@ -10,8 +10,8 @@ from typing import Final
 import click
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command import output_option, steps
 from benchmarks.contenders import BUILD, TRIMRT
 from benchmarks.engine import FP32, INT8, prepare
 from benchmarks.load import Load
@@ -22,6 +22,7 @@ from benchmarks.report import markdown_table, write_report
 from benchmarks.serving import serving
 from runtime.loading import load_engine
 from trimrt.bench.timing import Timing, time_engines
+from trimrt.options import HELP
 
 MEGAPIXELS: Final = (0.1, 0.27, 1.0, 3.0, 6.0, 12.0, 24.0)
 CONNECTIONS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -117,15 +118,9 @@ def plot(growth: Growth, path: Path) -> None:
     pyplot.close(figure)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each load.")
-@click.option(
-    "--output",
-    default=BUILD / "results",
-    type=click.Path(path_type=Path, file_okay=False),
-    show_default="build/benchmarks/results",
-    help="Folder for growth.json, growth.md and growth.svg.",
-)
+@click.command(context_settings=HELP)
+@click.option("--seconds", default=8.0, help="Length of each load.")
+@output_option("growth.json, growth.md and growth.svg")
 def main(seconds: float, output: Path) -> None:
     """Measure how TrimRT grows with image size, concurrency and batch."""
     exit_on_sigterm()
@@ -134,10 +129,9 @@ def main(seconds: float, output: Path) -> None:
     folder = BUILD / "photographs"
     small = store("640x427", photographs(), folder)
     growth = Growth(machine=this_machine(), seconds=seconds)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # As many as the most connections: the curve is to show how it queues, not how it refuses.
     settings = {"TRIMRT_QUEUE_LIMIT": str(2 * max(CONNECTIONS))}
-    with Progress(*columns) as progress:
+    with steps() as progress:
         task = progress.add_task("", total=len(MEGAPIXELS) + len(CONNECTIONS) + len(BATCHES))
         with serving(TRIMRT, "trimrt", engines, small[0].read_bytes(), settings) as server:
             server.load(small, _SIZE_CONNECTIONS, min(2, seconds))

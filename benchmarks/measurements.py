@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Final, Literal
 
 import psutil
@@ -150,8 +150,3 @@ def this_machine() -> Machine:
         system=platform.platform(),
         python=platform.python_version(),
     )
-
-
-def now() -> datetime:
-    """The time, with its zone."""
-    return datetime.now(timezone.utc)

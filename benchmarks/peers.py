@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from benchmarks.answers import Labels, expected_labels
+from benchmarks.command import output_option, steps
 from benchmarks.contenders import BUILD, PEERS, REPOSITORY, TRIMRT, Contender, Form
 from benchmarks.engine import INT8, prepare, usable
 from benchmarks.load import Round
@@ -31,7 +33,6 @@ from benchmarks.measurements import (
     Measurement,
     Results,
     Run,
-    now,
     this_machine,
 )
 from benchmarks.photos import photographs, store
@@ -43,6 +44,7 @@ from benchmarks.stages import serve_nothing
 from benchmarks.turns import take_turns
 from benchmarks.unserved import Unserved, unserved
 from models.datasets import open_dataset
+from trimrt.options import HELP
 
 _FIRST_WARM_UP: Final = 2.0
 _WARM_UP: Final = 1.0
@@ -136,7 +138,9 @@ class Benchmark:
     results: Results = field(init=False)
 
     def __post_init__(self) -> None:
-        self.results = Results(started_at=now(), machine=this_machine(), seconds=self.seconds)
+        self.results = Results(
+            started_at=datetime.now(timezone.utc), machine=this_machine(), seconds=self.seconds
+        )
 
     def compare(self, contender: Contender, form: Form) -> None:
         """Load a contender and TrimRT in turns.
@@ -229,7 +233,7 @@ def measure_agreement(results: Results, console: Console) -> None:
         results.agreement = agreeing_labels(_TRAINED, paths, megapixels=12) / len(paths)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option(
     "--contender",
     "names",
@@ -240,17 +244,11 @@ def measure_agreement(results: Results, console: Console) -> None:
 @click.option(
     "--form", "forms", multiple=True, type=click.Choice(["usual", "trimrt"]), help="Only peers of this form."
 )
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each load, in rounds.")
-@click.option("--connections", default="1,8,32", show_default=True, help="Connections, with commas.")
-@click.option("--large/--no-large", default=True, show_default=True, help="Also 12-megapixel JPEGs.")
-@click.option("--limit/--no-limit", default=True, show_default=True, help="Also measure without a server.")
-@click.option(
-    "--output",
-    default=BUILD / "results",
-    type=click.Path(path_type=Path, file_okay=False),
-    show_default="build/benchmarks/results",
-    help="Folder for results.json, the table and the plot.",
-)
+@click.option("--seconds", default=8.0, help="Length of each load, in rounds.")
+@click.option("--connections", default="1,8,32", help="Connections, with commas.")
+@click.option("--large/--no-large", default=True, help="Also 12-megapixel JPEGs.")
+@click.option("--limit/--no-limit", default=True, help="Also measure without a server.")
+@output_option("results.json, the table and the plot")
 def main(
     names: tuple[str, ...],
     forms: tuple[Form, ...],
@@ -264,8 +262,7 @@ def main(
     exit_on_sigterm()
     console = Console()
     peers = [peer for peer in PEERS if not names or peer.name in names]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with steps(console) as progress:
         task = progress.add_task("installing", total=None)
         for contender in (TRIMRT, *peers):
             progress.update(task, description=f"installing {contender.title}")

@@ -7,9 +7,8 @@ enlarged to 10 megapixels; the result is what ImageNet networks take: shorter si
 from __future__ import annotations
 
 import io
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import cv2
 import numpy as np
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_sample_image
 
+from builder.compile.measurement import time_in_turns
 from models.preprocessing import Pixels, Preprocessing, load_pixels
 
 SPEC = Preprocessing(resize=256, height=224, width=224)
@@ -59,14 +59,9 @@ CONTENDERS: dict[str, Callable[[bytes], Pixels]] = {
 
 
 def milliseconds(data: bytes, repeats: int) -> dict[str, float]:
-    """Median time of each contender, measured in alternation so that drift cancels."""
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(repeats):
-        for name, decode in CONTENDERS.items():
-            start = time.perf_counter()
-            decode(data)
-            times[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+    """Median time of each contender."""
+    times = time_in_turns([partial(decode, data) for decode in CONTENDERS.values()], rounds=repeats)
+    return {name: float(np.median(taken)) for name, taken in zip(CONTENDERS, times, strict=True)}
 
 
 def main() -> None:

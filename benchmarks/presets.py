@@ -13,8 +13,8 @@ from typing import Final
 import click
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command import output_option, steps
 from benchmarks.contenders import BUILD
 from benchmarks.engine import PRUNED, build, usable
 from benchmarks.goals import Goal
@@ -23,7 +23,8 @@ from benchmarks.report import goals_table, markdown_table, write_report
 from runtime.engine import Options
 from runtime.loading import load_engine
 from runtime.manifest import Precision
-from trimrt.bench.timing import Timing, rounds, time_engines
+from trimrt.bench.timing import ROUNDS, Timing, time_engines
+from trimrt.options import HELP
 
 BATCHES: Final = (1, 8)
 
@@ -83,22 +84,15 @@ def _median(speeds: Speeds, name: str, number: int) -> float:
     return speeds.engines[name][number].percentiles_ms["p50"]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seconds", default=4.0, show_default=True, help="For each engine and batch size.")
-@click.option(
-    "--output",
-    default=BUILD / "results",
-    type=click.Path(path_type=Path, file_okay=False),
-    show_default="build/benchmarks/results",
-    help="Folder for presets.json and presets.md.",
-)
+@click.command(context_settings=HELP)
+@click.option("--seconds", default=4.0, help="For each engine and batch size.")
+@output_option("presets.json and presets.md")
 def main(seconds: float, output: Path) -> None:
     """Time a ResNet18 at 224x224 before and after pruning by each preset."""
     folder = BUILD / "presets"
     folders = [folder / f"{name}-{precision}-openvino" for name, precision in _NETWORKS]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress, ExitStack() as stack:
-        task = progress.add_task("", total=len(_NETWORKS) + rounds() * len(BATCHES))
+    with steps() as progress, ExitStack() as stack:
+        task = progress.add_task("", total=len(_NETWORKS) + ROUNDS * len(BATCHES))
         for network, package in zip(_NETWORKS, folders, strict=True):
             progress.update(task, description=f"building {package.name}")
             if not usable(package):

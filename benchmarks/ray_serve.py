@@ -21,8 +21,8 @@ from typing import Final
 import click
 from pydantic import BaseModel, Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command import output_option, steps
 from benchmarks.contenders import BUILD, TRIMRT, Contender, Form
 from benchmarks.engine import FP32, INT8, prepare
 from benchmarks.load import Load
@@ -31,6 +31,7 @@ from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
 from benchmarks.report import markdown_table, write_report
 from benchmarks.serving import Serving, serving
+from trimrt.options import COUNT, HELP
 
 CONNECTIONS: Final = (1, 16)  # latency, and throughput
 PROXIES: Final = {False: "Ray's proxy", True: "HAProxy"}
@@ -127,94 +128,52 @@ class Point(BaseModel):
     cpu_ms: float = Field(description="processor time of all its processes for one image")
 
 
-class Comparison(BaseModel):
-    """What Ray Serve costs and gains for one engine; medians over the rounds."""
-
-    package: str
-    throughput: dict[str, float] = Field(description="images a second, by server")
-    p50_ms: dict[str, float] = Field(description="of one connection, by server")
-    cpu_ms: dict[str, float] = Field(description="processor time for an image, by server")
-    second_replica: dict[str, float] = Field(description="throughput of two replicas over one, by proxy")
-    overhead_ms: dict[str, float] = Field(
-        description="p50 of one connection: one replica less the bare server, by proxy"
-    )
-    overhead_cpu_ms: dict[str, float] = Field(
-        description="processor time for an image: one replica less the bare server, by proxy"
-    )
-
-
 class Results(BaseModel):
     """One run of this benchmark."""
 
     machine: Machine
     seconds: float = Field(description="of each load")
     points: list[Point] = []
-    comparisons: list[Comparison] = []
-
-
-def compare(package: str, points: list[Point]) -> Comparison:
-    """The comparison of the servers over `package`."""
-    few, many = CONNECTIONS
-
-    def medians(connections: int, figure: Callable[[Point], float]) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
-        for point in points:
-            if (point.package, point.connections) == (package, connections):
-                found.setdefault(point.server, []).append(figure(point))
-        return {server: median(figures) for server, figures in found.items()}
-
-    throughput = medians(many, lambda point: point.load.throughput)
-    p50 = medians(few, lambda point: point.load.p50)
-    cpu_ms = medians(many, lambda point: point.cpu_ms)
-    none = bare(package).title
-    titles = {
-        proxy: [on_ray(package, replicas, haproxy).title for replicas in (1, 2)]
-        for haproxy, proxy in PROXIES.items()
-    }
-    return Comparison(
-        package=package,
-        throughput=throughput,
-        p50_ms=p50,
-        cpu_ms=cpu_ms,
-        second_replica={proxy: throughput[two] / throughput[one] for proxy, (one, two) in titles.items()},
-        overhead_ms={proxy: p50[one] - p50[none] for proxy, (one, _) in titles.items()},
-        overhead_cpu_ms={proxy: cpu_ms[one] - cpu_ms[none] for proxy, (one, _) in titles.items()},
-    )
 
 
 def markdown(results: Results) -> str:
-    """The comparisons as tables."""
+    """What Ray Serve costs and gains for each engine: medians over the rounds."""
     few, many = CONNECTIONS
     lines = [f"{results.machine}; {results.seconds:g} s a load.", ""]
-    for comparison in results.comparisons:
-        head = [comparison.package, f"images/s, {many} connections", f"p50 ms, {few}", "CPU ms an image"]
-        rows = [
-            [server, f"{rate:.1f}", f"{comparison.p50_ms[server]:.2f}", f"{comparison.cpu_ms[server]:.2f}"]
-            for server, rate in comparison.throughput.items()
-        ]
+    for package in dict.fromkeys(point.package for point in results.points):
+        rate = _medians(results, package, many, lambda point: point.load.throughput)
+        p50 = _medians(results, package, few, lambda point: point.load.p50)
+        cpu_ms = _medians(results, package, many, lambda point: point.cpu_ms)
+        head = [package, f"images/s, {many} connections", f"p50 ms, {few}", "CPU ms an image"]
+        rows = [[name, f"{rate[name]:.1f}", f"{p50[name]:.2f}", f"{cpu_ms[name]:.2f}"] for name in rate]
         lines += [*markdown_table(head, rows), ""]
-        lines += [
-            f"{proxy}: a second replica gives {gain:.2f}x; a request takes "
-            f"{comparison.overhead_ms[proxy]:.2f} ms longer than without Ray, and "
-            f"{comparison.overhead_cpu_ms[proxy]:.2f} ms more of processor time."
-            for proxy, gain in comparison.second_replica.items()
-        ]
+        none = bare(package).title
+        for haproxy, proxy in PROXIES.items():
+            one, two = (on_ray(package, replicas, haproxy).title for replicas in (1, 2))
+            lines.append(
+                f"{proxy}: a second replica gives {rate[two] / rate[one]:.2f}x; a request takes "
+                f"{p50[one] - p50[none]:.2f} ms longer than without Ray, and "
+                f"{cpu_ms[one] - cpu_ms[none]:.2f} ms more of processor time."
+            )
         lines.append("")
     return "\n".join(lines)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seconds", default=10.0, show_default=True, help="Length of each load.")
-@click.option(
-    "--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds over all servers."
-)
-@click.option(
-    "--output",
-    default=BUILD / "results",
-    type=click.Path(path_type=Path, file_okay=False),
-    show_default="build/benchmarks/results",
-    help="Folder for ray_serve.json and ray_serve.md.",
-)
+def _medians(
+    results: Results, package: str, connections: int, figure: Callable[[Point], float]
+) -> dict[str, float]:
+    """A figure by server."""
+    found: dict[str, list[float]] = {}
+    for point in results.points:
+        if (point.package, point.connections) == (package, connections):
+            found.setdefault(point.server, []).append(figure(point))
+    return {server: median(figures) for server, figures in found.items()}
+
+
+@click.command(context_settings=HELP)
+@click.option("--seconds", default=10.0, help="Length of each load.")
+@click.option("--rounds", default=3, type=COUNT, help="Rounds over all servers.")
+@output_option("ray_serve.json and ray_serve.md")
 def main(seconds: float, rounds: int, output: Path) -> None:
     """Measure what Ray Serve costs, and what a second replica gains."""
     exit_on_sigterm()
@@ -222,8 +181,7 @@ def main(seconds: float, rounds: int, output: Path) -> None:
     files = store("640x427", photographs(), BUILD / "photographs")
     results = Results(machine=this_machine(), seconds=seconds)
     packages = (INT8, FP32)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    with steps() as progress:
         task = progress.add_task("", total=rounds * len(packages) * len(setups(INT8)) * len(CONNECTIONS))
         for number in range(rounds):
             for setup in (setup for package in packages for setup in setups(package)):
@@ -244,7 +202,6 @@ def main(seconds: float, rounds: int, output: Path) -> None:
                             )
                         )
                         progress.advance(task)
-    results.comparisons = [compare(package, results.points) for package in packages]
     write_report(results, markdown(results), output / "ray_serve.json", Console())
 
 

@@ -173,10 +173,10 @@ def goals_table(found: Sequence[Goal]) -> list[str]:
     return ["", "What TrimRT is to reach:", "", *markdown_table(head, rows)] if rows else []
 
 
-def markdown_table(head: list[str], rows: list[list[str]], left: int = 2) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
     """The lines of a table whose first `left` columns are text, and the others numbers."""
-    align = ["---" if index < left else "---:" for index in range(len(head))]
-    return ["| " + " | ".join(row) + " |" for row in (head, align, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return [lines[0], "|---" * left + "|--:" * (len(head) - left) + "|", *lines[1:]]
 
 
 def plot(results: Results, path: Path) -> None:

@@ -22,13 +22,14 @@ from models.preprocessing import Pixels, load_pixels
 from runtime.engine import cores
 from runtime.loading import load_engine
 from runtime.manifest import EngineError
+from trimrt.options import HELP
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option("--data", default="digits", show_default=True, help="`digits`, `fashion-mnist` or a folder.")
-@click.option("--images", default=300, show_default=True, help="How many test images.")
-@click.option("--megapixels", default=12.0, show_default=True, help="Size that they are enlarged to.")
+@click.option("--data", default="digits", help="`digits`, `fashion-mnist` or a folder.")
+@click.option("--images", default=300, help="How many test images.")
+@click.option("--megapixels", default=12.0, help="Size that they are enlarged to.")
 def main(package: Path, data: str, images: int, megapixels: float) -> None:
     """Compare the labels that PACKAGE gives to reduced-scale and to full decoding."""
     paths = open_dataset(data).test.paths[:images]

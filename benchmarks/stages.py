@@ -7,9 +7,6 @@ in a loop, in turns with it.
 
 from __future__ import annotations
 
-import http.client
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -22,21 +19,25 @@ import numpy as np
 import orjson
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.answers import post
 from benchmarks.contenders import BUILD, TRIMRT, TrimRT
 from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
-from benchmarks.limit import loaded
+from benchmarks.limit import work
 from benchmarks.load import cpu_milliseconds
 from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm
-from benchmarks.serving import Serving, serving
+from benchmarks.serving import serving
 from benchmarks.turns import take_turns
+from builder.compile.measurement import time_in_turns
 from models.preprocessing import decode_jpeg, load_pixels
 from runtime.engine import Options, Slot
 from runtime.loading import load_engine
 from runtime.tuning import Setting
+from trimrt.bench.loop import open_loop
+from trimrt.options import HELP
 
 _BATCH: Final = 8
 _CONNECTIONS: Final = 8
@@ -75,13 +76,17 @@ def stage_milliseconds(slot: Slot, answer: bytes, file: bytes, repeats: int) -> 
         f"inference, batch {_BATCH}": (infer_batch, _BATCH),
         "serialisation": (lambda: orjson.dumps(content), 1),
     }
-    times: dict[str, list[float]] = {name: [] for name in stages}
-    for _ in track(range(repeats), "stages", transient=True):
-        for name, (run, images) in stages.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) / images)
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("stages", total=1.0)
+        times = time_in_turns(
+            [run for run, _ in stages.values()],
+            rounds=repeats,
+            progress=lambda share: progress.update(task, completed=share),
+        )
+    return {
+        name: float(np.median(taken)) / images
+        for (name, (_, images)), taken in zip(stages.items(), times, strict=True)
+    }
 
 
 def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple[float, float]:
@@ -96,16 +101,16 @@ def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple
     settings = {"TRIMRT_SLOTS": "1", "TRIMRT_INFERENCE_THREADS": "1"}
     encoded = [file.read_bytes() for file in files]
     with (
-        loaded(engines / NEXT_TO_NOTHING, setting, encoded) as loop,
+        open_loop(engines / NEXT_TO_NOTHING, setting, encoded) as loop,
         serving(contender, "trimrt", engines, encoded[0], settings) as server,
     ):
-        served, alone = take_turns(partial(server.round, files, _CONNECTIONS), loop.run, seconds)
+        served, alone = take_turns(partial(server.round, files, _CONNECTIONS), partial(work, loop), seconds)
     return cpu_milliseconds(served), cpu_milliseconds(alone)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each load.")
-@click.option("--repeats", default=200, show_default=True, help="How often each stage is timed.")
+@click.command(context_settings=HELP)
+@click.option("--seconds", default=8.0, help="Length of each load.")
+@click.option("--repeats", default=200, help="How often each stage is timed.")
 def main(seconds: float, repeats: int) -> None:
     """Time every stage of a request."""
     exit_on_sigterm()
@@ -115,7 +120,7 @@ def main(seconds: float, repeats: int) -> None:
     files = store("640x427", photographs(), BUILD / "photographs")
     file = files[0].read_bytes()
     with serving(TRIMRT, "trimrt", engines, file) as server:
-        answer = _response(server, file)
+        answer = post(server.port, TRIMRT.path, TRIMRT.headers, file)
     engine = load_engine(engines / INT8, Options(slots=1, threads=1))
     with closing(engine), closing(engine.open_slot()) as slot:
         slot.pixels[:] = np.random.default_rng(0).integers(0, 256, slot.pixels.shape, dtype=np.uint8)
@@ -129,12 +134,6 @@ def main(seconds: float, repeats: int) -> None:
     for name, milliseconds in times.items():
         table.add_row(name, f"{milliseconds:.3f}")
     Console().print(table)
-
-
-def _response(server: Serving, file: bytes) -> bytes:
-    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
-        connection.request("POST", server.contender.path, body=file, headers=dict(server.contender.headers))
-        return connection.getresponse().read()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from builder.compile.targets.tensorrt.options import TensorRTOptions
     from builder.compile.verification import Gate, GateError
     from builder.observer import BuildObserver
-    from builder.options import BuildOptions, PrepareOptions
+    from builder.options import BuildOptions
+    from builder.prepare.options import PrepareOptions
 
 __all__ = [
     "BuildObserver",
@@ -38,7 +39,7 @@ _MODULES: Final = {
     "Gate": "builder.compile.verification",
     "GateError": "builder.compile.verification",
     "Package": "builder.compile.packages",
-    "PrepareOptions": "builder.options",
+    "PrepareOptions": "builder.prepare.options",
     "TensorRTOptions": "builder.compile.targets.tensorrt.options",
     "build": "builder.api",
     "make_kit": "builder.api",

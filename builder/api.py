@@ -17,9 +17,9 @@ from builder.compile.targets.tensorrt.progress import RichListener
 from builder.compile.verification import GateError
 from builder.kit import GraphSource, Kit, KitError, KitManifest, is_kit, open_kit
 from builder.observer import BuildObserver
-from builder.options import QAT, BuildOptions, PrepareOptions
+from builder.options import BuildOptions
 from builder.prepare.export import ExportError
-from builder.prepare.int8 import METHODS
+from builder.prepare.options import PrepareOptions
 from builder.rebuilding import build_command, changed_options, prepare_command
 from models.card import read_card
 from runtime.manifest import Backend, Precision
@@ -149,40 +149,30 @@ def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserv
                 raise ExportError(f"{source} is a checkpoint, which says itself what --{name} would")
     observer.report("importing")
     try:
-        from builder.prepare.preparation import Settings, prepare
+        from builder.prepare.preparation import prepare
     except ImportError as error:
         raise ExportError(
             f"preparing {source} needs what `pip install 'trimrt[compress]'` brings "
             f"({error}). Or run `trimrt prepare` where that is installed, and build from its kit here"
         ) from error
-    qat = {"epochs": options.qat_epochs, "learning_rate": options.qat_learning_rate}
-    settings = Settings(
-        calibration_images=options.calibration_images,
-        verification_images=options.verification_images,
-        methods=METHODS if options.calibration == "auto" else [options.calibration],
-        seed=options.seed,
-        sensitivity=options.sensitivity,
-        qat=QAT.model_copy(update=qat) if options.qat else None,
-    )
     observer.report(f"reading {source}")
     subject = _open(str(source), options)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
-        graphs = prepare(subject, Path(workspace), settings, observer.report, observer.progress)
+        graphs = prepare(subject, Path(workspace), options, observer.report, observer.progress)
         observer.exported(graphs.export_difference)
-        if settings.sensitivity:
+        if options.sensitivity:
             observer.ranked_layers(graphs.layer_costs)
         yield graphs
 
 
 def _open(source: str, options: PrepareOptions) -> Subject:
     from builder.prepare.preparation import open_checkpoint
-    from builder.prepare.sources import Details, open_named, open_onnx
+    from builder.prepare.sources import open_named, open_onnx
 
-    details = Details(options.data, options.preprocess, options.labels, options.weights)
     if source.startswith(("torchvision:", "timm:")):
-        return open_named(source, details)
+        return open_named(source, options)
     if Path(source).is_file():
-        return open_onnx(Path(source), details)
+        return open_onnx(Path(source), options)
     return open_checkpoint(Path(source), options.data)
 
 

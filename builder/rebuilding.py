@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from builder.compile.targets.base import INT8_REST
 from builder.compile.targets.tensorrt.options import TensorRTOptions
-from builder.options import BuildOptions, PrepareOptions
+from builder.options import BuildOptions
+from builder.prepare.options import PrepareOptions
+from models.recipe import as_options
 from runtime.manifest import Backend
 
 
@@ -44,38 +45,24 @@ def prepare_command(
 
 def changed_options(options: PrepareOptions) -> list[str]:
     """Names of the options that do not have their default, as the command line writes them."""
-    return [
-        _flag(field.name)
-        for field in dataclasses.fields(options)
-        if getattr(options, field.name) != field.default
-    ]
+    return [word for word in _prepare_words(options) if word.startswith("--")]
 
 
-def _prepare_words(options: PrepareOptions) -> Iterator[str]:
-    for field in dataclasses.fields(options):
-        yield from _changed(_flag(field.name), getattr(options, field.name), field.default)
+def _prepare_words(options: PrepareOptions) -> list[str]:
+    return as_options(options, PrepareOptions())
 
 
 def _tensorrt_words(options: TensorRTOptions) -> Iterator[str]:
     for profile in options.profiles:
         yield from ("--profile", f"{profile.min}:{profile.opt}:{profile.max}")
-    for name, field in TensorRTOptions.model_fields.items():
-        if name not in ("profiles", "compute_capabilities"):
-            yield from _changed(_flag(name), getattr(options, name), field.default)
+    lists: dict[str, list[str]] = {"profiles": [], "compute_capabilities": []}
+    yield from as_options(options.model_copy(update=lists), TensorRTOptions())
     for capability in options.compute_capabilities:
         yield from ("--compute-capability", capability)
 
 
 def _changed(flag: str, value: Any, default: Any) -> list[str]:
-    if value == default:
-        return []
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    return [flag, str(value)]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return [] if value == default else [flag, str(value)]
 
 
 def _percent(*shares: float) -> Iterator[str]:

@@ -26,7 +26,8 @@ from rich.progress import Progress
 
 from builder.kit import INPUT
 from builder.prepare.int8 import METHODS, Method, convert_to_int8
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.markdown import percents, spread
 from experiments.markdown import table as markdown_table
@@ -34,6 +35,7 @@ from experiments.results import FOLDER, Made, made_here
 from models.card import CARD_NAME, CheckpointError, read_card
 from models.datasets import DatasetError
 from models.preprocessing import Pixels
+from trimrt.options import FILE, HELP
 
 if TYPE_CHECKING:
     import onnx
@@ -105,8 +107,8 @@ def measure(folder: Path, variants: Sequence[Variant] = VARIANTS) -> Iterator[Ro
     """
     checkpoint = _checkpoint(folder)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
-        prepared = prepare(open_checkpoint(checkpoint, None), Path(name), Settings(), lambda _: None)
-        test = held_out_images(prepared)
+        prepared = prepare(open_checkpoint(checkpoint, None), Path(name), PrepareOptions(), lambda _: None)
+        test = held_out_images(prepared.subject)
         for variant in variants:
             graph = prepared.master
             if variant.method != "none":
@@ -134,7 +136,7 @@ def calibrate(prepared: Preparation, variant: Variant, path: Path) -> None:
 
     train = prepared.subject.data.train
     # Of one order, so that a larger set has all images of a smaller one.
-    chosen = np.random.default_rng(prepared.settings.seed).permutation(len(train))[: variant.images]
+    chosen = np.random.default_rng(prepared.options.seed).permutation(len(train))[: variant.images]
     images = train.subset(np.sort(chosen), "calibration")
     pixels = images.load_pixels(prepared.student.preprocessing, progress=False)
     method: Method = "entropy" if variant.method == "entropy" else "max"
@@ -248,7 +250,7 @@ def _name(variant: Variant) -> str:
     return f"{variant.method}, {variant.images} images{mistake}"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument(
     "folders",
     metavar="RUN_FOLDER...",
@@ -258,7 +260,7 @@ def _name(variant: Variant) -> str:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     default=FOLDER / "calibration.json",
     show_default="experiments/results/calibration.json",
 )

@@ -23,12 +23,13 @@ from builder.compile.targets.choice import open_target
 from builder.compile.targets.openvino.target import GRAPH_NAME
 from builder.compile.verification import Gate, GateError, compare
 from builder.kit import VerificationSet
-from builder.prepare.preparation import Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import open_checkpoint, prepare
+from experiments.graphs import held_out_images
 from experiments.results import Engine, Fold, Network
 from experiments.study import STUDIES, Study, Variant
-from models.card import WEIGHTS_NAME, Card
-from models.compression import Compression
-from models.datasets import DataSplit, open_dataset
+from models.card import WEIGHTS_NAME, Card, Metrics
+from models.compression import compress
 from models.files import replace_file
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, Manifest, Precision
@@ -57,7 +58,6 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
         What they do on the test images; also written to the fold's folder.
     """
     base = fold_folder(runs, study, fold, seed)
-    data = open_dataset(study.source, fold=fold)
     compiled = [variant for variant in study.variants if variant.engines]
     stages = len(study.variants) + len(compiled)
 
@@ -76,22 +76,23 @@ def run_fold(study: Study, fold: int, *, seed: int, threads: int, runs: Path, co
         folder = _variant_folder(base, variant)
         command = study.command(variant, fold, seed=seed, threads=threads, start=start(variant))
         with _cost_kept(base, variant.name, unless=folder / variant.role):
-            card = Compression(
-                data,
-                study.recipe(variant, seed=seed, threads=threads, start=start(variant)),
+            card = compress(
+                study.source,
                 folder,
-                console,
-                command,
-                None if folder == base else base,
-                variant.role,
-            ).run()[-1]
+                study.recipe(variant, seed=seed, threads=threads, start=start(variant)),
+                fold=fold,
+                until=variant.role,
+                reuse=None if folder == base else base,
+                console=console,
+                command=command,
+            ).cards[-1]
         precision = card.recipe["precision"]
         networks.append(_network(variant, card, folder / variant.role, command))
     for number, variant in enumerate(compiled, len(study.variants) + 1):
         _say(console, f"[{number}/{stages}] {base.name}: {variant.name} engines")
         file = _variant_folder(base, variant) / "engines" / RESULT
         with _cost_kept(base, f"{variant.name} engines", unless=file):
-            engines.append(_engines(variant, file, data, console))
+            engines.append(_engines(variant, file, console))
     labels = [variant.name for variant in study.variants] + [
         f"{variant.name} engines" for variant in compiled
     ]
@@ -129,16 +130,10 @@ def _variant_folder(base: Path, variant: Variant) -> Path:
 
 
 def _network(variant: Variant, card: Card, checkpoint: Path, command: str) -> Network:
-    metrics = card.metrics
+    shown = set(Network.model_fields) & set(Metrics.model_fields)
     return Network(
+        **card.metrics.model_dump(include=shown),
         name=variant.name,
-        wrong=metrics.wrong,
-        images=metrics.images,
-        loss=metrics.loss,
-        validation_accuracy=metrics.validation_accuracy,
-        parameters=metrics.parameters,
-        macs=metrics.macs,
-        live_parameters=metrics.live_parameters,
         bytes=(checkpoint / WEIGHTS_NAME).stat().st_size,
         weights_sha256=card.weights_sha256,
         command=command,
@@ -146,7 +141,7 @@ def _network(variant: Variant, card: Card, checkpoint: Path, command: str) -> Ne
     )
 
 
-def _engines(variant: Variant, file: Path, data: DataSplit, console: Console) -> Engines:
+def _engines(variant: Variant, file: Path, console: Console) -> Engines:
     """Compile the checkpoint in all precisions, and measure each engine on the test images."""
     checkpoint = file.parent.parent / variant.role
     subject = open_checkpoint(checkpoint, None)
@@ -156,10 +151,9 @@ def _engines(variant: Variant, file: Path, data: DataSplit, console: Console) ->
         if kept.checkpoint_sha256 == sha256:
             return kept
     made = Engines(checkpoint_sha256=str(sha256))
-    pixels = data.test.load_pixels(subject.student.preprocessing, progress=False)
-    test = VerificationSet(data.test.name, pixels, data.test.targets, subject.reference(pixels))
+    test = held_out_images(subject)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace, console.status("") as status:
-        prepared = prepare(subject, Path(workspace), Settings(), status.update)
+        prepared = prepare(subject, Path(workspace), PrepareOptions(), status.update)
         for precision in get_args(Precision):
             try:
                 package = build_package(

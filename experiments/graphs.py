@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from builder.compile.verification import Gate, GateError, compare_logits
 from builder.kit import VerificationSet
-from builder.prepare.preparation import Preparation
+from builder.prepare.preparation import Subject
 from runtime.openvino import CONFIGURATION
 
 _BATCH = 32
@@ -61,8 +61,8 @@ def measure_graph(graph: Path, validation: VerificationSet, test: VerificationSe
     )
 
 
-def held_out_images(prepared: Preparation) -> VerificationSet:
+def held_out_images(subject: Subject) -> VerificationSet:
     """The network's test images, with its FP32 logits; nothing is decided by them."""
-    images, subject = prepared.subject.data.test, prepared.subject
+    images = subject.data.test
     pixels = images.load_pixels(subject.student.preprocessing, progress=False)
     return VerificationSet(images.name, pixels, images.targets, subject.reference(pixels))

@@ -27,8 +27,8 @@ from rich.progress import Progress
 from builder.compile.packages import build_package
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
-from builder.options import QAT
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import QAT, PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from experiments.graphs import Measured, held_out_images, measure_graph
 from experiments.markdown import megabytes, percent
 from experiments.markdown import table as markdown_table
@@ -37,6 +37,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.pretrained import DIGITS_STUDENT
 from runtime.manifest import BatchSizes, Precision
 from runtime.profiling import profile_layers
+from trimrt.options import FILE, HELP
 
 BLOCKS: Final = ("layer2.0", "layer3.0")
 FACTOR: Final = 1000.0
@@ -110,8 +111,8 @@ def run(console: Console) -> Results:
         for seed in progress.track(SEEDS, description="seeds"):
             folder = Path(name) / str(seed)
             folder.mkdir()
-            settings = Settings(seed=seed, qat=QAT)
-            prepared = prepare(subject, folder, settings, lambda _: None, progress)
+            options = PrepareOptions(seed=seed, qat=True)
+            prepared = prepare(subject, folder, options, lambda _: None, progress)
             results.calibration_images = len(prepared.calibration)
             try:
                 package = build_package(
@@ -141,7 +142,7 @@ def run(console: Console) -> Results:
 
 
 def _rows(prepared: Preparation) -> list[Row]:
-    test, seed = held_out_images(prepared), prepared.settings.seed
+    test, seed = held_out_images(prepared.subject), prepared.options.seed
     precisions: tuple[Precision, ...] = ("int8",) if seed else ("fp32", "int8")
     return [
         Row(
@@ -174,13 +175,8 @@ def table(results: Results) -> str:
     return markdown_table(["graph", *head], lines)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=FOLDER / "qat.json",
-    show_default="experiments/results/qat.json",
-)
+@click.command(context_settings=HELP)
+@click.option("--out", type=FILE, default=FOLDER / "qat.json", show_default="experiments/results/qat.json")
 def main(out: Path) -> None:
     """Show a network that no calibration gets through the accuracy gate, and that QAT does."""
     console = Console()

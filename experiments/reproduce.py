@@ -11,22 +11,20 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.fold import RESULT, fold_folder
 from experiments.results import FOLDER, Fold, Results, made_here
 from experiments.study import STUDIES, Study
+from trimrt.options import COUNT, HELP
+from trimrt.options import FOLDER as OUTPUT
 
-_STAGE: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
+_STAGE: Final = re.compile(r"\[\d+/\d+\] ")
 
 
 def _folds(_context: click.Context, _parameter: click.Parameter, value: str) -> list[int] | None:
@@ -38,20 +36,20 @@ def _folds(_context: click.Context, _parameter: click.Parameter, value: str) -> 
         raise click.BadParameter(f"{value!r} is neither `all` nor numbers such as 0 or 0,2") from None
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(context_settings=HELP)
 @click.argument("study", type=click.Choice(list(STUDIES)), default="digits")
 @click.option("--folds", callback=_folds, default="0", help="Numbers, or `all`.")
 @click.option(
     "--jobs",
     default=1,
-    type=click.IntRange(1),
+    type=COUNT,
     help="Folds side by side, which share the cores. Two folds of one thread each take less time than one "
     "after the other on two threads; their weights differ in the last bits.",
 )
-@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", help="Checkpoints.")
+@click.option("--runs", type=OUTPUT, default="runs", help="Checkpoints.")
 @click.option(
     "--results",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OUTPUT,
     default=FOLDER,
     show_default="experiments/results",
     help="Folder of the result file.",
@@ -107,58 +105,33 @@ def _side_by_side(
     console: Console,
 ) -> list[tuple[int, int]]:
     """Run the folds, `jobs` at a time, with what they say in a log beside each; those that failed."""
-    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn())
-    running: set[subprocess.Popen[str]] = set()
-    stopped = threading.Event()
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
-        stages = len(plan.variants) + sum(variant.engines for variant in plan.variants)
-        whole = progress.add_task(f"{len(tasks)} folds", total=stages * len(tasks))
 
-        def run(task: tuple[int, int]) -> bool:
-            if stopped.is_set():
-                return False
-            base = fold_folder(runs, plan, *task)
-            base.mkdir(parents=True, exist_ok=True)
-            shown = progress.add_task(base.name, total=None)
-            done = 0
-            with (
-                (base / f"{study}.log").open("w", encoding="utf-8") as log,
-                _child(_command(study, *task, threads, runs), running) as child,
-            ):
-                assert child.stdout is not None
-                for line in child.stdout:
-                    log.write(line)
-                    log.flush()
-                    match = _STAGE.match(line)
-                    if match:
-                        progress.update(shown, description=match[3])
-                        progress.update(whole, advance=int(match[1]) - 1 - done)
-                        done = int(match[1]) - 1
-            progress.remove_task(shown)
-            if child.returncode == 0:
-                progress.update(whole, advance=stages - done)
-            else:
-                console.print(f"{base.name} failed; see {base / f'{study}.log'}", style="red")
-            return child.returncode == 0
+    def run(task: tuple[int, int]) -> bool:
+        base = fold_folder(runs, plan, *task)
+        base.mkdir(parents=True, exist_ok=True)
+        log = base / f"{study}.log"
+        command = _command(study, *task, threads, runs)
+        with (
+            log.open("w", encoding="utf-8") as file,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child,
+        ):
+            assert child.stdout is not None
+            for line in child.stdout:
+                file.write(line)
+                file.flush()
+                if _STAGE.match(line):
+                    console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        if child.returncode:
+            console.print(f"{base.name} failed; see {log}", style="red")
+        return child.returncode == 0
 
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             succeeded = list(pool.map(run, tasks))
-        except KeyboardInterrupt:
-            stopped.set()
-            for child in running:
-                child.terminate()
+        except KeyboardInterrupt:  # the folds that run get it too
+            pool.shutdown(cancel_futures=True)
             raise click.ClickException("interrupted; the same command continues from here") from None
     return [task for task, success in zip(tasks, succeeded, strict=True) if not success]
-
-
-@contextmanager
-def _child(command: list[str], running: set[subprocess.Popen[str]]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        running.add(child)
-        try:
-            yield child
-        finally:
-            running.discard(child)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,3 @@ class Results(Made):
 
     study: str
     folds: list[Fold]
-
-
-def read_results(study: str, folder: Path = FOLDER) -> Results:
-    """The results of `study`, as committed or as last made."""
-    return Results.model_validate_json((folder / f"{study}.json").read_text(encoding="utf-8"))

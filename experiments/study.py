@@ -8,7 +8,7 @@ from typing import Final
 
 from models.card import WEIGHTS_NAME
 from models.compression import Role
-from models.recipe import Recipe, Settings, make_recipe
+from models.recipe import Recipe, Settings, as_options, make_recipe
 
 _HERE: Final = Path(__file__).parent
 
@@ -20,8 +20,7 @@ class Variant:
     Attributes:
         name: of its folder and in the results.
         role: the stage that makes it.
-        options: of `trimrt compress`, as typed.
-        settings: the same as a recipe has them.
+        settings: of the recipe, beyond the preset.
         engines: whether it is compiled, in all precisions.
     """
 
@@ -72,19 +71,12 @@ class Study:
             words.append(f"--preset {variant.preset}")
         if self.config:
             words.append(f"--config {self.config.relative_to(_HERE.parent)}")
-        settings = self._settings(variant, seed, threads, start)
-        if not seed:
-            del settings["seed"]
-        for key, value in settings.items():
-            values = (
-                {f"{key}-{name}": item for name, item in value.items()}
-                if isinstance(value, dict)
-                else {key: value}
-            )
-            words += [f"--{name.replace('_', '-')} {item}" for name, item in values.items()]
         if variant.role != "pruned":
             words.append(f"--until {variant.role}")
-        return " ".join(words)
+        recipe = self.recipe(variant, seed=seed, threads=threads, start=start)
+        plain = make_recipe(preset=variant.preset, file=self.config)
+        # The number of threads is told even where it is this machine's default.
+        return " ".join([*words, *as_options(recipe, plain.model_copy(update={"threads": None}))])
 
     def _settings(self, variant: Variant, seed: int, threads: int, start: Path | None) -> Settings:
         weights = {"teacher": {"weights": start / WEIGHTS_NAME}} if start else {}

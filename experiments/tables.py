@@ -16,6 +16,7 @@ from experiments.markdown import megabytes, percent, percents, spread, table
 from experiments.results import FOLDER, Engine, Fold, Made, Network, Results
 from models.files import replace_file
 from runtime.manifest import Precision
+from trimrt.options import HELP
 from trimrt.report.statistics import wilson_interval
 
 ROOT: Final = Path(__file__).parent.parent
@@ -227,7 +228,7 @@ def summary(results: Results) -> str:
                 size = fmean(engine.bytes for engine in engines)
                 rows.append(["", PRECISIONS[precision], *_summary_cells(engines, size, baseline, ours)])
     head = ["", "parameters", "size", "", f"accuracy, {_folds(results)}", "wrong"]
-    return table(["network", *head], rows).replace("|--:", "|---", 1)
+    return table(["network", *head], rows, left=2)
 
 
 def _summary_cells(
@@ -298,7 +299,7 @@ def render(text: str, folder: Path = FOLDER) -> str:
     return MARKER.sub(block, text)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 def main() -> None:
     """Bring the tables in README.md and docs/results.md up to date with experiments/results."""
     console = Console()

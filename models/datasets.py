@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from models.card import Dataset
+from models.card import Card, Dataset
 from models.errors import TrimRTError
 from models.files import replace_file, replace_folder
 from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
@@ -210,6 +210,30 @@ def open_dataset(source: str, *, fold: int = 0, cache_dir: Path | None = None) -
             raise DatasetError(f"{root} has train/ but neither test/ nor val/ beside it; add one")
         return _presplit(name, source, root, held_out, cache_dir)
     return _cross_validation(name, source, root, fold, cache_dir)
+
+
+def require_data_of(card: Card, split: DataSplit, *, named: bool) -> None:
+    """Refuse data that the checkpoint of `card` cannot be judged on.
+
+    Args:
+        card: the checkpoint's.
+        split: the data.
+        named: by the user; else it is what the card names, and has to be just that.
+
+    Raises:
+        DatasetError: it has other classes, or changed since the training.
+    """
+    if list(split.labels) != card.labels:
+        raise DatasetError(
+            f"{split.source} has other classes than {card.name} was trained on; "
+            "name the right data with --data"
+        )
+    if not named and split.sha256 != card.dataset.sha256:
+        raise DatasetError(
+            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
+            "so it may have learned the images that are to judge it. Restore it, or name other data with "
+            "--data"
+        )
 
 
 def _presplit(name: str, source: str, root: Path, held_out: str, cache_dir: Path) -> DataSplit:

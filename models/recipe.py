@@ -207,9 +207,9 @@ def make_recipe(
         raise RecipeError("\n".join(lines)) from None
 
 
-def as_options(recipe: Recipe) -> list[str]:
-    """The options of `trimrt compress` that turn the preset `aligned` into this recipe."""
-    return list(_options(recipe, Recipe(), "-"))
+def as_options(values: BaseModel, defaults: BaseModel) -> list[str]:
+    """The command line's options that turn `defaults` into `values`, a model of the same class."""
+    return list(_options(values, defaults, "-"))
 
 
 def _options(values: BaseModel, defaults: BaseModel, prefix: str) -> Iterator[str]:

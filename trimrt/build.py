@@ -8,23 +8,29 @@ from typing import Any, Literal, get_args
 
 import click
 
-from builder import BuildOptions, Gate
+from builder import BuildOptions, Gate, PrepareOptions, TensorRTOptions
 from builder import build as build_packages
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, BatchSizes, Precision
 from trimrt.display import Display
-from trimrt.preparing import (
-    HELP,
-    one_or_more_of,
-    preparation_options,
-    source_argument,
-    take_prepare_options,
-)
-from trimrt.tensorrt_options import take_tensorrt_options, tensorrt_options
+from trimrt.options import COUNT, FOLDER, HELP, one_or_more_of, options_of, take
+
+
+def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> list[BatchSizes]:
+    sizes = []
+    for text in texts:
+        try:
+            low, best, high = (int(part) for part in text.split(":"))
+            sizes.append(BatchSizes(min=low, opt=best, max=high))
+        except ValueError:
+            raise click.UsageError(
+                f"--profile {text}: that is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX"
+            ) from None
+    return sizes
 
 
 @click.command(context_settings=HELP)
-@source_argument("CHECKPOINT|KIT|MODEL")
+@click.argument("source", metavar="CHECKPOINT|KIT|MODEL")
 @click.option(
     "-p",
     "--precision",
@@ -32,7 +38,6 @@ from trimrt.tensorrt_options import take_tensorrt_options, tensorrt_options
     callback=one_or_more_of((*get_args(Precision), "best")),
     metavar="LIST",
     default="int8",
-    show_default=True,
     help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the faster one of "
     "int8 and fp16 (fp32 for OpenVINO) that passes the gate.",
 )
@@ -40,36 +45,43 @@ from trimrt.tensorrt_options import take_tensorrt_options, tensorrt_options
     "--target",
     type=click.Choice(["auto", *INT8_REST]),
     default="auto",
-    show_default=True,
     help="What to compile for; auto takes TensorRT where it and a GPU are, else OpenVINO.",
 )
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("engines"),
-    show_default=True,
-    help="Folder that the packages' folders go into.",
+    "-o", "--output", type=FOLDER, default=Path("engines"), help="Folder that the packages' folders go into."
 )
-@click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--min-batch", type=COUNT, default=1)
+@click.option("--opt-batch", type=COUNT, default=8)
+@click.option("--max-batch", type=COUNT, default=32)
 @click.option(
     "--max-drop",
     type=click.FloatRange(0, 100),
     default=0.5,
-    show_default=True,
     help="Refuse an engine that loses more top-1 accuracy than this, in points.",
 )
 @click.option(
     "--min-agreement",
     type=click.FloatRange(0, 100),
     default=98.0,
-    show_default=True,
     help="Refuse an engine that labels fewer validation images as the FP32 network does, in percent.",
 )
-@tensorrt_options
-@preparation_options
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="MIN:OPT:MAX",
+    callback=_profiles,
+    help="TensorRT: sizes to tune for, instead of --min-batch, --opt-batch and --max-batch; repeatable.",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="X.Y",
+    help="tensorrt-rtx: a GPU to compile for; repeatable.  [default: Ampere and later]",
+)
+@options_of(TensorRTOptions)
+@options_of(PrepareOptions)
 def build(
     source: str,
     precisions: Sequence[Precision | Literal["best"]],
@@ -97,8 +109,8 @@ def build(
         target=target,
         batch=_batch_sizes(min_batch, opt_batch, max_batch),
         gate=Gate(max_drop=max_drop / 100, min_agreement=min_agreement / 100),
-        tensorrt=take_tensorrt_options(values),
-        prepare=take_prepare_options(values),
+        tensorrt=take(TensorRTOptions, values),
+        prepare=take(PrepareOptions, values),
     )
     with Display() as display:
         try:

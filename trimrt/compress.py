@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import types
-import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
+from trimrt.options import FOLDER, HELP, options_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,16 +30,6 @@ Examples:
 _AS_TYPED: Final = f"{__name__}.as_typed"
 
 
-class _RecipeOption(click.Option):
-    """An option that sets one value of the recipe, at `path`."""
-
-    def __init__(self, path: tuple[str, ...], kind: Any, text: str) -> None:
-        self.path = path
-        flag = "--" + "-".join(path).replace("_", "-")
-        declarations = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, "__".join(path)]
-        super().__init__(declarations, type=_click_type(kind), default=None, help=text)
-
-
 class _RecipeCommand(click.Command):
     """A command whose help shows the recipe's options section by section."""
 
@@ -54,39 +40,15 @@ class _RecipeCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            section = "Options"
-            if isinstance(parameter, _RecipeOption):
-                section = parameter.path[0].capitalize() if len(parameter.path) > 1 else "Run"
+            section, nested, _ = str(parameter.name).partition("__")
+            if not nested:
+                section = "Run" if section in Recipe.model_fields else "Options"
             record = parameter.get_help_record(ctx)
             if record is not None:
-                sections.setdefault(section, []).append(record)
+                sections.setdefault(section.capitalize(), []).append(record)
         for section, records in sections.items():
             with formatter.section(section):
                 formatter.write_dl(records)
-
-
-def _recipe_options(model: type[BaseModel] = Recipe, path: tuple[str, ...] = ()) -> Iterator[_RecipeOption]:
-    hints = typing.get_type_hints(model)
-    for name, field in model.model_fields.items():
-        kind = hints[name]
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):
-            kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _recipe_options(kind, (*path, name))
-            continue
-        default = field.get_default(call_default_factory=True)
-        text = field.description or ""
-        if default not in (None, PydanticUndefined):
-            text += f"  [default: {default}]"
-        yield _RecipeOption((*path, name), kind, text)
-
-
-def _click_type(kind: Any) -> click.ParamType[Any] | type:
-    if typing.get_origin(kind) is typing.Literal:
-        return click.Choice(typing.get_args(kind))
-    if kind is Path:
-        return click.Path(path_type=Path, dir_okay=False)
-    return typing.cast(type, kind)
 
 
 def _overrides(values: dict[str, Any]) -> Settings:
@@ -102,7 +64,39 @@ def _overrides(values: dict[str, Any]) -> Settings:
     return settings
 
 
-def _compress(
+@click.command(cls=_RecipeCommand, epilog=_EPILOG, context_settings=HELP)
+@click.argument("source")
+@click.option(
+    "--out", type=FOLDER, help="folder for teacher/, student/ and pruned/  [default: runs/<data>-fold<k>]"
+)
+@click.option(
+    "--fold",
+    type=click.IntRange(0, 4),
+    default=0,
+    help="part held out for testing, where the data has no test part",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="aligned",
+    help="; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items()),
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file with settings"
+)
+@click.option(
+    "--reuse",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="another run's folder, to take its stages where the recipe is the same",
+)
+@click.option(
+    "--until",
+    type=click.Choice(["teacher", "student", "pruned"]),
+    default="pruned",
+    help="the last stage to make",
+)
+@options_of(Recipe)
+def compress(
     source: str,
     out: Path | None,
     fold: int,
@@ -112,6 +106,14 @@ def _compress(
     until: Role,
     **values: Any,
 ) -> None:
+    """Train a teacher, distil a student from it, and prune the student.
+
+    SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, or a folder of
+    images: train/ and test/ (or val/) with a folder for each class, or the class folders themselves, which
+    are then split into five folds.
+
+    Finished stages are reused and an interrupted one continues where it stopped.
+    """
     from rich.console import Console
 
     try:
@@ -177,33 +179,3 @@ def _print_table(console: Console, run: CompressionRun) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-compress = _RecipeCommand(
-    "compress",
-    callback=_compress,
-    help="""Train a teacher, distil a student from it, and prune the student.
-
-    SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, or a folder of
-    images: train/ and test/ (or val/) with a folder for each class, or the class folders themselves, which
-    are then split into five folds.
-
-    Finished stages are reused and an interrupted one continues where it stopped.""",
-    epilog=_EPILOG,
-    params=[
-        click.Argument(["source"]),
-        click.Option(["--out"], type=click.Path(path_type=Path, file_okay=False),
-                     help="folder for teacher/, student/ and pruned/  [default: runs/<data>-fold<k>]"),
-        click.Option(["--fold"], type=click.IntRange(0, 4), default=0, show_default=True,
-                     help="part held out for testing, where the data has no test part"),
-        click.Option(["--preset"], type=click.Choice(list(PRESETS)), default="aligned",
-                     help="; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())),
-        click.Option(["--config"], type=click.Path(path_type=Path, exists=True, dir_okay=False),
-                     help="TOML file with settings"),
-        click.Option(["--reuse"], type=click.Path(path_type=Path, exists=True, file_okay=False),
-                     help="another run's folder, to take its stages where the recipe is the same"),
-        click.Option(["--until"], type=click.Choice(["teacher", "student", "pruned"]), default="pruned",
-                     show_default=True, help="the last stage to make"),
-        *_recipe_options(),
-    ],
-)  # fmt: skip

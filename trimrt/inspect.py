@@ -10,17 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.manifest import (
-    Calibration,
-    Evidence,
-    Manifest,
-    Tensor,
-    check_artefact,
-    read_manifest,
-)
+from runtime.manifest import Evidence, Manifest, Tensor, check_artefact, read_manifest
+from trimrt.options import HELP
+from trimrt.report.provenance import calibration_text
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
 def inspect(engine: Path, as_json: bool) -> None:
@@ -67,7 +62,7 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
     if origin.macs is not None:
         rows.append(("MACs", f"{origin.macs:,}"))
     if origin.calibration is not None:
-        rows.append(("calibration", _calibration(origin.calibration)))
+        rows.append(("calibration", calibration_text(origin.calibration)))
     rows += _evidence(manifest.evidence)
     sizes = [f"{path.name} {path.stat().st_size / 1e6:.2f} MB" for path in sorted(folder.iterdir())]
     return [
@@ -78,19 +73,6 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         (origin.artefact, origin.artefact_sha256),
         ("rebuild with", manifest.build_command),
     ]
-
-
-def _calibration(calibration: Calibration) -> str:
-    text = f"{calibration.method}, {calibration.images} training images, seed {calibration.seed}"
-    if calibration.fine_tuning:
-        text += (
-            f"; fine-tuned for {calibration.fine_tuning.epochs} epochs on {calibration.fine_tuning.images}"
-        )
-    if calibration.tried:
-        text += f"; failed the gate before: {', '.join(calibration.tried)}"
-    if calibration.higher_precision_layers:
-        text += f"; kept in higher precision: {', '.join(calibration.higher_precision_layers)}"
-    return text
 
 
 def _evidence(evidence: Evidence | None) -> list[tuple[str, str]]:

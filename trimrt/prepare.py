@@ -8,21 +8,15 @@ from typing import Any, get_args
 
 import click
 
-from builder import make_kit
+from builder import PrepareOptions, make_kit
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, Precision
 from trimrt.display import Display
-from trimrt.preparing import (
-    HELP,
-    one_or_more_of,
-    preparation_options,
-    source_argument,
-    take_prepare_options,
-)
+from trimrt.options import FOLDER, HELP, one_or_more_of, options_of, take
 
 
 @click.command(context_settings=HELP)
-@source_argument("CHECKPOINT|MODEL")
+@click.argument("source", metavar="CHECKPOINT|MODEL")
 @click.option(
     "-p",
     "--precision",
@@ -30,7 +24,6 @@ from trimrt.preparing import (
     callback=one_or_more_of(get_args(Precision)),
     metavar="LIST",
     default=",".join(get_args(Precision)),
-    show_default=True,
     help="What can be built from the kit.",
 )
 @click.option(
@@ -39,17 +32,12 @@ from trimrt.preparing import (
     type=click.Choice(list(INT8_REST)),
     multiple=True,
     default=list(INT8_REST),
-    show_default=True,
     help="What it can be built for; repeatable.",
 )
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The kit's folder; an older kit there is replaced.",
+    "-o", "--output", type=FOLDER, required=True, help="The kit's folder; an older kit there is replaced."
 )
-@preparation_options
+@options_of(PrepareOptions)
 def prepare(
     source: str,
     precisions: Sequence[Precision],
@@ -67,7 +55,7 @@ def prepare(
         kit = make_kit(
             source,
             output,
-            take_prepare_options(preparation),
+            take(PrepareOptions, preparation),
             precisions=precisions,
             targets=targets,
             observer=display,

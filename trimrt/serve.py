@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from pydantic import ValidationError
 
 from server.serve import run
 from server.settings import Settings
+from trimrt.options import HELP, take
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -34,7 +34,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=HELP)
 @_with_settings
 def serve(**options: Any) -> None:
     """Serve engine packages over HTTP.
@@ -43,11 +43,4 @@ def serve(**options: Any) -> None:
 
         trimrt serve --engine digits-resnet18-int8-openvino
     """
-    try:
-        settings = Settings(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise click.UsageError(
-            f"--{'.'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}"
-        ) from None
-    run(settings)
+    run(take(Settings, options))

@@ -56,16 +56,18 @@ class Contender:
         if stamp.is_file() and stamp.read_text() == wanted:
             return
         subprocess.run([sys.executable, "-m", "venv", "--clear", self.environment], check=True)
-        pip = [
-            str(self.environment / "bin" / "python"),
+        python = str(self.environment / "bin" / "python")
+        command = [
+            python,
             "-m",
             "pip",
             "--disable-pip-version-check",
             "install",
+            "-q",
+            "-r",
+            str(requirements),
         ]
-        installed = subprocess.run(
-            [*pip, "-q", "-r", str(requirements)], cwd=REPOSITORY, capture_output=True, text=True, check=False
-        )
+        installed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         if installed.returncode:
             raise click.ClickException(
                 f"{self.title} cannot be installed:\n{installed.stderr.strip()[-2000:]}"

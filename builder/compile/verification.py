@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +12,6 @@ from builder.kit import VerificationSet
 from models.errors import TrimRTError
 from models.preprocessing import Pixels
 from runtime.engine import Engine
-
-if TYPE_CHECKING:
-    from models.datasets import ImageSet
 
 
 class GateError(TrimRTError):
@@ -113,15 +108,3 @@ def engine_logits(engine: Engine, pixels: Pixels) -> NDArray[np.float32]:
             outputs = slot.infer(max(len(part), batch.min))
             parts.append(outputs.logits[: len(part)].copy())
     return np.concatenate(parts)
-
-
-def accuracy(engine: Engine, images: ImageSet) -> float:
-    """Top-1 accuracy of `engine` on `images`, read with the preprocessing of its manifest; a share of 1.
-
-    Raises:
-        DatasetError: an image cannot be read.
-        EngineError: the engine failed, or its labels are not those of the images.
-    """
-    pixels = images.load_pixels(engine.manifest.preprocessing)
-    labels: Sequence[int] = engine_logits(engine, pixels).argmax(axis=1).tolist()
-    return float(np.mean(np.asarray(labels) == images.targets))

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.prepare.export import OPSET, TOLERANCE, ExportError, add_pixels_input, run_onnx
+from builder.prepare.export import (
+    OPSET,
+    ExportError,
+    add_pixels_input,
+    random_pixels,
+    require_same,
+    run_onnx,
+)
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Pixels, Preprocessing
 
 if TYPE_CHECKING:
@@ -56,19 +63,10 @@ class ImportedModel:
 
     def logits(self, pixels: Pixels) -> NDArray[np.float32]:
         """What the model makes of uint8 NHWC `pixels`, normalised here; shape (N, classes)."""
-        import onnxruntime
-
         spec = self.preprocessing
         mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
         images = (pixels.astype(np.float32) / 255 - mean) / std
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # its errors are raised as well
-        session = onnxruntime.InferenceSession(
-            self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        name = session.get_inputs()[0].name
-        parts = np.array_split(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), -(-len(images) // 32))
-        return np.concatenate([session.run(None, {name: part})[0] for part in parts])
+        return run_onnx(self.model, np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def import_onnx(path: Path, preprocess: str | None) -> ImportedModel:
@@ -122,13 +120,8 @@ def export_imported(imported: ImportedModel, path: Path) -> float:
 
     model = add_pixels_input(imported.model, imported.preprocessing)
     onnx.save(model, str(path))
-    pixels = _random_pixels(imported.preprocessing, 3)
-    expected = imported.logits(pixels)
-    difference = float(np.abs(run_onnx(path, pixels) - expected).max())
-    bound = TOLERANCE * max(1.0, float(np.abs(expected).max()))
-    if not difference <= bound:
-        raise ExportError(f"with pixels for input, the logits differ by {difference:.2g}, more than rounding")
-    return difference
+    pixels = random_pixels(imported.preprocessing, 3)
+    return require_same(path, pixels, imported.logits(pixels))
 
 
 _EXPORT_ADVICE: Final = "Export it with a dynamic batch size"
@@ -268,7 +261,7 @@ def _classes(path: Path, model: onnx.ModelProto) -> int:
 
 def _check_batches(path: Path, imported: ImportedModel) -> None:
     """Refuse a model that works for the batch size of its export only, or mixes the images of a batch."""
-    pixels = _random_pixels(imported.preprocessing, 2)
+    pixels = random_pixels(imported.preprocessing, 2)
     try:
         together = imported.logits(pixels)
         alone = np.concatenate([imported.logits(pixels[:1]), imported.logits(pixels[1:])])
@@ -279,7 +272,3 @@ def _check_batches(path: Path, imported: ImportedModel) -> None:
         ) from error
     if together.shape != alone.shape or not np.allclose(together, alone, rtol=1e-3, atol=1e-3):
         raise ExportError(f"{path} gives an image other scores in another batch; that cannot be served")
-
-
-def _random_pixels(spec: Preprocessing, count: int) -> Pixels:
-    return np.random.default_rng(0).integers(0, 256, (count, spec.height, spec.width, 3), dtype=np.uint8)

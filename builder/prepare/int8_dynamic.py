@@ -6,11 +6,10 @@ Each convolution and linear layer becomes, for every image on its own,
 
 Dividing first makes the quantisation scale a constant, 1/127. So this is an ordinary Q/DQ graph,
 legal on TensorRT and run by OpenVINO's integer kernels, while the usual operators of dynamic
-quantisation (DynamicQuantizeLinear, ConvInteger) are not importable on the one and slower than FP32
-on the other (`benchmarks/dynamic_int8.py`). And because each image has its own range, no result
-depends on which images happen to share a batch. No calibration images are needed. The layer that
-sees the image itself stays in FP32: it has few weights, and quantising it costs more accuracy, and
-time, than it saves.
+quantisation (DynamicQuantizeLinear, ConvInteger) are not importable on the one and ran slower than
+FP32 on the other. And because each image has its own range, no result depends on which images happen
+to share a batch. No calibration images are needed. The layer that sees the image itself stays in
+FP32: it has few weights, and quantising it costs more accuracy, and time, than it saves.
 """
 
 from __future__ import annotations

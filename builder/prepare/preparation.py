@@ -29,13 +29,14 @@ from builder.kit import (
 from builder.prepare import qat
 from builder.prepare.export import ExportError, export_onnx
 from builder.prepare.fp16 import convert_to_fp16
-from builder.prepare.int8 import METHODS, Method, convert_to_int8
+from builder.prepare.int8 import Method, convert_to_int8
 from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from builder.prepare.legality import require_legal
+from builder.prepare.options import PrepareOptions
 from builder.prepare.sensitivity import LayerCost, fallback_groups, rank_layers
 from models.card import Card
 from models.checkpoint import load_checkpoint
-from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
+from models.datasets import DataSplit, ImageSet, open_dataset, require_data_of
 from models.evaluation import predict_logits
 from models.files import replace_folder
 from models.preprocessing import Pixels
@@ -52,28 +53,6 @@ SENSITIVITY_IMAGES: Final = 128
 _SHIFTS: Final = sorted(
     itertools.product((-1, 0, 1), repeat=2), key=lambda shift: (np.abs(shift).sum(), shift)
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a checkpoint is prepared.
-
-    Attributes:
-        calibration_images: training images to calibrate INT8 with, at most.
-        verification_images: validation images to judge engines by, at most; fewer are shown in several
-            positions, up to that number.
-        methods: ways to find activation ranges, the preferred one first.
-        seed: of the choice of images.
-        sensitivity: rank the layers, and offer graphs with the costliest ones in higher precision.
-        qat: epochs and so on of quantisation-aware training, offered after all else; None: none.
-    """
-
-    calibration_images: int = 512
-    verification_images: int = 1024
-    methods: Sequence[Method] = METHODS
-    seed: int = 0
-    sensitivity: bool = False
-    qat: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +98,7 @@ class Preparation:
     master: Path
     export_difference: float
     calibration: ImageSet
-    settings: Settings
+    options: PrepareOptions
     report: Report
     progress: Progress
 
@@ -134,7 +113,7 @@ class Preparation:
         return self.subject.student
 
     def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
-        """Convert the master graph; for static INT8, in every way that the settings allow."""
+        """Convert the master graph; for static INT8, in every way that the options allow."""
         path = self.workspace / f"{precision}.onnx"
         if precision == "fp32":
             yield self._graph(self.master, precision, "fp32"), self.master
@@ -147,18 +126,18 @@ class Preparation:
             convert_to_dynamic_int8(self.master, path)
             yield self._graph(path, precision, "fp32"), path
         else:
-            for method in self.settings.methods:
+            for method in self.options.methods:
                 yield self._int8(method, rest)
-            if self.settings.sensitivity:
+            if self.options.sensitivity:
                 for layers in fallback_groups(self.layer_costs):
-                    yield self._int8(self.settings.methods[0], rest, layers)
-            if self.settings.qat is not None:
-                yield self._fine_tuned(self.settings.qat, rest)
+                    yield self._int8(self.options.methods[0], rest, layers)
+            if self.options.training is not None:
+                yield self._fine_tuned(self.options.training, rest)
 
     @cached_property
     def layer_costs(self) -> list[LayerCost]:
         """What quantising each layer alone costs, the costliest first."""
-        _, quantised = self._int8(self.settings.methods[0], "fp32")
+        _, quantised = self._int8(self.options.methods[0], "fp32")
         return rank_layers(self.master, quantised, self._calibration_pixels[:SENSITIVITY_IMAGES], self.report)
 
     def _int8(self, method: Method, rest: Rest, keep: Sequence[str] = ()) -> tuple[Graph, Path]:
@@ -200,7 +179,9 @@ class Preparation:
             self._calibration_pixels,
             Images(train.load_pixels(spec), train.targets),
             spec,
-            qat.Settings(training, subject.augmentation, self.settings.seed),
+            training,
+            subject.augmentation,
+            self.options.seed,
             self.progress,
         )
         qat.export_quantised(quantised, spec, path)
@@ -210,7 +191,7 @@ class Preparation:
             method=method,
             images=len(self.calibration),
             images_sha256=self.calibration.sha256,
-            seed=self.settings.seed,
+            seed=self.options.seed,
         )
 
     @cached_property
@@ -266,7 +247,7 @@ def open_checkpoint(path: Path, data: str | None) -> Subject:
 def prepare(
     subject: Subject,
     workspace: Path,
-    settings: Settings,
+    options: PrepareOptions,
     report: Report,
     progress: Progress | None = None,
 ) -> Preparation:
@@ -275,7 +256,7 @@ def prepare(
     Args:
         subject: the network and its data.
         workspace: an empty folder for the graphs.
-        settings: where images come from, and how many.
+        options: how the graphs are made.
         report: takes lines of progress.
         progress: running, for trainings; None: they are not shown.
 
@@ -284,7 +265,7 @@ def prepare(
         ExportError: the network cannot be exported faithfully, or not be fine-tuned where that is asked for.
     """
     student, data = subject.student, subject.data
-    if settings.qat is not None:
+    if options.qat:
         if subject.network is None:
             raise ExportError(
                 f"{subject.path} is a graph, and --qat needs a network that can be trained: "
@@ -292,9 +273,9 @@ def prepare(
             )
         qat.require_modelopt()
     report("loading calibration and validation images")
-    calibration = _sample(data.train, settings.calibration_images, settings.seed)
-    validation = _sample(data.validation, settings.verification_images, settings.seed)
-    positions = min(settings.verification_images // len(validation), len(_SHIFTS))
+    calibration = _sample(data.train, options.calibration_images, options.seed)
+    validation = _sample(data.validation, options.verification_images, options.seed)
+    positions = min(options.verification_images // len(validation), len(_SHIFTS))
     pixels = _in_positions(validation.load_pixels(student.preprocessing), positions)
     report("exporting to ONNX")
     master = workspace / "fp32.onnx"
@@ -312,7 +293,7 @@ def prepare(
         master=master,
         export_difference=difference,
         calibration=calibration,
-        settings=settings,
+        options=options,
         report=report,
         progress=progress or Progress(disable=True),
     )
@@ -357,17 +338,7 @@ def write_kit(
 
 def _open_data(card: Card, data: str | None) -> DataSplit:
     split = open_dataset(data or card.dataset.source, fold=card.dataset.fold or 0)
-    if list(split.labels) != card.labels:
-        raise DatasetError(
-            f"{split.source} has other classes than {card.name} was trained on; "
-            "name the right data with --data"
-        )
-    if data is None and split.sha256 != card.dataset.sha256:
-        raise DatasetError(
-            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
-            "so its validation images may be ones that the network has learned. Restore it, or name other "
-            "data with --data"
-        )
+    require_data_of(card, split, named=data is not None)
     return split
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -55,21 +54,6 @@ _SMALLEST_SCALE: Final = 2**-24  # FP16 makes 0 of anything smaller
 _BATCH: Final = 256
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a network is fine-tuned.
-
-    Attributes:
-        training: epochs, learning rate and so on.
-        augmentation: how the training images are varied.
-        seed: of shuffling and augmentation.
-    """
-
-    training: Training
-    augmentation: Augmentation
-    seed: int
-
-
 def require_modelopt() -> None:
     """Say so now if the library is missing, not after minutes of work.
 
@@ -88,7 +72,9 @@ def fine_tune(
     calibration: Pixels,
     images: Images,
     spec: Preprocessing,
-    settings: Settings,
+    training: Training,
+    limits: Augmentation,
+    seed: int,
     progress: Progress,
 ) -> nn.Module:
     """A copy of `network` that rounds as an INT8 engine does, fine-tuned to compute what `network` computes.
@@ -100,32 +86,33 @@ def fine_tune(
         calibration: training images that fix the activation ranges, uint8 NHWC.
         images: all training images.
         spec: for mean and standard deviation.
-        settings: how long, and on what.
+        training: epochs, learning rate and so on.
+        limits: how the training images are varied.
+        seed: of shuffling and augmentation.
         progress: running.
 
     Raises:
         ExportError: a network whose forward pass torch.fx cannot follow.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limits = settings.augmentation
     if limits.flip is None:
         limits = limits.model_copy(update={"flip": spec.height >= PHOTO_SIDE})
-    seed = derive_seed(settings.seed, "qat views")
+    views_seed = derive_seed(seed, "qat views")
     with reproducible(torch.get_num_threads()), tempfile.TemporaryDirectory() as folder:
         network = network.to(device)
         quantised = _quantise(network, calibration, spec)
         logits = label_views(
-            network, images.pixels, spec, limits, views=settings.training.epochs, seed=seed, progress=progress
+            network, images.pixels, spec, limits, views=training.epochs, seed=views_seed, progress=progress
         )
         train(
             quantised,
             images,
             images,  # for early stopping, of which there is none
             spec,
-            TeacherViews(logits, torch.from_numpy(images.targets), limits, DISTILLATION, seed),
-            settings.training,
+            TeacherViews(logits, torch.from_numpy(images.targets), limits, DISTILLATION, views_seed),
+            training,
             name="qat",
-            seed=derive_seed(settings.seed, "qat"),
+            seed=derive_seed(seed, "qat"),
             state_file=Path(folder) / "state.pt",
             fingerprint="qat",
             progress=progress,

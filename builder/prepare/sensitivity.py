@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.kit import INPUT, LOGITS
+from builder.prepare.export import run_onnx
 from builder.weights import round_to_scale
 from models.preprocessing import Pixels
 
@@ -71,12 +71,12 @@ def rank_layers(
 
     model = onnx.load(str(master))
     scales = layer_scales(onnx.load(str(quantised)))
-    reference = _logits(model, pixels)
+    reference = run_onnx(model, pixels, fused=False)
     norm = float(np.sqrt(np.mean(reference**2)))
     costs = []
     for done, (layer, found) in enumerate(scales.items()):
         report(f"quantising one layer at a time: {done} of {len(scales)}")
-        change = _logits(_with_one_layer_quantised(model, layer, found), pixels) - reference
+        change = run_onnx(_with_one_layer_quantised(model, layer, found), pixels, fused=False) - reference
         costs.append(LayerCost(layer, float(np.sqrt(np.mean(change**2))) / norm))
     return sorted(costs, key=lambda cost: -cost.error)
 
@@ -146,19 +146,3 @@ def _with_one_layer_quantised(master: onnx.ModelProto, layer: str, scales: Layer
     del graph.node[:]
     graph.node.extend(nodes)
     return model
-
-
-def _logits(model: onnx.ModelProto, pixels: Pixels) -> NDArray[np.float32]:
-    import onnxruntime
-
-    options: Any = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Without graph optimisation: fused integer kernels would add their own error.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    parts = [
-        session.run([LOGITS], {INPUT: part})[0] for part in np.array_split(pixels, -(-len(pixels) // 32))
-    ]
-    return np.concatenate(parts)

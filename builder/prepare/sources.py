@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from builder.kit import Student
 from builder.prepare.export import ExportError, export_onnx
 from builder.prepare.import_onnx import RESIZE_RATIO, export_imported, import_onnx, read_preprocessing
+from builder.prepare.options import PrepareOptions
 from builder.prepare.preparation import Subject
 from models.datasets import DatasetError, DataSplit, open_dataset
 from models.evaluation import count_macs, count_parameters, predict_logits
@@ -24,37 +24,20 @@ if TYPE_CHECKING:
 PRETRAINED: Final = "pretrained"
 
 
-@dataclass(frozen=True)
-class Details:
-    """What a network from elsewhere does not say of itself.
-
-    Attributes:
-        data: data set whose training images calibrate and whose validation images judge.
-        preprocess: a name of `NORMALISATIONS`, or a JSON file; None: what the model itself says.
-        labels: a text file, one class a line; None: what the model says, else the data's classes.
-        weights: a state dict (`.safetensors` or `.pth`), or `pretrained`; for models by name.
-    """
-
-    data: str | None = None
-    preprocess: str | None = None
-    labels: Path | None = None
-    weights: str | None = None
-
-
-def open_onnx(path: Path, details: Details) -> Subject:
+def open_onnx(path: Path, options: PrepareOptions) -> Subject:
     """The classifier in an ONNX file.
 
     Raises:
         ExportError: not a classifier of images that TrimRT can take; the message says what to do.
         DatasetError: no data, or its classes are others.
     """
-    imported = import_onnx(path, details.preprocess)
-    data = _data(details)
+    imported = import_onnx(path, options.preprocess)
+    data = _data(options)
     return Subject(
         path=path,
         student=Student(
             name=_name(path.stem),
-            labels=_labels(details, imported.labels, imported.classes, data),
+            labels=_labels(options, imported.labels, imported.classes, data),
             preprocessing=imported.preprocessing,
             checkpoint_sha256=sha256_of(path),
             parameters=imported.parameters,
@@ -66,7 +49,7 @@ def open_onnx(path: Path, details: Details) -> Subject:
     )
 
 
-def open_named(source: str, details: Details) -> Subject:
+def open_named(source: str, options: PrepareOptions) -> Subject:
     """A classifier by its library's name for it: `torchvision:NAME` or `timm:NAME`.
 
     Raises:
@@ -74,34 +57,34 @@ def open_named(source: str, details: Details) -> Subject:
         DatasetError: no data, or its classes are others.
     """
     library, _, name = source.partition(":")
-    if details.weights is None:
+    if options.weights is None:
         raise ExportError(f"{source} needs weights: --weights FILE (a state dict), or --weights {PRETRAINED}")
-    data = _data(details)
+    data = _data(options)
     create = _from_timm if library == "timm" else _from_torchvision
-    own = details.weights == PRETRAINED
+    own = options.weights == PRETRAINED
     network, spec, labels = create(name, None if own else len(data.labels))
     if not own:
         try:
-            missing = load_pretrained(network, Path(details.weights))
+            missing = load_pretrained(network, Path(options.weights))
         except NetworkError as error:
             raise ExportError(str(error)) from error
         if missing:
             raise ExportError(
-                f"{details.weights} has no {', '.join(missing)} of the shape that {source} has with "
+                f"{options.weights} has no {', '.join(missing)} of the shape that {source} has with "
                 f"{len(data.labels)} classes, as many as {data.source}"
             )
         labels = None
-    if details.preprocess is not None:
-        spec = read_preprocessing(details.preprocess, spec.height, spec.width)
+    if options.preprocess is not None:
+        spec = read_preprocessing(options.preprocess, spec.height, spec.width)
     network = network.eval()
     classes = int(predict_logits(network, _blank(spec), spec).shape[1])
     return Subject(
         path=Path(source),
         student=Student(
             name=_name(name),
-            labels=_labels(details, labels, classes, data),
+            labels=_labels(options, labels, classes, data),
             preprocessing=spec,
-            checkpoint_sha256=None if own else sha256_of(Path(details.weights)),
+            checkpoint_sha256=None if own else sha256_of(Path(options.weights)),
             parameters=count_parameters(network),
             macs=count_macs(network, spec.height, spec.width),
         ),
@@ -153,30 +136,30 @@ def _from_timm(name: str, classes: int | None) -> tuple[nn.Module, Preprocessing
     return network, spec, None
 
 
-def _data(details: Details) -> DataSplit:
-    if details.data is None:
+def _data(options: PrepareOptions) -> DataSplit:
+    if options.data is None:
         raise DatasetError(
             "a network from elsewhere needs --data: an ImageFolder directory whose training images "
             "calibrate INT8 and whose validation images judge the engines"
         )
-    return open_dataset(details.data)
+    return open_dataset(options.data)
 
 
-def _labels(details: Details, told: list[str] | None, classes: int, data: DataSplit) -> list[str]:
+def _labels(options: PrepareOptions, told: list[str] | None, classes: int, data: DataSplit) -> list[str]:
     """The class labels, which must be the data's classes in the data's order."""
     labels = list(data.labels)
     if len(labels) != classes:
         raise DatasetError(
             f"the network has {classes} classes, {data.source} has {len(labels)}; name its data with --data"
         )
-    if details.labels is not None:
+    if options.labels is not None:
         try:
-            given = details.labels.read_text(encoding="utf-8").splitlines()
+            given = options.labels.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ExportError(f"{details.labels} cannot be read: {error}") from error
+            raise ExportError(f"{options.labels} cannot be read: {error}") from error
         told = [line.strip() for line in given if line.strip()]
         if len(told) != classes:
-            raise ExportError(f"{details.labels} has {len(told)} labels, the network has {classes} classes")
+            raise ExportError(f"{options.labels} has {len(told)} labels, the network has {classes} classes")
     return told if told is not None and len(told) == classes else labels
 
 

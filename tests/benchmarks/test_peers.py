@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ import benchmarks
 from benchmarks.goals import goals
 from benchmarks.limit import Settings
 from benchmarks.load import Round
-from benchmarks.measurements import Comparison, Limit, Measurement, Results, Run, now, this_machine
+from benchmarks.measurements import Comparison, Limit, Measurement, Results, Run, this_machine
 from benchmarks.render import render
 from benchmarks.report import markdown, plot, write_report
 from runtime.tuning import Setting
@@ -85,7 +86,9 @@ def measured(speed: float = 1) -> Results:
         ),
     ]
     machine = this_machine().model_copy(update={"cores": 2})
-    return Results(started_at=now(), machine=machine, seconds=20, comparisons=comparisons)
+    return Results(
+        started_at=datetime.now(timezone.utc), machine=machine, seconds=20, comparisons=comparisons
+    )
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from experiments import calibration
 from experiments.calibration import MISTAKES, Results, Row, Variant, calibrate, main, table
 from experiments.graphs import Measured, Measurement, held_out_images, measure_graph
@@ -35,9 +36,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Preparation:
-    settings = Settings(verification_images=144)
+    options = PrepareOptions(verification_images=144)
     subject = open_checkpoint(DIGITS_STUDENT, None)
-    return prepare(subject, tmp_path_factory.mktemp("workspace"), settings, lambda _: None)
+    return prepare(subject, tmp_path_factory.mktemp("workspace"), options, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def scales(path: Path) -> dict[str, float]:
 def test_a_mistake_costs_accuracy_and_the_gate_sees_it(
     prepared: Preparation, graphs: dict[Variant, Path]
 ) -> None:
-    test = held_out_images(prepared)
+    test = held_out_images(prepared.subject)
     right, _, wrong = (measure_graph(graphs[variant], prepared.verification, test) for variant in VARIANTS)
     # One of so few validation images is more than the gate allows, and may change its label by rounding.
     assert right.validation.wrong - right.validation.reference_wrong <= 1

@@ -8,13 +8,17 @@ from typing import TypeVar
 import pytest
 
 from experiments import calibration, qat
-from experiments.results import FOLDER, Engine, Made, Results, read_results
+from experiments.results import FOLDER, Engine, Made, Results
 from experiments.tables import DOCUMENTS, MARKER, ROOT, render
 from models.card import read_card
 from models.pretrained import DIGITS_STUDENT
 from runtime.manifest import Precision
 
 _Results = TypeVar("_Results", bound=Made)
+
+
+def read_results(study: str) -> Results:
+    return Results.model_validate_json((FOLDER / f"{study}.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

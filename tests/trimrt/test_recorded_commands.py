@@ -12,7 +12,7 @@ from click.testing import Result
 import trimrt.compress
 from builder import BuildOptions, Gate, PrepareOptions, TensorRTOptions
 from builder.rebuilding import build_command, prepare_command
-from models.recipe import PRESETS, as_options, make_recipe
+from models.recipe import PRESETS, Recipe, as_options, make_recipe
 from runtime.manifest import BatchSizes
 
 EVERY_PREPARE_OPTION = PrepareOptions(
@@ -97,7 +97,7 @@ def test_a_kit_is_made_again_with_the_same_options(
 def test_a_recipe_is_the_options_that_make_it(preset: str) -> None:
     changes = {"teacher": {"weights": "weights.pth"}, "augmentation": {"flip": False}, "seed": 5}
     recipe = make_recipe(preset=preset, overrides=changes)
-    words = ["digits", *as_options(recipe)]
+    words = ["digits", *as_options(recipe, Recipe())]
     values = trimrt.compress.compress.make_context("compress", words).params
     given = {name: value for name, value in values.items() if "__" in name or name in ("seed", "threads")}
     assert make_recipe(overrides=trimrt.compress._overrides(given)) == recipe

@@ -20,8 +20,9 @@ from runtime.loading import load_engine
 from runtime.manifest import Precision, read_manifest
 from runtime.profiling import Layer, profile_layers
 from runtime.tuning import TUNING_NAME
-from trimrt.bench.timing import PERCENTILES, Timing, rounds, time_engines
+from trimrt.bench.timing import PERCENTILES, ROUNDS, Timing, time_engines
 from trimrt.bench.tuning import sample_photographs, tune
+from trimrt.options import COUNT, HELP, POSITIVE
 from trimrt.output import OutputFile, write_output
 
 _SHOWN_LAYERS = 20
@@ -58,23 +59,13 @@ def _batches(_context: click.Context, _parameter: click.Parameter, value: str) -
     return sizes
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(context_settings=HELP)
 @click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
-@click.option("--batch", "batches", default="1,8", show_default=True, callback=_batches, help="Batch sizes.")
-@click.option(
-    "--seconds",
-    default=3.0,
-    show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
-    help="For each engine and size.",
-)
-@click.option(
-    "--warm-up", default=0.5, show_default=True, type=click.FloatRange(min=0), help="Seconds before that."
-)
-@click.option("--slots", default=1, show_default=True, type=click.IntRange(min=1), help="Batches at once.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads for all slots together; all if not given."
-)
+@click.option("--batch", "batches", default="1,8", callback=_batches, help="Batch sizes.")
+@click.option("--seconds", default=3.0, type=POSITIVE, help="For each engine and size.")
+@click.option("--warm-up", default=0.5, type=click.FloatRange(min=0), help="Seconds before that.")
+@click.option("--slots", default=1, type=COUNT, help="Batches at once.")
+@click.option("--threads", type=COUNT, help="CPU threads for all slots together; all if not given.")
 @click.option("--profile", is_flag=True, help="Also time every layer, at the largest of the sizes.")
 @click.option(
     "--tune",
@@ -181,7 +172,7 @@ def _time(
 ) -> Report:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with ExitStack() as stack, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("loading", total=rounds() * len(batches))
+        task = progress.add_task("loading", total=ROUNDS * len(batches))
         engines: list[Engine] = []
         for folder in folders:
             engines.append(load_engine(folder, options))

@@ -6,21 +6,21 @@ slower meanwhile does so for all of them.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from typing import Final
 
 import numpy as np
 from pydantic import BaseModel, Field
 
-from runtime.engine import Engine, Slot
-from runtime.threads import EngineThread
+from runtime.engine import Engine
+from runtime.timing import TimedSlots
 
 PERCENTILES: Final = (50, 90, 95, 99)
 
-_ROUNDS: Final = 10
+ROUNDS: Final = 10  # of turns
 
 
 class Timing(BaseModel):
@@ -36,69 +36,28 @@ class Timing(BaseModel):
     device_ms: dict[str, float] = Field(description="medians of the device's own stages, where it has events")
 
 
-class _Lane:
-    """A slot on a thread of its own, as slots require."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._thread = EngineThread()
-        self.latencies: list[float] = []
-        self.stages: dict[str, list[float]] = {}
-        self._slot: Slot = self._thread.submit(engine.open_slot).result()
-        pixels = self._slot.pixels
-        pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, dtype=np.uint8)
-
-    def start(self, batch: int, end: float) -> Callable[[], None]:
-        """Run batches until `end`; the function returned waits for them."""
-        return self._thread.submit(partial(self._run, batch, end)).result
-
-    def _run(self, batch: int, end: float) -> None:
-        while True:
-            start = time.perf_counter()
-            outputs = self._slot.infer(batch)
-            finished = time.perf_counter()
-            self.latencies.append(finished - start)
-            for stage, milliseconds in outputs.timings_ms.items():
-                self.stages.setdefault(stage, []).append(milliseconds)
-            if finished >= end:
-                return
-
-    def close(self) -> None:
-        """Close the slot where it was opened."""
-        self._thread.submit(self._slot.close).result()
-        self._thread.close()
-
-
 class _Candidate:
     """One engine under measurement at one batch size."""
 
-    def __init__(self, engine: Engine, batch: int, stack: ExitStack) -> None:
+    def __init__(self, engine: Engine, batch: int) -> None:
         self._batch = batch
-        self._lanes: list[_Lane] = []
-        for _ in range(engine.slots):
-            lane = _Lane(engine)
-            stack.callback(lane.close)
-            self._lanes.append(lane)
+        self._slots = TimedSlots(engine, engine.slots)
+        self.close = self._slots.close
+        self._latencies: list[float] = []
         self._seconds = 0.0
 
     def warm_up(self, seconds: float) -> None:
-        self.run(seconds)
-        self._seconds = 0.0
-        for lane in self._lanes:
-            lane.latencies.clear()
-            lane.stages.clear()
+        self._slots.run(self._batch, seconds)
+        self._slots.device_ms.clear()
 
     def run(self, seconds: float) -> None:
         start = time.perf_counter()
-        for wait in [lane.start(self._batch, start + seconds) for lane in self._lanes]:
-            wait()
+        times = self._slots.run(self._batch, seconds)
         self._seconds += time.perf_counter() - start
+        self._latencies += itertools.chain.from_iterable(times)
 
     def timing(self) -> Timing:
-        latencies = 1000 * np.concatenate([lane.latencies for lane in self._lanes])
-        stages: dict[str, list[float]] = {}
-        for lane in self._lanes:
-            for stage, values in lane.stages.items():
-                stages.setdefault(stage, []).extend(values)
+        latencies = 1000 * np.array(self._latencies)
         return Timing(
             batch=self._batch,
             runs=len(latencies),
@@ -107,14 +66,8 @@ class _Candidate:
             min_ms=float(latencies.min()),
             max_ms=float(latencies.max()),
             percentiles_ms={f"p{share}": float(np.percentile(latencies, share)) for share in PERCENTILES},
-            device_ms={stage: float(np.median(values)) for stage, values in stages.items()},
+            device_ms={stage: float(np.median(taken)) for stage, taken in self._slots.device_ms.items()},
         )
-
-
-@contextmanager
-def _candidates(engines: Sequence[Engine], batch: int) -> Iterator[list[_Candidate]]:
-    with ExitStack() as stack:
-        yield [_Candidate(engine, batch, stack) for engine in engines]
 
 
 def time_engines(
@@ -127,7 +80,7 @@ def time_engines(
         batch: images in one inference.
         seconds: for each engine.
         warm_up: seconds for each engine before that.
-        progress: called `rounds()` times.
+        progress: called `ROUNDS` times.
 
     Returns:
         One timing an engine, in their order.
@@ -136,16 +89,12 @@ def time_engines(
         EngineError: an engine failed.
         ValueError: `batch` is outside an engine's sizes.
     """
-    with _candidates(engines, batch) as candidates:
+    with ExitStack() as stack:
+        candidates = [stack.enter_context(closing(_Candidate(engine, batch))) for engine in engines]
         for candidate in candidates:
             candidate.warm_up(warm_up)
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             for candidate in candidates:
-                candidate.run(seconds / _ROUNDS)
+                candidate.run(seconds / ROUNDS)
             progress()
         return [candidate.timing() for candidate in candidates]
-
-
-def rounds() -> int:
-    """How often `time_engines` reports progress."""
-    return _ROUNDS

@@ -7,14 +7,7 @@ wait longer.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
-from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -23,12 +16,11 @@ import numpy as np
 import simplejpeg
 
 from models.files import replace_file
-from models.preprocessing import load_pixels
-from runtime.engine import Engine, Options, Slot, cores
-from runtime.loading import load_engine
+from runtime.engine import cores
 from runtime.manifest import read_manifest
-from runtime.threads import start_in_engine_thread
+from runtime.timing import rate
 from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, this_processor
+from trimrt.bench.loop import open_loop
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32)
 
@@ -39,36 +31,14 @@ _NEAR: Final = 0.97
 _ROUNDS: Final = 2  # of every trial, so that a brief disturbance does not disqualify a setting
 
 
-def throughput(
-    package: Path, setting: Setting, files: Sequence[bytes], seconds: float
-) -> tuple[float, float]:
-    """Decode and infer in a loop, without a server.
-
-    Args:
-        package: the engine's.
-        setting: slots are threads of this process, each of which fills a batch and then runs it.
-        files: encoded images, taken in turns.
-        seconds: how long.
-
-    Returns:
-        Images a second, and milliseconds of processor time for an image.
+def throughput(package: Path, setting: Setting, files: Sequence[bytes], seconds: float) -> float:
+    """Images a second, after `seconds` of work.
 
     Raises:
         EngineError: the engine does not load, or failed.
     """
-    options = Options(
-        slots=setting.slots, threads=setting.threads, batch=setting.batch, pinning=setting.pinning
-    )
-    start = threading.Barrier(setting.slots + 1)
-    with closing(load_engine(package, options)) as engine:
-        work = partial(_work, engine, files, setting.batch, start, seconds)
-        runs = [start_in_engine_thread(work) for _ in range(setting.slots)]
-        with contextlib.suppress(threading.BrokenBarrierError):  # the thread that broke it says why
-            start.wait()
-        began, cpu = time.perf_counter(), time.process_time()
-        wait(runs)
-        images = sum(run.result() for run in runs)
-        return images / (time.perf_counter() - began), 1000 * (time.process_time() - cpu) / images
+    with open_loop(package, setting, files, always_decode=False) as loop:
+        return rate(setting.batch, loop.run(seconds))
 
 
 def best_rates(
@@ -89,41 +59,9 @@ def best_rates(
     rates = dict.fromkeys(settings, 0.0)
     for turn in range(rounds):
         for place, setting in enumerate(settings, start=1):
-            rates[setting] = max(rates[setting], throughput(package, setting, files, seconds)[0])
+            rates[setting] = max(rates[setting], throughput(package, setting, files, seconds))
             progress((turn + place / len(settings)) / rounds)
     return rates
-
-
-def _work(
-    engine: Engine, files: Sequence[bytes], batch: int, start: threading.Barrier, seconds: float
-) -> int:
-    """Batches for so many seconds, once every slot is open and warm; the number of images."""
-    spec = engine.manifest.preprocessing
-    endless = itertools.cycle(files)
-    images = 0
-
-    def fill(slot: Slot) -> None:
-        for row in range(batch):
-            load_pixels(next(endless), spec, out=slot.pixels[row])
-
-    try:
-        with closing(engine.open_slot()) as slot:
-            fill(slot)
-            slot.infer(batch)  # prepares what this batch size needs
-            try:
-                start.wait()
-            except threading.BrokenBarrierError:
-                return 0  # another slot failed, and says why
-            end = time.perf_counter() + seconds
-            while not images or time.perf_counter() < end:
-                if engine.on_cpu:
-                    fill(slot)
-                slot.infer(batch)
-                images += batch
-    except BaseException:
-        start.abort()
-        raise
-    return images
 
 
 def tune(
@@ -160,8 +98,8 @@ def tune(
         def report(share: float) -> None:
             progress(min(1.0, (before + share * len(fresh)) / expected))
 
-        for setting, rate in best_rates(package, fresh, files, seconds, _ROUNDS, report).items():
-            trials[setting] = Trial(setting=setting, throughput=rate)
+        for setting, most in best_rates(package, fresh, files, seconds, _ROUNDS, report).items():
+            trials[setting] = Trial(setting=setting, throughput=most)
         return max(settings, key=lambda setting: trials[setting].throughput)
 
     way = best(ways)

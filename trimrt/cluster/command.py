@@ -8,12 +8,13 @@ import click
 from pydantic import ValidationError
 
 from trimrt.cluster import options
+from trimrt.options import COUNT, HELP, POSITIVE
 from trimrt.output import OutputFile, write_output
 
 _HEADER = "# From `trimrt cluster config`. On one machine: serve run FILE; on a cluster: serve deploy FILE\n"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings=HELP)
 def cluster() -> None:
     """Serve engine packages on a Ray cluster."""
 
@@ -24,7 +25,7 @@ def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) ->
     return value
 
 
-@cluster.command(context_settings={"max_content_width": 100})
+@cluster.command(context_settings=HELP)
 @click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
 @click.option(
     "--replicas",
@@ -34,31 +35,22 @@ def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) ->
     help="Replicas of an engine; a range such as 1-4 scales with the load. Once for all engines, or once "
     "for each in their order.  [default: 1]",
 )
-@click.option(
-    "--cpus",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
-    help="CPU cores of a replica.",
-)
+@click.option("--cpus", default=1.0, type=POSITIVE, help="CPU cores of a replica.")
 @click.option(
     "--gpus",
     default=1.0,
-    show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="GPUs of a replica, if its engine needs one; 0.25 lets four share a GPU.",
 )
 @click.option(
     "--target-ongoing",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Requests under way in a replica that scaling aims at.  [default: the engine's best batch]",
 )
-@click.option("--name", default="trimrt", show_default=True, help="Name of the application.")
-@click.option(
-    "--route-prefix", default="/", show_default=True, callback=_prefix, help="Where its paths begin."
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on, on every node.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="TCP port.")
+@click.option("--name", default="trimrt", help="Name of the application.")
+@click.option("--route-prefix", default="/", callback=_prefix, help="Where its paths begin.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on, on every node.")
+@click.option("--port", default=8000, type=click.IntRange(1, 65535), help="TCP port.")
 @click.option("--output", type=OutputFile(), help="Write it here, not on the terminal.")
 def config(
     engines: tuple[Path, ...],

@@ -22,20 +22,15 @@ from models.datasets import ImageSet, open_dataset
 from models.pretrained import DIGITS_STUDENT
 from runtime.loading import load_engine
 from runtime.manifest import EngineError, read_manifest
+from trimrt.options import FOLDER, HELP
 
 PRECISIONS: Final = ("fp32", "fp16", "int8")
 
 _START_SECONDS: Final = 60
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--engine-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("engines"),
-    show_default=True,
-    help="Where the engine packages go.",
-)
+@click.command(context_settings=HELP)
+@click.option("--engine-dir", type=FOLDER, default=Path("engines"), help="Where the engine packages go.")
 def demo(engine_dir: Path) -> None:
     """Do it all once, on handwritten digits: build engines, serve one, ask it, compare them.
 

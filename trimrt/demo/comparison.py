@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
+import numpy as np
 from rich import box
 from rich.table import Column, Table
 from torch import nn
 
 from builder.compile.measurement import time_in_turns
-from builder.compile.verification import accuracy
 from models.card import Ancestor, Card, Metrics
 from models.checkpoint import load_checkpoint
 from models.datasets import ImageSet
 from models.networks import build_network
-from runtime.loading import load_engine
+from trimrt.report.subjects import EngineSubject, network_stopwatch
 
 _TIMING_SECONDS: Final = 2.0
 _BYTES_PER_WEIGHT: Final = 4
@@ -62,33 +61,27 @@ def _ancestor_row(ancestor: Ancestor, card: Card) -> _Row:
 
 
 def _network_row(role: str, architecture: str, metrics: Metrics, network: nn.Module, card: Card) -> _Row:
-    image = torch.zeros(1, 3, card.preprocessing.height, card.preprocessing.width)
-
-    def run() -> None:
-        with torch.inference_mode():
-            network(image)
-
     return _Row(
         name=f"{role} {architecture}",
         parameters=metrics.parameters,
         macs=metrics.macs,
         size=_BYTES_PER_WEIGHT * metrics.parameters,
         accuracy=metrics.accuracy,
-        run=run,
+        run=network_stopwatch(network, card.preprocessing),
     )
 
 
 def _engine_row(package: Path, card: Card, test: ImageSet, stack: ExitStack) -> _Row:
-    engine = stack.enter_context(closing(load_engine(package)))
-    slot = stack.enter_context(closing(engine.open_slot()))
-    manifest = engine.manifest
+    subject = EngineSubject(package)
+    stack.callback(subject.engine.close)
+    labels = subject.labels(test.load_pixels(subject.spec))
     return _Row(
-        name=f"{manifest.precision} engine",
+        name=f"{subject.manifest.precision} engine",
         parameters=card.metrics.parameters,
         macs=card.metrics.macs,
         size=(package / "model.onnx").stat().st_size,
-        accuracy=accuracy(engine, test),
-        run=lambda: slot.infer(1, alone=True),
+        accuracy=float(np.mean(labels == test.targets)),
+        run=subject.stopwatch(stack),
     )
 
 

@@ -26,6 +26,7 @@ from trimrt.export_triton.config import (
 )
 from trimrt.export_triton.readme import write_readme
 from trimrt.export_triton.textproto import dump
+from trimrt.options import COUNT, HELP
 
 CONFIG_NAME: Final = "config.pbtxt"
 README_NAME: Final = "README.md"
@@ -105,7 +106,7 @@ def _one_line(label: str) -> str:
     return label.replace("\n", " ")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("repository", type=click.Path(path_type=Path))
 @click.option(
@@ -115,15 +116,12 @@ def _one_line(label: str) -> str:
     "which does.  [default: openvino]",
 )
 @click.option(
-    "--instances",
-    type=click.IntRange(min=1),
-    help="Batches that run at once on each device.  [default: 2 on GPUs, else 1]",
+    "--instances", type=COUNT, help="Batches that run at once on each device.  [default: 2 on GPUs, else 1]"
 )
 @click.option(
     "--max-queue-delay-us",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
     help="How long a request may wait for others to fill its batch, microseconds.",
 )
 def export_triton(

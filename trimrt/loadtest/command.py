@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from trimrt.options import HELP
 from trimrt.output import OutputFile, write_output
 
 
@@ -23,8 +25,8 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
     return loads
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
+@click.command(context_settings=HELP)
+@click.option("--url", default="http://127.0.0.1:8000", help="The server.")
 @click.option(
     "--images",
     type=click.Path(exists=True, path_type=Path),
@@ -35,7 +37,6 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
     "--scenario",
     type=click.Choice(["single-stream", "multi-stream", "server", "offline", "closed-loop"]),
     default="closed-loop",
-    show_default=True,
     help="As MLPerf Inference names them: one image at a time; eight to a request; Poisson arrivals; "
     "many at once. closed-loop sweeps connections.",
 )
@@ -46,15 +47,11 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
     metavar="N,N,…",
     help="Loads to sweep: connections, or requests a second for the server scenario.",
 )
-@click.option(
-    "--duration", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds a load."
-)
-@click.option(
-    "--warmup", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Seconds not counted."
-)
+@click.option("--duration", type=click.FloatRange(min=0.1), default=10.0, help="Seconds a load.")
+@click.option("--warmup", type=click.FloatRange(min=0), default=1.0, help="Seconds not counted.")
 @click.option("--engine", help="Engine to ask; the server's default one if absent.")
 @click.option("--api-key", envvar="TRIMRT_API_KEY", help="Where the server asks for it.  [TRIMRT_API_KEY]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrival times.")
+@click.option("--seed", type=int, default=0, help="Of the arrival times.")
 @click.option("--p99-ms", type=float, help="Fail if the 99th percentile is above this at any load.")
 @click.option("--min-rps", type=float, help="Fail if fewer requests a second are answered at any load.")
 @click.option(
@@ -87,11 +84,11 @@ def loadtest(
             f"{error}; install the load generators: pip install 'trimrt[loadtest]'"
         ) from None
     from trimrt.loadtest.html import render
-    from trimrt.loadtest.results import Thresholds
+    from trimrt.loadtest.results import Thresholds, unit_of
 
     plan = Plan(scenario=scenario, loads=loads or default_loads(scenario), **options)
     thresholds = Thresholds(p99_ms=p99_ms, min_rps=min_rps, max_errors=max_errors)
-    with _Display(plan.scenario == "server") as start_point:
+    with _bars(unit_of(plan.scenario)) as start_point:
         report = run(plan, thresholds, start_point)
     if json_file is not None:
         write_output(json_file, report.model_dump_json(indent=2))
@@ -102,30 +99,19 @@ def loadtest(
         raise SystemExit(1)
 
 
-class _Display:
-    """A progress bar for every load."""
+@contextmanager
+def _bars(unit: str) -> Iterator[Callable[[float], Callable[[float, int], None]]]:
+    """A progress bar for every load; what is yielded begins one, and returns what moves it."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __init__(self, is_rate: bool) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    answered = TextColumn("{task.fields[answered]} answered")
+    with Progress(TextColumn("{task.description}"), BarColumn(), answered, TimeElapsedColumn()) as progress:
 
-        self._unit = "requests/s" if is_rate else "connections"
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[answered]} answered"),
-            TimeElapsedColumn(),
-        )
+        def start(load: float) -> Callable[[float, int], None]:
+            task = progress.add_task(f"{load:g} {unit}", total=1.0, answered=0)
+            return lambda share, answered: progress.update(task, completed=share, answered=answered)
 
-    def __enter__(self) -> Callable[[float], Callable[[float, int], None]]:
-        self._progress.start()
-        return self._start
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _start(self, load: float) -> Callable[[float, int], None]:
-        task = self._progress.add_task(f"{load:g} {self._unit}", total=1.0, answered=0)
-        return lambda share, answered: self._progress.update(task, completed=share, answered=answered)
+        yield start
 
 
 def _print(report: Any) -> None:
@@ -134,30 +120,19 @@ def _print(report: Any) -> None:
 
     console = Console()
     table = Table(title=f"{report.scenario}: {report.engine} at {report.url}")
-    for heading in (
-        report.unit,
-        "answered",
-        "errors",
-        "requests/s",
-        "images/s",
-        "p50 ms",
-        "p95 ms",
-        "p99 ms",
-        "p99.9 ms",
-    ):
+    percentiles = ("p50", "p95", "p99", "p99_9")
+    headings = (f"{name.replace('_', '.')} ms" for name in percentiles)
+    for heading in (report.unit, "answered", "errors", "requests/s", "images/s", *headings):
         table.add_column(heading, justify="right")
     for point in report.points:
-        latency = point.latency_ms
+        latencies = (getattr(point.latency_ms, name) for name in percentiles)
         table.add_row(
             f"{point.load:g}",
             str(point.answered),
             str(sum(point.errors.values())),
             f"{point.requests_per_s:.1f}",
             f"{point.images_per_s:.1f}",
-            *(
-                "–" if value is None else f"{value:.2f}"
-                for value in (latency.p50, latency.p95, latency.p99, latency.p99_9)
-            ),
+            *("–" if value is None else f"{value:.2f}" for value in latencies),
         )
     console.print(table)
     for failure in report.failures:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import httpx
 import orjson
 
 from models.errors import TrimRTError
@@ -62,15 +62,12 @@ def make_bodies(images: list[Path], images_per_request: int) -> Iterator[Body]:
 
 
 def _form(images: list[Path]) -> Body:
-    boundary = os.urandom(16).hex()
-    parts = [
-        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{number}{path.suffix}"\r\n'
-        f"Content-Type: {MEDIA_TYPES[path.suffix.lower()]}\r\n\r\n".encode()
-        + path.read_bytes()
+    files = [
+        ("file", (f"{number}{path.suffix}", path.read_bytes(), MEDIA_TYPES[path.suffix.lower()]))
         for number, path in enumerate(images)
     ]
-    data = b"\r\n".join(parts) + f"\r\n--{boundary}--\r\n".encode()
-    return Body(data, f"multipart/form-data; boundary={boundary}")
+    request = httpx.Request("POST", "http://server/predict", files=files)
+    return Body(request.read(), request.headers["Content-Type"])
 
 
 def reason_of(status: int, body: bytes) -> str:

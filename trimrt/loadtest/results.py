@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 Scenario = Literal["single-stream", "multi-stream", "server", "offline", "closed-loop"]
+Unit = Literal["requests/s", "connections"]
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9}
+
+
+def unit_of(scenario: Scenario) -> Unit:
+    """What a scenario's loads are counted in."""
+    return "requests/s" if scenario == "server" else "connections"
 
 
 class Latencies(BaseModel):
@@ -29,12 +35,13 @@ class Latencies(BaseModel):
         """Exact percentiles (nearest rank)."""
         if not seconds:
             return cls()
-        ordered = sorted(seconds)
-        ranks = {
-            name: ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] * 1000
-            for name, percent in PERCENTILES.items()
-        }
-        return cls(mean=sum(ordered) / len(ordered) * 1000, max=ordered[-1] * 1000, **ranks)
+        milliseconds = 1000 * np.array(seconds)
+        found = np.percentile(milliseconds, list(PERCENTILES.values()), method="inverted_cdf").tolist()
+        return cls(
+            mean=float(milliseconds.mean()),
+            max=float(milliseconds.max()),
+            **dict(zip(PERCENTILES, found, strict=True)),
+        )
 
 
 class Point(BaseModel):
@@ -60,7 +67,7 @@ class Report(BaseModel):
     """One load test."""
 
     scenario: Scenario
-    unit: Literal["requests/s", "connections"]
+    unit: Unit
     url: str
     engine: str
     images: int = Field(description="different images sent in turn")

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from trimrt.loadtest.generators import Recorder, closed_loop, open_loop
 from trimrt.loadtest.requests import Body, LoadTestError, find_images, make_bodies, reason_of
-from trimrt.loadtest.results import Latencies, Point, Report, Scenario, Thresholds
+from trimrt.loadtest.results import Latencies, Point, Report, Scenario, Thresholds, unit_of
 
 _MULTI_STREAM_IMAGES: Final = 8  # MLPerf Inference: samples in a query of the multi-stream scenario
 _OFFLINE_IMAGES: Final = 16
@@ -89,7 +89,7 @@ def run(plan: Plan, thresholds: Thresholds, start_point: StartPoint) -> Report:
         points.append(_point(load, plan.images_per_request, recorder, before, _stage_sums(plan.url)))
     return Report(
         scenario=plan.scenario,
-        unit="requests/s" if plan.scenario == "server" else "connections",
+        unit=unit_of(plan.scenario),
         url=plan.url,
         engine=engine,
         images=len(images),

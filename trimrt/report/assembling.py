@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -13,7 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from models.card import WEIGHTS_NAME
+from models.card import WEIGHTS_NAME, Dataset
+from runtime.engine import cores
 from runtime.openvino import this_machine
 from trimrt.report.discovery import Checkpoint, EnginePackage
 from trimrt.report.entries import Entry, GroupKey
@@ -60,35 +60,19 @@ def _groups(entries: Sequence[Entry]) -> dict[GroupKey, Group]:
     for entry in entries:
         key = entry.group
         split, card = entry.choice.split, entry.choice.card
-        labels = list(key[2])
-        if split is not None and (key not in groups or groups[key].class_images is None):
-            groups[key] = Group(
-                name=split.name,
-                source=split.source,
-                split=split.description,
-                fold=split.fold,
-                folds=split.folds,
-                sha256=split.sha256,
-                test_images=len(split.test),
-                labels=labels,
-                class_images=np.bincount(split.test.targets, minlength=len(labels)).tolist(),
-            )
-        elif key in groups:
+        if key in groups and (split is None or groups[key].class_images is not None):
             continue
-        elif card is not None:
-            known = card.dataset
-            groups[key] = Group(
-                name=known.name,
-                source=known.source,
-                split=known.split,
-                fold=known.fold,
-                folds=known.folds,
-                sha256=known.sha256,
-                test_images=known.test_images,
-                labels=labels,
-            )
-        else:
+        labels = list(key[2])
+        known = split.card() if split else card.dataset if card else None
+        if known is None:
             groups[key] = Group(name="unknown data", labels=labels)
+            continue
+        shown = set(Group.model_fields) & set(Dataset.model_fields)
+        groups[key] = Group(
+            **known.model_dump(include=shown),
+            labels=labels,
+            class_images=np.bincount(split.test.targets, minlength=len(labels)).tolist() if split else None,
+        )
     return groups
 
 
@@ -179,7 +163,7 @@ def _machine(entries: Sequence[Entry], load: float) -> dict[str, str]:
     here = this_machine()
     machine = {
         "processor": here.cpu_name or here.cpu_architecture,
-        "cores": str(_cores()),
+        "cores": str(cores()),
         "system": platform.platform(),
         "load before": f"{load:.2f}",
     }
@@ -193,10 +177,6 @@ def _machine(entries: Sequence[Entry], load: float) -> dict[str, str]:
     return machine
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
@@ -208,9 +188,9 @@ def _versions() -> dict[str, str]:
 
 
 def _cautions(load: float) -> list[str]:
-    if load <= _BUSY * _cores():
+    if load <= _BUSY * cores():
         return []
     return [
-        f"The machine was busy when this began (load {load:.1f} on {_cores()} cores). Latencies were taken "
+        f"The machine was busy when this began (load {load:.1f} on {cores()} cores). Latencies were taken "
         "in turns, so that their order means something; the milliseconds themselves may be too high."
     ]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from trimrt.options import HELP, POSITIVE
 from trimrt.output import OutputFile, write_output
 from trimrt.report.discovery import discover
 
@@ -29,40 +30,19 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(
-    cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.command(cls=_Command, context_settings=HELP)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
-@click.option(
-    "-o",
-    "--out",
-    type=OutputFile(),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page.",
-)
+@click.option("-o", "--out", type=OutputFile(), default=Path("report.html"), help="The page.")
 @click.option(
     "--data",
     help="Measure all on the test part of this data set: digits, fashion-mnist, or an ImageFolder "
     "directory.  [default: of what each was trained on]",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=OutputFile(),
-    help="Write the same figures as JSON here.",
-)
-@click.option(
-    "--seconds",
-    default=10.0,
-    show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
-    help="Time all models in turns for so long.",
-)
+@click.option("--json", "json_file", type=OutputFile(), help="Write the same figures as JSON here.")
+@click.option("--seconds", default=10.0, type=POSITIVE, help="Time all models in turns for so long.")
 @click.option(
     "--sensitivity/--no-sensitivity",
     default=True,
-    show_default=True,
     help="Rank the layers of INT8 engines; large networks take minutes.",
 )
 @click.pass_context

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from models.card import Card, CheckpointError, read_card
-from models.datasets import DatasetError, DataSplit, open_dataset
+from models.datasets import DatasetError, DataSplit, open_dataset, require_data_of
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Manifest
 from trimrt.report.discovery import Checkpoint, EnginePackage
@@ -66,14 +66,10 @@ def data_of_checkpoint(card: Card, data: DataSets) -> Choice:
         split = data.open(data.source or card.dataset.source, card.dataset.fold or 0)
     except DatasetError as error:
         return Choice(None, f"its test images are not here: {error}", card)
-    if list(split.labels) != card.labels:
-        return Choice(None, f"{split.source} has other classes than {card.name}", card)
-    if data.source is None and split.sha256 != card.dataset.sha256:
-        reason = (
-            f"{split.source} is not what {card.name} was trained on: images were added, removed or changed, "
-            "so it may have learned today's test images; restore it, or name other data with --data"
-        )
-        return Choice(None, reason, card)
+    try:
+        require_data_of(card, split, named=data.source is not None)
+    except DatasetError as error:
+        return Choice(None, str(error), card)
     return Choice(split, card=card)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.card import Card
-from runtime.manifest import Candidate, Compatibility, Manifest
+from runtime.manifest import Calibration, Candidate, Compatibility, Manifest
 from trimrt.report.results import Fact
 
 
@@ -29,7 +29,7 @@ def facts_of_checkpoint(card: Card) -> list[Fact]:
 
 def facts_of_package(manifest: Manifest) -> list[Fact]:
     """What a manifest says of its origin."""
-    origin, calibration = manifest.provenance, manifest.provenance.calibration
+    origin = manifest.provenance
     lines = {
         "built by": manifest.build_command,
         "version": f"{manifest.version}, {manifest.created_at:%Y-%m-%d %H:%M:%S %Z}, "
@@ -37,20 +37,26 @@ def facts_of_package(manifest: Manifest) -> list[Fact]:
         "compiled with": f"{manifest.backend} {manifest.backend_version}",
         "compiled for": _machine(manifest.compatibility),
         "batch": f"{manifest.batch.min} to {manifest.batch.max}, best at {manifest.batch.opt}",
-        "calibration": "",
-        "kept out of INT8": "",
+        "calibration": calibration_text(origin.calibration) if origin.calibration else "",
         "chosen from": "; ".join(_candidate(candidate) for candidate in manifest.candidates),
         "checkpoint SHA-256": origin.checkpoint_sha256 or "none: an ONNX graph from elsewhere",
         "ONNX SHA-256": origin.onnx_sha256,
         f"{origin.artefact} SHA-256": origin.artefact_sha256,
     }
-    if calibration is not None:
-        failed = f"; failed the gate before: {', '.join(calibration.tried)}" if calibration.tried else ""
-        lines["calibration"] = (
-            f"{calibration.method}, {calibration.images} training images, seed {calibration.seed}{failed}"
-        )
-        lines["kept out of INT8"] = ", ".join(calibration.higher_precision_layers)
     return _facts(lines)
+
+
+def calibration_text(calibration: Calibration) -> str:
+    """How an INT8 graph got its ranges."""
+    text = f"{calibration.method}, {calibration.images} training images, seed {calibration.seed}"
+    if calibration.fine_tuning:
+        tuning = calibration.fine_tuning
+        text += f"; fine-tuned for {tuning.epochs} epochs on {tuning.images}"
+    if calibration.tried:
+        text += f"; failed the gate before: {', '.join(calibration.tried)}"
+    if calibration.higher_precision_layers:
+        text += f"; kept in higher precision: {', '.join(calibration.higher_precision_layers)}"
+    return text
 
 
 def _facts(lines: dict[str, str]) -> list[Fact]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from models.card import Card
 from models.preprocessing import Pixels, Preprocessing
 from runtime.loading import load_engine
 from runtime.manifest import Manifest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Subject(Protocol):
@@ -55,15 +58,20 @@ class NetworkSubject:
 
     def stopwatch(self, stack: ExitStack) -> Callable[[], object]:
         """What runs one image, already normalised."""
-        import torch
+        return network_stopwatch(self.network, self.spec)
 
-        image = torch.zeros(1, 3, self.spec.height, self.spec.width)
 
-        def run() -> None:
-            with torch.inference_mode():
-                self.network(image)
+def network_stopwatch(network: nn.Module, spec: Preprocessing) -> Callable[[], object]:
+    """What runs a PyTorch network on one image, already normalised."""
+    import torch
 
-        return run
+    image = torch.zeros(1, 3, spec.height, spec.width)
+
+    def run() -> None:
+        with torch.inference_mode():
+            network(image)
+
+    return run
 
 
 class EngineSubject:

@@ -11,7 +11,8 @@ from small_student import SPEC
 
 from builder.kit import INPUT, Graph, Kit
 from builder.prepare.export import quiet
-from builder.prepare.preparation import Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import open_checkpoint, prepare
 from models.datasets import DataSplit, ImageSet
 from models.preprocessing import Pixels
 
@@ -45,9 +46,9 @@ def observed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Obse
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImageSet, "load_pixels", watched_load_pixels)
         patch.setattr(quantization, "quantize", watched_quantize)
-        settings = Settings(calibration_images=64, methods=["max"])
+        options = PrepareOptions(calibration_images=64, calibration="max")
         subject, workspace = open_checkpoint(checkpoint, data=None), tmp_path_factory.mktemp("calibration")
-        preparation = prepare(subject, workspace, settings, lambda _: None)
+        preparation = prepare(subject, workspace, options, lambda _: None)
         ((graph, _),) = preparation.graphs("int8", "fp32")
     return Observed(files, calibrated, graph)
 

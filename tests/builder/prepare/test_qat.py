@@ -29,7 +29,8 @@ from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph
 from builder.prepare import qat
 from builder.prepare.export import ExportError
 from builder.prepare.legality import check_legality
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from experiments.qat import write_outliers
 from models.datasets import DataSplit, ImageSet
 from models.evaluation import predict_logits
@@ -82,11 +83,17 @@ def built(fragile: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
         files.update(images.paths)
         return load_pixels(images, *arguments, **options)
 
-    settings = Settings(calibration_images=64, methods=["max"], qat=TRAINING)
+    options = PrepareOptions(
+        calibration_images=64,
+        calibration="max",
+        qat=True,
+        qat_epochs=TRAINING.epochs,
+        qat_learning_rate=TRAINING.learning_rate,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImageSet, "load_pixels", watched)
         subject = open_checkpoint(fragile, None)
-        preparation = prepare(subject, tmp_path_factory.mktemp("workspace"), settings, lambda _: None)
+        preparation = prepare(subject, tmp_path_factory.mktemp("workspace"), options, lambda _: None)
         package = build(preparation, tmp_path_factory.mktemp("engines"))
     return Built(preparation, package, files)
 
@@ -104,8 +111,12 @@ def build(preparation: Preparation, output: Path) -> Package:
     )
 
 
+def without_qat(preparation: Preparation) -> Preparation:
+    return replace(preparation, options=preparation.options.model_copy(update={"qat": False}))
+
+
 def test_without_it_int8_fails_the_gate(built: Built, tmp_path: Path) -> None:
-    without = replace(built.preparation, settings=replace(built.preparation.settings, qat=None))
+    without = without_qat(built.preparation)
     with pytest.raises(GateError, match="max: top-1 falls by"):
         build(without, tmp_path)
 
@@ -173,7 +184,9 @@ def test_tensorrt_takes_the_graph(built: Built, rest: str, tmp_path: Path) -> No
 def test_the_engine_is_better_than_a_calibrated_one(built: Built, tmp_path: Path) -> None:
     loose = Gate(max_drop=1, min_agreement=0)
     images = built.preparation.verification
-    calibrated = replace(built.preparation, settings=replace(built.preparation.settings, qat=None))
+    calibrated = replace(
+        built.preparation, options=built.preparation.options.model_copy(update={"qat": False})
+    )
     worse = build_package(
         calibrated,
         open_target("openvino"),
@@ -253,9 +266,8 @@ def fine_tune(network: nn.Module) -> tuple[nn.Module, Any]:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
     images = Images(pixels, random.integers(0, 4, 24))
-    settings = qat.Settings(TRAINING, augmentation=Augmentation(), seed=0)
     with Progress(disable=True) as progress:
-        return qat.fine_tune(network, pixels[:8], images, SPEC, settings, progress), pixels
+        return qat.fine_tune(network, pixels[:8], images, SPEC, TRAINING, Augmentation(), 0, progress), pixels
 
 
 def test_a_graph_cannot_be_trained(data: DataSplit, tmp_path: Path, trimrt: Callable[..., Result]) -> None:

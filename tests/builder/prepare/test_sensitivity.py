@@ -18,7 +18,8 @@ from builder.compile.packages import Package, build_package
 from builder.compile.targets.base import Target
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
-from builder.prepare.preparation import Preparation, Settings, open_checkpoint, prepare
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from builder.prepare.sensitivity import LayerCost, fallback_groups
 from experiments.qat import BLOCKS, write_outliers
 from runtime.manifest import BatchSizes
@@ -31,9 +32,9 @@ def fragile(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def preparation(fragile: Path, tmp_path_factory: pytest.TempPathFactory) -> Preparation:
-    settings = Settings(calibration_images=64, methods=["max"], sensitivity=True)
+    options = PrepareOptions(calibration_images=64, calibration="max", sensitivity=True)
     subject = open_checkpoint(fragile, data=None)
-    return prepare(subject, tmp_path_factory.mktemp("workspace"), settings, lambda _: None)
+    return prepare(subject, tmp_path_factory.mktemp("workspace"), options, lambda _: None)
 
 
 def test_the_costliest_layers_are_those_that_read_the_outliers(preparation: Preparation) -> None:
@@ -82,7 +83,7 @@ def build(preparation: Preparation, target: Target, output: Path) -> Package:
 def test_int8_alone_fails_the_gate_and_nothing_is_published(
     preparation: Preparation, rtx_target: Target, tmp_path: Path
 ) -> None:
-    without = replace(preparation, settings=replace(preparation.settings, sensitivity=False))
+    without = replace(preparation, options=preparation.options.model_copy(update={"sensitivity": False}))
     with pytest.raises(GateError, match=r"fragile-int8-tensorrt-rtx was not published. max: top-1 falls by"):
         build(without, rtx_target, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

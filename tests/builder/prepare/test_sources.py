@@ -12,7 +12,8 @@ import torchvision
 from safetensors.torch import save_file
 
 from builder.prepare.export import ExportError, run_onnx
-from builder.prepare.sources import Details, open_named
+from builder.prepare.options import PrepareOptions
+from builder.prepare.sources import open_named
 from models.datasets import DatasetError, DataSplit
 
 
@@ -32,8 +33,8 @@ def weights_of(network: torch.nn.Module, folder: Path) -> str:
 def test_a_torchvision_model_by_name(data: DataSplit, small_images: str, tmp_path: Path):
     torch.manual_seed(0)
     network = torchvision.models.squeezenet1_1(num_classes=10).eval()
-    details = Details(data="digits", preprocess=small_images, weights=weights_of(network, tmp_path))
-    subject = open_named("torchvision:squeezenet1_1", details)
+    options = PrepareOptions(data="digits", preprocess=small_images, weights=weights_of(network, tmp_path))
+    subject = open_named("torchvision:squeezenet1_1", options)
     assert subject.student.name == "squeezenet1_1"
     assert subject.student.labels == list(data.labels)
     assert subject.student.parameters == sum(p.numel() for p in network.parameters())
@@ -47,8 +48,8 @@ def test_a_timm_model_by_name_has_timms_preprocessing(data: DataSplit, tmp_path:
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'trimrt[timm]'")
     network = timm.create_model("test_resnet", num_classes=10)
     config = timm.data.resolve_model_data_config(network)
-    details = Details(data="digits", weights=weights_of(network, tmp_path))
-    student = open_named("timm:test_resnet", details).student
+    options = PrepareOptions(data="digits", weights=weights_of(network, tmp_path))
+    student = open_named("timm:test_resnet", options).student
     assert student.name == "test_resnet"
     assert (student.preprocessing.height, student.preprocessing.width) == config["input_size"][1:]
     assert student.preprocessing.mean == pytest.approx(config["mean"])
@@ -66,18 +67,18 @@ def test_an_unknown_model_is_refused(data: DataSplit, tmp_path: Path, source: st
     if source.startswith("timm"):
         pytest.importorskip("timm", reason="timm is not installed: pip install 'trimrt[timm]'")
     with pytest.raises(ExportError, match=message):
-        open_named(source, Details(data="digits", weights=str(tmp_path / "weights.safetensors")))
+        open_named(source, PrepareOptions(data="digits", weights=str(tmp_path / "weights.safetensors")))
 
 
 def test_weights_of_another_number_of_classes_are_refused(data: DataSplit, small_images: str, tmp_path: Path):
     weights = weights_of(torchvision.models.squeezenet1_1(num_classes=7), tmp_path)
-    details = Details(data="digits", preprocess=small_images, weights=weights)
+    options = PrepareOptions(data="digits", preprocess=small_images, weights=weights)
     with pytest.raises(ExportError, match=r"classifier\.1\.weight.*with 10 classes"):
-        open_named("torchvision:squeezenet1_1", details)
+        open_named("torchvision:squeezenet1_1", options)
 
 
 def test_weights_and_data_are_asked_for():
     with pytest.raises(ExportError, match="needs weights: --weights FILE"):
-        open_named("torchvision:resnet18", Details(data="digits"))
+        open_named("torchvision:resnet18", PrepareOptions(data="digits"))
     with pytest.raises(DatasetError, match="needs --data"):
-        open_named("torchvision:resnet18", Details(weights="file"))
+        open_named("torchvision:resnet18", PrepareOptions(weights="file"))

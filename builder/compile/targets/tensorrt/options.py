@@ -25,29 +25,35 @@ class TensorRTOptions(BaseModel):
 
     profiles: list[BatchSizes] = Field(
         default=[],
-        description="batch sizes to tune for, one optimisation profile each; min = max fixes the batch",
+        description="Batch sizes to tune for, one optimisation profile each; min = max fixes the batch.",
     )
     workspace_mib: int | None = Field(
-        default=None, ge=1, description="scratch memory a layer may use; None takes a share of what is free"
+        default=None,
+        ge=1,
+        description="Scratch memory a layer may use; by default half of what is free, on Jetson a quarter.",
     )
-    optimization_level: int = Field(default=3, ge=0, le=5, description="5 searches longest")
+    optimization_level: int = Field(default=3, ge=0, le=5, description="5 searches longest.")
     aux_streams: int | None = Field(
         default=None,
         ge=0,
-        description="streams for parallel layers; None leaves it to TensorRT, 0 saves memory",
+        description="Streams for parallel layers; 0 saves memory; by default TensorRT decides.",
     )
-    profiling: Literal["none", "layer_names_only", "detailed"] = "layer_names_only"
-    tf32: bool = Field(default=True, description="let FP32 layers use TF32 tensor cores")
-    sparsity: bool = Field(default=False, description="use 2:4 sparse kernels for weights with that pattern")
-    version_compatible: bool = Field(default=False, description="loads on newer TensorRT versions too")
-    hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = "none"
+    profiling: Literal["none", "layer_names_only", "detailed"] = Field(
+        default="layer_names_only", description="What the plan tells profilers of its layers."
+    )
+    tf32: bool = Field(default=True, description="Let FP32 layers use TF32 tensor cores.")
+    sparsity: bool = Field(default=False, description="Use 2:4 sparse kernels where weights fit.")
+    version_compatible: bool = Field(default=False, description="Loads on newer TensorRT too.")
+    hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = Field(
+        default="none", description="Other GPUs that the plan is to run on; not on Jetson."
+    )
     compute_capabilities: list[str] = Field(
-        default=[], description="TensorRT-RTX: GPUs to compile for, e.g. `8.6`; none means Ampere and later"
+        default=[], description="TensorRT-RTX: GPUs to compile for, e.g. `8.6`; none means Ampere and later."
     )
     dla_core: int | None = Field(
         default=None,
         ge=0,
-        description="run on this deep learning accelerator; the GPU runs what it cannot",
+        description="Run on this DLA core; the GPU runs what it cannot.",
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,160 @@
+"""What the stages of a compression run share: images, input size, device, and the teacher's views."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from models.checkpoint import load_checkpoint
+from models.datasets import DataSplit, ImageSet
+from models.distillation import TeacherViews, label_views, load_logits, save_logits
+from models.evaluation import live_parameters
+from models.inputs import PHOTO_SIDE, choose_inputs
+from models.networks import NetworkError, Stem
+from models.preprocessing import Preprocessing
+from models.recipe import Augmentation, Recipe, TrainingPrecision
+from models.training import Images, derive_seed, supported_precision
+
+_PROBE_IMAGES: Final = 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's data and settings, and what follows from them; each property is made when first needed.
+
+    Attributes:
+        data: what to train on.
+        recipe: all settings.
+        out: folder that gets `teacher/`, `student/` and `pruned/`.
+        reuse: another run's folder, whose work is taken where this run would do the same.
+        console: for messages and progress.
+    """
+
+    data: DataSplit
+    recipe: Recipe
+    out: Path
+    reuse: Path | None
+    console: Console
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    @property
+    def work(self) -> Path:
+        """Folder of what is removed or not needed once the run is finished."""
+        return self.out / ".training"
+
+    @cached_property
+    def progress(self) -> Progress:
+        """For bars of trainings."""
+        columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[info]}"))
+        return Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+
+    @cached_property
+    def inputs(self) -> tuple[Preprocessing, Stem]:
+        """Preprocessing and stem of all networks."""
+        spec, stem = choose_inputs(self.data.train, self.recipe)
+        self.say(
+            f"{self.data.name}: {spec.height}x{spec.width} pixels, {stem} stem, {self.device}, "
+            f"training in {self.precision}"
+        )
+        return spec, stem
+
+    @property
+    def spec(self) -> Preprocessing:
+        """Preprocessing of all networks."""
+        return self.inputs[0]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where networks are trained."""
+        wanted = self.recipe.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise NetworkError("there is no CUDA GPU here, or this torch is without CUDA; use --device cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
+
+    @cached_property
+    def precision(self) -> TrainingPrecision:
+        """What convolutions are trained in."""
+        wanted = self.recipe.precision
+        return supported_precision(self.device) if wanted == "auto" else wanted
+
+    @cached_property
+    def limits(self) -> Augmentation:
+        """How training images are varied."""
+        limits = self.recipe.augmentation
+        flip = self.spec.height >= PHOTO_SIDE if limits.flip is None else limits.flip
+        return limits.model_copy(update={"flip": flip})
+
+    @cached_property
+    def train_images(self) -> Images:
+        """What networks learn from."""
+        return self._load(self.data.train)
+
+    @cached_property
+    def validation_images(self) -> Images:
+        """What early stopping looks at."""
+        return self._load(self.data.validation)
+
+    @cached_property
+    def test_images(self) -> Images:
+        """What only measures."""
+        return self._load(self.data.test)
+
+    def _load(self, images: ImageSet) -> Images:
+        return Images(images.load_pixels(self.spec, progress=False), images.targets)
+
+    @cached_property
+    def views(self) -> TeacherViews:
+        """The training images' views with the teacher's logits, computed once for all later stages."""
+        teacher, card = load_checkpoint(self.out / "teacher")
+        count, seed = self.recipe.distillation.views, derive_seed(self.recipe.seed, "views")
+        limits = self.limits.model_dump()
+        mark = fingerprint([card.weights_sha256, count, seed, limits, self.recipe.threads, self.precision])
+        path = self.work / "views.safetensors"
+        logits = load_logits(path, mark)
+        if logits is None and self.reuse:
+            logits = load_logits(self.reuse / path.relative_to(self.out), mark)
+        if logits is None:
+            logits = label_views(
+                teacher.to(self.device),
+                self.train_images.pixels,
+                self.spec,
+                self.limits,
+                views=count,
+                seed=seed,
+                progress=self.progress,
+                precision=self.precision,
+            )
+            save_logits(path, logits, mark)
+        targets = torch.from_numpy(self.train_images.targets)
+        return TeacherViews(logits, targets, self.limits, self.recipe.distillation, seed)
+
+    def live_share(self, network: nn.Module, architecture: str) -> float:
+        """Share of the parameters that receive a gradient at this input size.
+
+        Raises:
+            NetworkError: the network cannot take images of this size.
+        """
+        try:
+            return live_parameters(network, self.train_images.pixels[:_PROBE_IMAGES], self.spec)
+        except RuntimeError as error:
+            size = f"{self.spec.height}x{self.spec.width}"
+            raise NetworkError(
+                f"{architecture} cannot take {size} images ({error}); choose a larger --image-size"
+            ) from error
+
+
+def fingerprint(what: object) -> str:
+    """A hash of all that decides an outcome; `what` is data that JSON can write."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,96 @@
+"""`make mutants`: small breakages of the code that decides, one by one; each has to fail a test.
+
+cosmic-ray makes them, in copies of the working tree under `build/mutants`. If one passes all tests of its
+file, its diff is printed and the exit code is 1. `# pragma: no mutate` marks a line whose breakages change
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import click
+
+ROOT: Final = Path(__file__).parents[1]
+BUILD: Final = ROOT / "build" / "mutants"
+PROGRAMS: Final = Path(sys.executable).parent
+SIDE_BY_SIDE: Final = 2
+
+# Each file with the tests that are to notice; only quick ones, because every breakage runs them.
+TARGETS: Final = {
+    "server/admission.py": ["tests/server/test_admission.py"],
+    "server/scheduler.py": ["tests/server/test_scheduler.py", "tests/server/test_scheduling.py"],
+    "server/batching.py": ["tests/server/test_batching.py"],
+    "builder/compile/verification.py": ["tests/builder/compile/test_verification.py"],
+}
+# Not all of cosmic-ray's: one for each way of being wrong is enough, and annotations are no arithmetic.
+OPERATORS: Final = (
+    *("AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue"),
+    *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ZeroIterationForLoop", "ExceptionReplacer"),
+    *("NumberReplacer", "ReplaceUnaryOperator_Delete_Not", "ReplaceUnaryOperator_USub_UAdd"),
+    *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul")),
+    *(f"ReplaceBinaryOperator_{pair}" for pair in ("FloorDiv_Mul", "Mod_Mul")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
+)
+CONFIG: Final = """\
+[cosmic-ray]
+module-path = "{file}"
+timeout = 90.0
+test-command = "{python} -m pytest -q -x --no-header -p no:cacheprovider --timeout 60 {tests}"
+distributor.name = "local"
+[cosmic-ray.filters.operators-filter]
+exclude-operators = ["core/(?!({operators})$)"]
+"""
+
+
+def survivors(file: str) -> tuple[int, list[str]]:
+    """How many breakages of `file` there were, and the diffs of those that passed all tests."""
+    folder = BUILD / file.replace("/", "-").removesuffix(".py")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT)
+    subprocess.run(["xargs", "-0", "cp", "--parents", "-t", folder], input=tracked, cwd=ROOT, check=True)
+    config = CONFIG.format(
+        file=file, python=sys.executable, tests=" ".join(TARGETS[file]), operators="|".join(OPERATORS)
+    )
+    (folder / "mutants.toml").write_text(config, encoding="utf-8")
+
+    def run(program: str, *arguments: str) -> str:
+        command = [PROGRAMS / program, *arguments]
+        return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    run("cosmic-ray", "baseline", "mutants.toml")
+    run("cosmic-ray", "init", "mutants.toml", "mutants.sqlite")
+    run("cr-filter-pragma", "mutants.sqlite")
+    run("cr-filter-operators", "mutants.sqlite", "mutants.toml")
+    run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
+    results = [json.loads(line)[1] for line in run("cosmic-ray", "dump", "mutants.sqlite").splitlines()]
+    tried = [result for result in results if result["worker_outcome"] != "skipped"]
+    return len(tried), [result["diff"] for result in tried if result["test_outcome"] == "survived"]
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=click.Choice(list(TARGETS)))
+def main(files: tuple[str, ...]) -> None:
+    """Break FILES (all, if none is named), and show which breakages no test noticed."""
+    failed = False
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        for file, (tried, survived) in zip(
+            files or TARGETS, pool.map(survivors, files or TARGETS), strict=True
+        ):
+            click.echo(f"{file}: {tried} breakages, {len(survived)} passed the tests")
+            for diff in survived:
+                click.echo(f"\n{diff}")
+            failed |= bool(survived)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

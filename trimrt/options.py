@@ -1,0 +1,91 @@
+"""What the options of several commands share; those of a settings model are made from its fields."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+COUNT: Final = click.IntRange(min=1)
+POSITIVE: Final = click.FloatRange(min=0, min_open=True)
+FILE: Final = click.Path(path_type=Path, dir_okay=False)
+FOLDER: Final = click.Path(path_type=Path, file_okay=False)
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def options_of(model: type[BaseModel]) -> Callable[[_Command], _Command]:
+    """A decorator that gives a command an option for each field of `model` and of the models within it.
+
+    An option that is not given is None. `--teacher-epochs` is the parameter `teacher__epochs`. Fields that
+    are lists get no option.
+    """
+
+    def decorate(command: _Command) -> _Command:
+        for path, kind, text in reversed(list(_fields(model))):
+            flag = "--" + "-".join(path).replace("_", "-")
+            switch = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+            option = click.option(switch, "__".join(path), type=_click_type(kind), default=None, help=text)
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def take(model: type[_Model], values: dict[str, Any]) -> _Model:
+    """The model that the given options make; they are taken out of `values`.
+
+    Raises:
+        click.UsageError: a value is not valid, or some contradict each other.
+    """
+    given = {name: values.pop(name, None) for name in model.model_fields}
+    try:
+        return model(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "".join(f"--{str(name).replace('_', '-')}: " for name in first["loc"][:1])
+        raise click.UsageError(f"{flag}{first['msg']}") from None
+
+
+def one_or_more_of(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """A callback that splits an option's value at its commas; each part must be one of `known`."""
+
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if unknown := [part for part in chosen if part not in known]:
+            raise click.BadParameter(f"{', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
+        return chosen
+
+    return parse
+
+
+def _fields(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+    """Where each field is, what it takes, and its help."""
+    hints = typing.get_type_hints(model)
+    for name, field in model.model_fields.items():
+        kind = hints[name]
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _fields(kind, (*path, name))
+        elif typing.get_origin(kind) is not list:
+            default = field.get_default(call_default_factory=True)
+            shown = "" if default in (None, PydanticUndefined) else f"  [default: {default}]"
+            yield (*path, name), kind, f"{field.description or ''}{shown}"
+
+
+def _click_type(kind: Any) -> click.ParamType[Any] | type:
+    if typing.get_origin(kind) is typing.Literal:
+        return click.Choice(typing.get_args(kind))
+    if kind is Path:
+        return FILE
+    return typing.cast(type, kind)
