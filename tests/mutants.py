@@ -1,8 +1,7 @@
 """`make mutants`: small breakages of the code that decides, one by one; each has to fail a test.
 
 cosmic-ray makes them, in copies of the working tree under `build/mutants`. If one passes all tests of its
-file, its diff is printed and the exit code is 1. `# pragma: no mutate` marks a line whose breakages change
-nothing.
+file, its diff is printed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -39,6 +38,12 @@ OPERATORS: Final = (
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt")),
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
 )
+# Lines that breakages leave behind and that change nothing, with the reason.
+HARMLESS: Final = {
+    "share = max(1, max(pending, *self._loads, 1) // self._slots)": "what is pending is never below 0",
+    "share = max(1, max(pending, *self._loads, -1) // self._slots)": "the same",
+    "waiting: deque[ImageT], now: float, max_size: int, delay: float = -1.0": "no delay either",
+}
 CONFIG: Final = """\
 [cosmic-ray]
 module-path = "{file}"
@@ -68,12 +73,16 @@ def survivors(file: str) -> tuple[int, list[str]]:
 
     run("cosmic-ray", "baseline", "mutants.toml")
     run("cosmic-ray", "init", "mutants.toml", "mutants.sqlite")
-    run("cr-filter-pragma", "mutants.sqlite")
     run("cr-filter-operators", "mutants.sqlite", "mutants.toml")
     run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
     results = [json.loads(line)[1] for line in run("cosmic-ray", "dump", "mutants.sqlite").splitlines()]
     tried = [result for result in results if result["worker_outcome"] != "skipped"]
-    return len(tried), [result["diff"] for result in tried if result["test_outcome"] == "survived"]
+    passed = [result["diff"] for result in tried if result["test_outcome"] == "survived"]
+    return len(tried), [diff for diff in passed if not _added_lines(diff) <= set(HARMLESS)]
+
+
+def _added_lines(diff: str) -> set[str]:
+    return {line[1:].strip() for line in diff.splitlines() if line.startswith("+") and line[:3] != "+++"}
 
 
 @click.command()

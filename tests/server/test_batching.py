@@ -54,6 +54,11 @@ def test_a_delay_holds_back_a_batch_that_is_not_full() -> None:
     assert len(collate(waiting, now=10.5, max_size=2, delay=0.5)[0]) == 1
 
 
+def test_a_delay_counts_from_the_oldest_image() -> None:
+    waiting = deque([Image(ready_at=10.0), Image(ready_at=10.4)])
+    assert collate(waiting, now=10.4, max_size=3, delay=0.5) == ([], 10.5)
+
+
 def test_a_delay_does_not_hold_back_a_full_batch() -> None:
     waiting = deque([Image(ready_at=10.0), Image(ready_at=10.0)])
     assert len(collate(waiting, now=10.0, max_size=2, delay=0.5)[0]) == 2
@@ -101,10 +106,22 @@ class TestShares:
     def test_among_all_slots(self, slots: int, pending: int, images: int) -> None:
         assert self.shares(slots).size(pending) == images
 
+    def test_a_share_of_four_is_a_whole_run_too(self) -> None:
+        assert self.shares(1, runs=(1, 2, 8)).size(4) == 2
+
+    def test_more_than_four_for_each_slot_wait_even_where_runs_are_larger(self) -> None:
+        assert self.shares(runs=(1, 2, 4, 8, 16), most=16).size(16) == 4
+
     def test_clients_that_were_just_answered_count_as_under_way(self) -> None:
         shares = self.shares()
         shares.begin(8)
         assert shares.size(4) == 4
+
+    def test_for_two_batches_of_each_slot(self) -> None:
+        shares = self.shares()
+        for pending in (8, 2, 2, 2):
+            shares.begin(pending)
+        assert shares.size(2) == 4
 
     def test_but_not_for_long(self) -> None:
         shares = self.shares()
