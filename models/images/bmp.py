@@ -26,7 +26,7 @@ def read(data: bytes) -> Header:
         raise DamagedImageError("damaged BMP: its header has no known size")
     pixels = width * height
     palette = min(colours, 65_536) if bits <= 8 else 0
-    seconds = 10e-9 * pixels + 0.5e-6 * palette
+    seconds = 12e-9 * pixels + 0.5e-6 * palette
     if compression in _RUN_LENGTH:
         seconds += 150e-9 * pixels + 700e-9 * len(data)
     return Header("BMP", width, height, Cost(seconds, 8 * pixels))

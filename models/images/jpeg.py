@@ -154,5 +154,5 @@ def _scan_seconds(data: bytes, components: list[_Component]) -> float:
         # A scan that refines looks at each coefficient of its band, even of blocks that it leaves alone.
         band = max(0, min(last, 63) - first + 1) if approximation >> 4 else 0
         scanned = sum(blocks.get(number, 0) for number in data[position : position + 2 * count : 2])
-        seconds += 5e-6 + (10e-9 + 2e-9 * band) * scanned
+        seconds += 5e-6 + (10e-9 + 1e-9 * band) * scanned
     return seconds

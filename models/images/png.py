@@ -47,7 +47,7 @@ def read(data: bytes) -> Header:
     raw = height * (1 + width * depth * _CHANNELS[colour] // 8)
     compressed, metadata = min(compressed, len(data)), min(metadata, len(data))
     seconds = (
-        (20e-9 if interlaced else 5e-9) * pixels
+        (24e-9 if interlaced else 9e-9) * pixels
         + 3e-9 * raw
         + 17e-9 * compressed
         + 20e-9 * metadata

@@ -20,14 +20,14 @@ _MAX_TAGS: Final = 300  # photographs in raw formats have 80
 _RATES: Final = {
     1: (5e-9, 0.0),  # none
     32773: (6e-9, 0.0),  # PackBits
-    5: (10e-9, 5e-9),  # LZW
+    5: (5e-9, 3e-9),  # LZW
     8: (5e-9, 20e-9),  # Deflate
     32946: (5e-9, 20e-9),
-    50000: (6e-9, 5e-9),  # Zstandard
+    50000: (5e-9, 3e-9),  # Zstandard
     2: (200e-9, 100e-9),  # facsimile: eight pixels in a byte
     3: (200e-9, 100e-9),
     4: (200e-9, 100e-9),
-    34925: (50e-9, 150e-9),  # LZMA
+    34925: (20e-9, 30e-9),  # LZMA
 }
 # JPEG with up to a hundred scans in each strip, which libtiff allows, and others that nobody sends.
 _OTHER_RATE: Final = (200e-9, 100e-9)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gated_engine import Gate, load_gated
 
-from models.preprocessing import load_pixels
+from models.preprocessing import plan_loading
 from runtime.manifest import EngineError
 from server.decoding import DecodePool
 from server.decoding_limits import DecodingLimits
@@ -157,7 +157,7 @@ def test_a_job_that_was_dropped_is_neither_decoded_nor_computed(
 
     def noted(data: bytes, *arguments: Any, **options: Any) -> Any:
         decoded.append(data)
-        return load_pixels(data, *arguments, **options)
+        return plan_loading(data, *arguments, **options)
 
     async def main() -> None:
         async with start(on_cpu=on_cpu) as scheduler:
@@ -178,7 +178,7 @@ def test_a_job_that_was_dropped_is_neither_decoded_nor_computed(
             gate.open()
             assert [await batch_of(running), await batch_of(next_one)] == [1, 1]
 
-    monkeypatch.setattr("server.decoding.load_pixels", noted)
+    monkeypatch.setattr("server.decoding.plan_loading", noted)
     asyncio.run(main())
     assert decoded == [encode(0), encode(2)]
 
