@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+import cv2
 from PIL import Image as PillowImage
 from PIL import _imaging
 
@@ -80,10 +81,11 @@ class Decoder:
 
 
 def configure_decoders() -> None:
-    """Set what Pillow keeps for a whole process, in one that is the server's own."""
+    """Set what Pillow and OpenCV keep for a whole process, in one that is the server's own."""
     PillowImage.MAX_IMAGE_PIXELS = None  # `DecodingLimits` are the limit
     # What they say about damaged files would let anyone fill the log, and Python remembers each warning.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     with suppress(OSError, AttributeError):  # Pillow was built without libtiff
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 

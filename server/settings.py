@@ -97,7 +97,7 @@ class Settings(BaseSettings):
         description="Most processor time for decoding one request's images, as their headers foretell it.",
     )
     max_decoding_memory_bytes: int = Field(
-        default=192 << 20,
+        default=200 << 20,
         ge=1,
         description="Most that all images under decode may take, as their headers foretell it; others wait.",
     )

@@ -1,6 +1,7 @@
 """Encoded images to upright RGB pixels.
 
-libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale; Pillow reads the rest.
+libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for Pillow
+holds the interpreter's lock meanwhile and takes three times the memory. Pillow reads the rest.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import math
 import re
 from typing import Final
 
+import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from models.images.errors import DamagedImageError, ImageTooLargeError, UnsupportedImageError
-from models.images.exif import orientation
 from models.images.header import Header
 from models.images.jpeg import JpegHeader
+from models.images.metadata import orientation
+from models.images.webp import WebpHeader
 
 Pixels = NDArray[np.uint8]
 
@@ -27,8 +30,6 @@ _STRIP_PIXELS: Final = 500_000
 # libjpeg-turbo's simple interface refuses what libjpeg itself reads.
 _READ_BY_PILLOW: Final = re.compile("extraneous bytes before marker|subsampling")
 _SECOND_TRY_SECONDS: Final = 0.25
-
-_XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 # Pillow refuses or warns by a limit of the whole process, PIL.Image.MAX_IMAGE_PIXELS.
 _PILLOWS_LIMIT: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -50,8 +51,23 @@ def decode(data: bytes, header: Header, smallest: float = math.inf) -> Pixels:
         UnsupportedImageError: of a kind that is not accepted.
         ImageTooLargeError: more pixels than Pillow allows.
     """
-    if not isinstance(header, JpegHeader):
-        return _decode_with_pillow(data, header)
+    if isinstance(header, JpegHeader):
+        return _decode_jpeg(data, header, smallest)
+    if isinstance(header, WebpHeader) and not header.animated:
+        return _decode_webp(data, header)
+    return _decode_with_pillow(data, header)
+
+
+def _decode_webp(data: bytes, header: WebpHeader) -> Pixels:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise DamagedImageError("damaged WEBP: libwebp cannot decode it")
+    pixels = image.astype(np.uint8, copy=False)
+    cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    return _upright(pixels, header.orientation)
+
+
+def _decode_jpeg(data: bytes, header: JpegHeader, smallest: float) -> Pixels:
     divisor = header.divisor(smallest)
     if header.components == 4 or not header.plain:
         return _decode_with_pillow(data, header, divisor)
@@ -116,23 +132,13 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1  # Pillow has turned it already
     exif, profile = image.info.get("exif"), image.info.get("Raw profile type exif")
+    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp")
     try:
         if exif is None and profile is not None:
             exif = bytes.fromhex("".join(profile.split("\n")[3:]))
-        turned = orientation(exif) if exif is not None else None
-        if turned is None:
-            turned = _xmp_orientation(image)
+        return orientation(exif, xmp.encode() if isinstance(xmp, str) else xmp) or 1
     except Exception:  # broken metadata are no reason to refuse the pixels
         return 1
-    return 1 if turned is None else turned
-
-
-def _xmp_orientation(image: Image.Image) -> int | None:
-    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp")
-    if not xmp:
-        return None
-    found = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
-    return int(found[1]) if found else None
 
 
 def _upright(image: Pixels, turned: int) -> Pixels:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from models.images.errors import DamagedImageError
-from models.images.exif import orientation
 from models.images.header import Cost, Header
+from models.images.metadata import orientation
 
 _DIVISORS: Final = (8, 4, 2)  # libjpeg-turbo's vector code; other eighths take longer than no shrinking
 
@@ -25,7 +24,7 @@ _APP1: Final = 0xE1
 
 _MAX_SEGMENTS: Final = 5000  # before the first scan; each file of 64 KiB of colour profile has one
 _MAX_SCANS: Final = 1000
-_SCAN: Final = re.compile(rb"\xff\xda..([\x01-\x04])", re.DOTALL)
+_SCAN: Final = bytes([0xFF, _START_OF_SCAN])
 
 
 class _Component(NamedTuple):
@@ -109,7 +108,7 @@ def read(data: bytes) -> JpegHeader:
         seconds += 10e-9 * len(data) + _scan_seconds(data, components)
     if kind not in _HUFFMAN:  # arithmetic coding, or lossless
         seconds += 64 * 200e-9 * blocks
-    turned = 1 if exif is None else orientation(exif) or 1
+    turned = orientation(exif) or 1
     return JpegHeader(
         "JPEG",
         width,
@@ -139,20 +138,28 @@ def _scan_seconds(data: bytes, components: list[_Component]) -> float:
 
     Whatever looks like the beginning of a scan is taken for one, so that none can hide.
     """
-    if data.count(b"\xff\xda") > _MAX_SCANS:
-        raise DamagedImageError(f"the JPEG has more than {_MAX_SCANS:,} scans")
     blocks: dict[int, int] = {}
     for component in components:
         blocks[component.number] = max(component.blocks, blocks.get(component.number, 0))
     seconds = 0.0
-    for match in _SCAN.finditer(data):
-        count, position = match[1][0], match.end()
-        parameters = data[position + 2 * count : position + 2 * count + 3]
+    position = -1
+    for _ in range(_MAX_SCANS):
+        position = data.find(_SCAN, position + 1)
+        if position < 0:
+            return seconds
+        numbers, parameters = _scan(data, position)
         if len(parameters) < 3:
-            break
+            return seconds
         first, last, approximation = parameters
         # A scan that refines looks at each coefficient of its band, even of blocks that it leaves alone.
         band = max(0, min(last, 63) - first + 1) if approximation >> 4 else 0
-        scanned = sum(blocks.get(number, 0) for number in data[position : position + 2 * count : 2])
+        scanned = sum(blocks.get(number, 0) for number in numbers)
         seconds += 5e-6 + (10e-9 + 1e-9 * band) * scanned
-    return seconds
+    raise DamagedImageError(f"the JPEG has more than {_MAX_SCANS:,} scans")
+
+
+def _scan(data: bytes, position: int) -> tuple[bytes, bytes]:
+    """The components in the scan that begins at `position`, and its parameters (section B.2.3)."""
+    count = min(data[position + 4], 4) if position + 4 < len(data) else 0
+    behind = position + 5 + 2 * count
+    return data[position + 5 : behind : 2], data[behind : behind + 3]
