@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -83,37 +83,50 @@ def png(
     return _SIGNATURE + b"".join(body)
 
 
+def _segment(marker: int, content: bytes) -> bytes:
+    """A JPEG's segment."""
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def _codes(kind: int, *symbols: int) -> bytes:
+    """A Huffman table whose symbols have one, two, … bits."""
+    lengths = [*[1] * len(symbols), *[0] * (16 - len(symbols))]
+    return _segment(0xC4, bytes([kind, *lengths, *symbols]))
+
+
+def _scan(components: int, first: int, last: int, approximation: int, bits: str) -> bytes:
+    bits += "1" * (-len(bits) % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    listed = b"".join(bytes([number + 1, 0]) for number in range(components))
+    return _segment(0xDA, bytes([components]) + listed + bytes([first, last, approximation])) + data
+
+
+def _jpeg(marker: int, width: int, height: int, sampling: Sequence[int], parts: Iterable[bytes]) -> bytes:
+    components = b"".join(bytes([number + 1, factors, 0]) for number, factors in enumerate(sampling))
+    frame = struct.pack(">BHHB", 8, height, width, len(sampling)) + components
+    head = [b"\xff\xd8", _segment(0xDB, bytes([0, *[1] * 64])), _segment(marker, frame)]
+    return b"".join([*head, *parts, b"\xff\xd9"])
+
+
+def grey_jpeg(width: int, height: int, sampling: Sequence[int] = (0x11, 0x11, 0x11)) -> bytes:
+    """A baseline JPEG of middle grey, with any sampling factors: each a digit across and a digit down."""
+    across, down = max(f >> 4 for f in sampling), max(f & 15 for f in sampling)
+    units = -(-width // (8 * across)) * -(-height // (8 * down))
+    blocks = units * sum((f >> 4) * (f & 15) for f in sampling)
+    parts = [_codes(0x00, 0), _codes(0x10, 0), _scan(len(sampling), 0, 63, 0, "00" * blocks)]
+    return _jpeg(0xC0, width, height, sampling, parts)
+
+
 def progressive_jpeg(width: int, height: int, scans: int, *, refining: bool = False) -> bytes:
     """A grey JPEG of many scans, each of which says for every block that nothing changes."""
     blocks = -(-width // 8) * -(-height // 8)
-
-    def segment(marker: int, content: bytes) -> bytes:
-        return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
-
-    def codes(kind: int, *symbols: int) -> bytes:
-        """A Huffman table whose symbols have one, two, … bits."""
-        return segment(0xC4, bytes([kind, *[1] * len(symbols), *[0] * (16 - len(symbols))]) + bytes(symbols))
-
-    def scan(first: int, last: int, approximation: int, bits: str) -> bytes:
-        bits += "1" * (-len(bits) % 8)
-        data = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
-        return segment(0xDA, bytes([1, 1, 0, first, last, approximation])) + data
-
     # Ends of band, for 32767 blocks at once or for one.
-    runs = ["0" + "1" * 14] * (blocks // 32767) + ["10"] * (blocks % 32767)
-    nothing = "".join(runs)
-    parts = [
-        b"\xff\xd8",
-        segment(0xDB, bytes([0, *[1] * 64])),
-        segment(0xC2, struct.pack(">BHHB", 8, height, width, 1) + bytes([1, 0x11, 0])),
-        codes(0x00, 0),
-        codes(0x10, 0xE0, 0x00),
-        scan(0, 0, 0, "0" * blocks),
-    ]
+    nothing = ("0" + "1" * 14) * (blocks // 32767) + "10" * (blocks % 32767)
+    parts = [_codes(0x00, 0), _codes(0x10, 0xE0, 0x00), _scan(1, 0, 0, 0, "0" * blocks)]
     if refining:
-        parts.append(scan(1, 63, 0x01, nothing))
-    parts += [scan(1, 63, 0x10 if refining else 0x00, nothing)] * scans
-    return b"".join(parts) + b"\xff\xd9"
+        parts.append(_scan(1, 1, 63, 0x01, nothing))
+    parts += [_scan(1, 1, 63, 0x10 if refining else 0x00, nothing)] * scans
+    return _jpeg(0xC2, width, height, (0x11,), parts)
 
 
 def tiff(tags: Tags, data: bytes = b"", *, offset_tag: int = 273) -> bytes:

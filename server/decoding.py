@@ -85,6 +85,7 @@ def configure_decoders() -> None:
     PillowImage.MAX_IMAGE_PIXELS = None  # `DecodingLimits` are the limit
     # What they say about damaged files would let anyone fill the log, and Python remembers each warning.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     with suppress(OSError, AttributeError):  # Pillow was built without libtiff
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
