@@ -54,9 +54,15 @@ class Decoder:
         image.decoding = time.monotonic()
         limits = self.limits
         try:
-            plan = plan_loading(image.data, self.spec, max_pixels=limits.max_pixels, formats=limits.formats)
-            with limits.admitted(plan.cost, image.job):
+            plan = plan_loading(
+                image.data, self.spec, max_pixels=limits.max_pixels, formats=limits.formats
+            )
+            cost = plan.cost
+            limits.admit(cost, image.job)
+            try:
                 pixels = plan.load(out)
+            finally:
+                limits.release(cost)
         except ImageError as error:
             raise image_problem(error, image.index) from None
         except Problem:

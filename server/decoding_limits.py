@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from models.preprocessing import Cost, ImageTooLargeError
 from server.jobs import Job
@@ -33,9 +31,8 @@ class DecodingLimits:
         self._max_memory = settings.max_decoding_memory_bytes
         self._changed = threading.Condition()
 
-    @contextmanager
-    def admitted(self, cost: Cost, job: Job) -> Iterator[None]:
-        """Hold what decoding an image of `job` takes, as long as the block runs; wait for memory first.
+    def admit(self, cost: Cost, job: Job) -> None:
+        """Let an image of `job` be decoded, once there is memory for it; `release` gives the memory back.
 
         Raises:
             ImageTooLargeError: it is more than the limits allow.
@@ -54,12 +51,12 @@ class DecodingLimits:
                 if not self._changed.wait(job.deadline - time.monotonic()):
                     raise Problem("deadline-exceeded", "no memory to decode became free before the deadline")
             self.held += cost.memory
-        try:
-            yield
-        finally:
-            with self._changed:
-                self.held -= cost.memory
-                self._changed.notify_all()
+
+    def release(self, cost: Cost) -> None:
+        """Give back the memory of an image that was admitted."""
+        with self._changed:
+            self.held -= cost.memory
+            self._changed.notify_all()
 
     def _too_slow(self, cost: Cost, job: Job) -> str:
         limit = f"the limit is {self._max_seconds * 1000:,.0f} ms"

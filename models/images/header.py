@@ -22,7 +22,7 @@ class Cost(NamedTuple):
     memory: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Header:
     """What a format's reader found out.
 

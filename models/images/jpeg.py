@@ -32,7 +32,7 @@ class _Component(NamedTuple):
     blocks: int  # of 8x8 samples
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class JpegHeader(Header):
     """A JPEG's header.
 

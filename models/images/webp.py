@@ -14,7 +14,7 @@ _EXIF, _XMP, _ANIMATION = 0x08, 0x04, 0x02  # flags of the extended format
 _MAX_CHUNKS: Final = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class WebpHeader(Header):
     """A WebP's header.
 
