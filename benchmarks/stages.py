@@ -32,7 +32,9 @@ from benchmarks.processes import exit_on_sigterm
 from benchmarks.serving import serving
 from benchmarks.turns import take_turns
 from builder.compile.measurement import time_in_turns
-from models.preprocessing import decode_jpeg, load_pixels
+from models.images.decoding import decode
+from models.images.formats import read_header
+from models.preprocessing import load_pixels
 from runtime.engine import Options, Slot
 from runtime.loading import load_engine
 from runtime.tuning import Setting
@@ -55,8 +57,8 @@ def stage_milliseconds(slot: Slot, answer: bytes, file: bytes, repeats: int) -> 
     pixels = load_pixels(file, SPEC)
     content = orjson.loads(answer)
 
-    def decode() -> None:
-        decode_jpeg(file, SPEC.resize)
+    def decode_only() -> None:
+        decode(file, read_header(file), SPEC.resize)
 
     def assemble() -> None:
         for row in range(_BATCH):
@@ -69,7 +71,7 @@ def stage_milliseconds(slot: Slot, answer: bytes, file: bytes, repeats: int) -> 
         slot.infer(_BATCH)
 
     stages: dict[str, tuple[Callable[[], object], int]] = {
-        "decode": (decode, 1),
+        "decode": (decode_only, 1),
         "decode, resize and crop": (lambda: load_pixels(file, SPEC), 1),
         "batch assembly": (assemble, _BATCH),
         "inference, batch 1": (infer_one, 1),

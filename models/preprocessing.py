@@ -2,7 +2,7 @@
 
 Evaluation, calibration and serving all call `load_pixels`, so a model never meets pixels in
 production that differ from those it was measured on. Normalisation is not done here: it is part of
-every exported graph.
+every exported graph. A server, which trusts no file, first makes a `Plan` and looks at what it costs.
 
 The libraries were chosen by measurement (`benchmarks/preprocessing.py`): libjpeg-turbo (through
 simplejpeg) decodes a JPEG straight at a reduced scale, OpenCV resizes, and Pillow reads all other
@@ -14,73 +14,49 @@ if OpenCV uses one for each image: `cv2.setNumThreads(1)`, or OPENCV_FOR_THREADS
 
 from __future__ import annotations
 
-import io
 import math
-from typing import ClassVar, Final
+from collections.abc import Collection
+from typing import Final, NamedTuple
 
 import cv2
 import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.errors import TrimRTError
-
-Pixels = NDArray[np.uint8]
-
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MEDIA_TYPES: Final = frozenset(
-    {"image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/x-ms-bmp", "image/tiff"}
+from models.images.decoding import Pixels, decode
+from models.images.errors import (
+    DamagedImageError,
+    ImageError,
+    ImageTooLargeError,
+    UnsupportedImageError,
 )
+from models.images.formats import FORMATS, MEDIA_TYPES, read_header
+from models.images.header import Cost, Header
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "FORMATS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MEDIA_TYPES",
+    "Cost",
+    "DamagedImageError",
+    "ImageError",
+    "ImageTooLargeError",
+    "Pixels",
+    "Plan",
+    "Preprocessing",
+    "UnsupportedImageError",
+    "load_pixels",
+    "plan_loading",
+]
+
 DEFAULT_MAX_PIXELS: Final = 64_000_000
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
-_ORIENTATION_TAG: Final = 0x0112
-_APP1: Final = 0xE1  # JPEG markers (ITU-T T.81, table B.1)
-_START_OF_SCAN: Final = 0xDA
-_END_OF_IMAGE: Final = 0xD9
 _AREA_FROM_FACTOR: Final = 2  # below it bilinear misses no pixel, and is five times faster
-_JPEG_DIVISORS: Final = (8, 4, 2)  # libjpeg-turbo's vector code; other eighths take longer than no shrinking
-
 _MAX_ASPECT: Final = 8  # resizing all of a 60000x1 image would take gigabytes, for a crop of its middle
-# Formats that people do send, told from damaged files by their first bytes (offset, magic).
-_UNSUPPORTED: Final = {
-    "HEIC, AVIF or another ISO media file": (4, b"ftyp"),
-    "JPEG XL": (0, b"\xff\x0a"),
-    "JPEG XL file": (4, b"JXL \r\n"),
-    "JPEG 2000": (4, b"jP  \r\n"),
-    "Photoshop file": (0, b"8BPS"),
-    "Windows icon": (0, b"\0\0\1\0"),
-    "PDF": (0, b"%PDF-"),
-}
-
-# Pillow refuses or warns by a limit of the whole process, PIL.Image.MAX_IMAGE_PIXELS.
-_PILLOWS_LIMIT: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-class ImageError(TrimRTError):
-    """The bytes cannot be turned into pixels; the message says why and is safe to show a client."""
-
-    problem: ClassVar[str] = "image-damaged"
-
-
-class DamagedImageError(ImageError):
-    """Not an image, or a truncated or corrupt one."""
-
-
-class UnsupportedImageError(ImageError):
-    """An image, but of a format or kind that is not accepted."""
-
-    problem = "unsupported-media-type"
-
-
-class ImageTooLargeError(ImageError):
-    """The image has more pixels than the limit allows."""
-
-    problem = "image-too-large"
 
 
 class Preprocessing(BaseModel):
@@ -112,6 +88,62 @@ class Preprocessing(BaseModel):
         return self
 
 
+class Plan(NamedTuple):
+    """A file whose header was read and found acceptable, not yet decoded.
+
+    Attributes:
+        data: the file.
+        header: what its header says.
+        spec: what is to become of it.
+    """
+
+    data: bytes
+    header: Header
+    spec: Preprocessing
+
+    @property
+    def cost(self) -> Cost:
+        """The most time and memory that `load` takes."""
+        return self.header.cost(self._smallest)
+
+    @property
+    def _smallest(self) -> float:
+        return self.spec.resize if self.spec.scaled_decoding else math.inf
+
+    def load(self, out: Pixels | None = None) -> Pixels:
+        """The network's input; see `load_pixels`."""
+        image = _resize_and_crop(decode(self.data, self.header, self._smallest), self.spec)
+        if out is None:
+            return np.ascontiguousarray(image)
+        out[:] = image
+        return out
+
+
+def plan_loading(
+    data: bytes,
+    spec: Preprocessing,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    formats: Collection[str] = FORMATS,
+) -> Plan:
+    """Read the header of an encoded image, without decoding anything.
+
+    Raises:
+        DamagedImageError: not an image, or its header is truncated or corrupt.
+        UnsupportedImageError: an image of another format than `formats`, or of an unusual kind.
+        ImageTooLargeError: more pixels than `max_pixels`.
+    """
+    header = read_header(data, formats)
+    width, height = header.width, header.height
+    if width < 1 or height < 1:
+        raise DamagedImageError(f"damaged image: its size is {width}x{height}")
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"the image has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}"
+        )
+    return Plan(data, header, spec)
+
+
 def load_pixels(
     data: bytes, spec: Preprocessing, *, max_pixels: int = DEFAULT_MAX_PIXELS, out: Pixels | None = None
 ) -> Pixels:
@@ -133,135 +165,7 @@ def load_pixels(
         UnsupportedImageError: an image of a format that is not accepted.
         ImageTooLargeError: more pixels than `max_pixels`, or than Pillow allows.
     """
-    if data[:3] == b"\xff\xd8\xff":
-        image = decode_jpeg(data, spec.resize if spec.scaled_decoding else math.inf, max_pixels)
-    else:
-        image = _decode_with_pillow(data, max_pixels)
-    image = _resize_and_crop(image, spec)
-    if out is None:
-        return np.ascontiguousarray(image)
-    out[:] = image
-    return out
-
-
-def decode_jpeg(data: bytes, smallest: float, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
-    """A JPEG upright, halved while its shorter side stays at least `smallest` pixels, and up to three times.
-
-    Returns:
-        `uint8` array of shape `(height, width, 3)`, RGB.
-
-    Raises:
-        DamagedImageError: truncated or corrupt.
-        ImageTooLargeError: more than `max_pixels` pixels.
-    """
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        raise DamagedImageError(f"damaged JPEG: {error}") from error
-    _check_size(width, height, max_pixels)
-    if colorspace in ("CMYK", "YCCK"):
-        return _decode_with_pillow(data, max_pixels)
-    shorter = min(height, width)
-    divisor = next((number for number in _JPEG_DIVISORS if math.ceil(shorter / number) >= smallest), 1)
-    try:
-        image: Pixels = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=math.ceil(height / divisor), min_width=math.ceil(width / divisor)
-        )
-    except ValueError as error:
-        raise DamagedImageError(f"damaged JPEG: {error}") from error
-    return _orient(image, _jpeg_orientation(data))
-
-
-def _jpeg_orientation(data: bytes) -> int:
-    exif = _jpeg_exif(data)
-    if exif is None:
-        return 1
-    tags = Image.Exif()
-    try:
-        tags.load(exif)
-        return int(tags.get(_ORIENTATION_TAG, 1))
-    except Exception:  # the pixels are fine, so broken EXIF is no reason to refuse them
-        return 1
-
-
-def _jpeg_exif(data: bytes) -> bytes | None:
-    """The EXIF segment (CIPA DC-008, section 4.7.2) among those before the picture itself."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker, body = data[position + 1], position + 4
-        end = position + 2 + int.from_bytes(data[position + 2 : body], "big")
-        if marker in (_START_OF_SCAN, _END_OF_IMAGE):
-            break
-        if marker == _APP1 and data[body : body + 6] == b"Exif\0\0":
-            return data[body:end]
-        # A marker may be preceded by any number of fill bytes (ITU-T T.81, section B.1.1.2).
-        position = position + 1 if marker == 0xFF else end
-    return None
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # Pillow raises struct.error, SyntaxError and others on malformed EXIF
-        return 1
-
-
-def _orient(image: Pixels, orientation: int) -> Pixels:
-    """`image` turned upright, by the EXIF orientation 1 to 8 (EXIF 2.32, section 4.6.4)."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
-
-
-def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        accepted = ", ".join(FORMATS)
-        for kind, (offset, magic) in _UNSUPPORTED.items():
-            if data[offset : offset + len(magic)] == magic:
-                raise UnsupportedImageError(f"a {kind}; convert it to one of {accepted}") from error
-        raise DamagedImageError(f"not an image of a known format ({accepted})") from error
-    except _PILLOWS_LIMIT as error:
-        raise ImageTooLargeError(f"Pillow refuses the image: {error}") from error
-    except Exception as error:  # Pillow's readers raise many types on hostile headers
-        raise DamagedImageError(f"damaged image: {error}") from error
-    with image:
-        _check_size(image.width, image.height, max_pixels)
-        try:
-            pixels = _rgb(image)
-            orientation = _orientation(image)
-        except UnsupportedImageError:
-            raise
-        except _PILLOWS_LIMIT as error:
-            raise ImageTooLargeError(f"Pillow refuses the image: {error}") from error
-        except Exception as error:
-            raise DamagedImageError(f"damaged {image.format}: {error}") from error
-    return _orient(pixels, orientation)
-
-
-def _rgb(image: Image.Image) -> Pixels:
-    if image.mode in ("F", "I"):
-        raise UnsupportedImageError("32-bit images are not supported; convert it to 8 or 16 bits a channel")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips instead of scaling
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))  # a copy, for Pillow's own memory is read-only
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise DamagedImageError(f"damaged image: its size is {width}x{height}")
-    if width * height > max_pixels:
-        raise ImageTooLargeError(
-            f"the image has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}"
-        )
+    return plan_loading(data, spec, max_pixels=max_pixels).load(out)
 
 
 def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:

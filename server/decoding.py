@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+import cv2
 from PIL import Image as PillowImage
+from PIL import _imaging
 
-from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
+from models.preprocessing import ImageError, Pixels, Preprocessing, plan_loading
 from server.backlog import Backlog
+from server.decoding_limits import DecodingLimits
 from server.jobs import Failed, Image, Outcome
 from server.linux_scheduling import Mailbox
 from server.problems import Problem, image_problem
@@ -26,11 +32,11 @@ class Decoder:
 
     Attributes:
         spec: the engine's preprocessing.
-        max_pixels: the most that an encoded image may have.
+        limits: on what decoding may take.
     """
 
     spec: Preprocessing
-    max_pixels: int
+    limits: DecodingLimits
 
     def decode(self, image: Image, out: Pixels | None = None) -> Pixels:
         """The pixels of `image`; if it came as pixels, those.
@@ -40,15 +46,27 @@ class Decoder:
             out: where to write what is decoded; None: a new array.
 
         Raises:
-            Problem: `image-damaged`, `unsupported-media-type`, `image-too-large` or `internal-error`.
+            Problem: `image-damaged`, `unsupported-media-type`, `image-too-large`, `deadline-exceeded` or
+                `internal-error`.
         """
         if not isinstance(image.data, bytes):
             return image.data
         image.decoding = time.monotonic()
+        limits = self.limits
         try:
-            pixels = load_pixels(image.data, self.spec, max_pixels=self.max_pixels, out=out)
+            plan = plan_loading(
+                image.data, self.spec, max_pixels=limits.max_pixels, formats=limits.formats
+            )
+            cost = plan.cost
+            limits.admit(cost, image.job)
+            try:
+                pixels = plan.load(out)
+            finally:
+                limits.release(cost)
         except ImageError as error:
             raise image_problem(error, image.index) from None
+        except Problem:
+            raise
         except Exception:
             log.exception("decoding failed")
             raise Problem("internal-error", "decoding failed") from None
@@ -66,6 +84,17 @@ class Decoder:
         else:
             image.ready_at = image.decoded
             backlog.put([image])
+
+
+def configure_decoders() -> None:
+    """Set what Pillow and OpenCV keep for a whole process, in one that is the server's own."""
+    PillowImage.MAX_IMAGE_PIXELS = None  # `DecodingLimits` are the limit
+    # What they say about damaged files would let anyone fill the log, and Python remembers each warning.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    with suppress(OSError, AttributeError):  # Pillow was built without libtiff
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 class DecodePool:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from models.preprocessing import MEDIA_TYPES, Pixels
+from models.preprocessing import Pixels
 from runtime.manifest import Manifest
 from server.admission import Admission, Call
 from server.auth import Caller
@@ -30,6 +30,7 @@ from server.service import service_of
 
 DEFAULT_TOP_K: Final = 5
 _FORM: Final = "multipart/form-data"
+_BYTES: Final = "application/octet-stream"
 
 HttpAnswer: TypeAlias = "tuple[int, Mapping[str, str], bytes]"
 """Status, headers less `Content-Length`, and body."""
@@ -191,11 +192,11 @@ def _top_k(value: str | None, classes: int) -> int:
 
 def _media_type(content_type: str) -> str:
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type not in MEDIA_TYPES and media_type != _FORM:
+    # The bytes decide what an image is: clients call one format by many names, or by none.
+    if not (media_type in ("", _FORM, _BYTES) or media_type.startswith("image/")):
         raise Problem(
             "unsupported-media-type",
-            f"Content-Type is {media_type or 'missing'!r}; "
-            f"send {_FORM} with a field `file`, or one of " + ", ".join(sorted(MEDIA_TYPES)),
+            f"Content-Type is {media_type!r}; send {_FORM} with a field `file`, or an image as image/*",
         )
     return media_type
 

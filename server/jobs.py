@@ -76,7 +76,7 @@ Done: TypeAlias = "Callable[[list[Result] | Problem], None]"
 
 
 class Job:
-    """The images of one request. Only the event loop writes to it.
+    """The images of one request. Only the event loop writes to it, but for `decoding_seconds`.
 
     Attributes:
         admitted: when the request was, by `time.monotonic`.
@@ -86,9 +86,10 @@ class Job:
         results: by image; None for those still under way.
         remaining: how many are under way.
         over: answered or dropped; decoding and slot threads read it too.
+        decoding_seconds: the most that decoding its images so far takes; `DecodingLimits` counts it.
     """
 
-    __slots__ = ("admitted", "deadline", "done", "over", "remaining", "results", "top")
+    __slots__ = ("admitted", "deadline", "decoding_seconds", "done", "over", "remaining", "results", "top")
 
     def __init__(self, count: int, admitted: float, deadline: float, done: Done, top: int) -> None:
         self.admitted = admitted
@@ -98,6 +99,7 @@ class Job:
         self.results: list[Result | None] = [None] * count
         self.remaining = count
         self.over = False
+        self.decoding_seconds = 0.0
 
 
 class Image:

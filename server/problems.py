@@ -30,7 +30,7 @@ PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "engine-refused": (409, "The engine package is refused"),
     "engine-in-use": (409, "The engine is in use"),
     "body-too-large": (413, "The body is too large"),
-    "image-too-large": (413, "The image has too many pixels"),
+    "image-too-large": (413, "The image is too large"),
     "too-many-images": (413, "Too many images in one request"),
     "unsupported-media-type": (415, "This type of content is not accepted"),
     "invalid-parameter": (422, "A parameter is missing or out of range"),

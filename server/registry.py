@@ -18,6 +18,7 @@ from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 from runtime.packages import find_package, find_package_folders, find_packages
 from runtime.threads import run_in_engine_thread
 from server.decoding import DecodePool
+from server.decoding_limits import DecodingLimits
 from server.problems import Problem
 from server.scheduler import Scheduler
 from server.settings import Settings
@@ -92,6 +93,7 @@ class Registry:
         self._telemetry = telemetry
         self._load = load or partial(load_engine, options=_engine_options(settings))
         self._pool = DecodePool(settings.decode_threads)
+        self._decoding_limits = DecodingLimits(settings)
         self._changing = asyncio.Lock()
 
     def get(self, name: str | None) -> Scheduler:
@@ -145,7 +147,7 @@ class Registry:
                 self._pool,
                 self._telemetry.engine(manifest),
                 queue_limit=self._settings.queue_limit,
-                max_pixels=self._settings.max_pixels,
+                decoding_limits=self._decoding_limits,
                 max_batch_delay=self._settings.max_batch_delay_ms / 1000,
                 linux_scheduling=self._settings.linux_scheduling,
             )

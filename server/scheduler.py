@@ -21,6 +21,7 @@ from runtime.threads import run_in_engine_thread
 from server.backlog import Backlog
 from server.batching import Shares
 from server.decoding import DecodePool, Decoder
+from server.decoding_limits import DecodingLimits
 from server.jobs import Computed, Done, Failed, Image, Job, Outcome, Result
 from server.linux_scheduling import Mailbox
 from server.problems import Problem
@@ -64,7 +65,7 @@ class Scheduler:
         pool: decodes for engines on a device; shared with other engines.
         stats: counts what becomes of the images.
         queue_limit: the most images waiting or running.
-        max_pixels: the most in one encoded image.
+        decoding_limits: on what decoding may take; shared with other engines.
         max_batch_delay: how long an idle slot waits for a fuller batch, seconds.
         linux_scheduling: see `server.linux_scheduling`.
     """
@@ -76,7 +77,7 @@ class Scheduler:
         stats: EngineStats,
         *,
         queue_limit: int,
-        max_pixels: int,
+        decoding_limits: DecodingLimits,
         max_batch_delay: float = 0.0,
         linux_scheduling: bool = True,
     ) -> None:
@@ -84,7 +85,7 @@ class Scheduler:
         self.stats = stats
         self.queue_limit = queue_limit
         self._pool = pool
-        self._decoder = Decoder(engine.manifest.preprocessing, max_pixels)
+        self._decoder = Decoder(engine.manifest.preprocessing, decoding_limits)
         self._decodes_in_slot = engine.on_cpu
         self._linux_scheduling = linux_scheduling
         share = engine.on_cpu and not max_batch_delay

@@ -29,13 +29,11 @@ def run(settings: Settings) -> None:
         raise click.ClickException(str(error)) from None
     listener = listen(settings)
 
-    from PIL import Image
-
     from server.app import create_app
+    from server.decoding import configure_decoders
     from server.draining import DrainingServer
 
-    Image.MAX_IMAGE_PIXELS = None  # `settings.max_pixels` is the limit; this process is the server's own
-
+    configure_decoders()
     failures: list[Exception] = []
 
     def stop(error: Exception) -> None:

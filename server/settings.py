@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.preprocessing import DEFAULT_MAX_PIXELS
+from models.preprocessing import DEFAULT_MAX_PIXELS, FORMATS
 
 
 class Settings(BaseSettings):
@@ -88,6 +88,19 @@ class Settings(BaseSettings):
     )
     max_images: int = Field(default=64, ge=1, description="Most images in one request.")
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1, description="Most pixels in one image.")
+    formats: str = Field(
+        default=",".join(FORMATS).lower(), description="Formats of images to accept, with commas."
+    )
+    max_decoding_ms: float = Field(
+        default=1000,
+        gt=0,
+        description="Most processor time for decoding one request's images, as their headers foretell it.",
+    )
+    max_decoding_memory_bytes: int = Field(
+        default=200 << 20,
+        ge=1,
+        description="Most that all images under decode may take, as their headers foretell it; others wait.",
+    )
 
     keep_alive_s: int = Field(default=75, ge=0, description="How long an idle connection is kept, seconds.")
     drain_delay_s: float = Field(
@@ -108,3 +121,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level logged."
     )
+
+    @field_validator("formats")
+    @classmethod
+    def _check_formats(cls, formats: str) -> str:
+        for name in formats.split(","):
+            if name.strip().upper() not in FORMATS:
+                raise ValueError(f"{name.strip()!r} is none of {', '.join(FORMATS).lower()}")
+        return formats

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from gated_engine import Gate, load_gated
 
-from models.preprocessing import load_pixels
+from models.preprocessing import plan_loading
 from runtime.manifest import EngineError
 from server.decoding import DecodePool
+from server.decoding_limits import DecodingLimits
 from server.jobs import Result
 from server.problems import Problem
 from server.scheduler import Scheduler, ServiceTime
+from server.settings import Settings
 from server.stats import EngineStats
 
 Encode = Callable[..., bytes]
@@ -38,8 +40,8 @@ def start(engine_dir: Path, gate: Gate) -> Callable[..., Any]:
     @asynccontextmanager
     async def start(*, slots: int = 1, on_cpu: bool = True) -> AsyncIterator[Scheduler]:
         engine = load_gated(gate, slots=slots, on_cpu=on_cpu)(engine_dir / "tiny-v1")
-        pool = DecodePool(1)
-        scheduler = Scheduler(engine, pool, EngineStats(), queue_limit=12, max_pixels=1 << 20)
+        pool, limits = DecodePool(1), DecodingLimits(Settings())
+        scheduler = Scheduler(engine, pool, EngineStats(), queue_limit=12, decoding_limits=limits)
         await scheduler.start()
         gate.close()
         try:
@@ -155,7 +157,7 @@ def test_a_job_that_was_dropped_is_neither_decoded_nor_computed(
 
     def noted(data: bytes, *arguments: Any, **options: Any) -> Any:
         decoded.append(data)
-        return load_pixels(data, *arguments, **options)
+        return plan_loading(data, *arguments, **options)
 
     async def main() -> None:
         async with start(on_cpu=on_cpu) as scheduler:
@@ -176,7 +178,7 @@ def test_a_job_that_was_dropped_is_neither_decoded_nor_computed(
             gate.open()
             assert [await batch_of(running), await batch_of(next_one)] == [1, 1]
 
-    monkeypatch.setattr("server.decoding.load_pixels", noted)
+    monkeypatch.setattr("server.decoding.plan_loading", noted)
     asyncio.run(main())
     assert decoded == [encode(0), encode(2)]
 
@@ -243,8 +245,8 @@ def test_a_start_that_fails_closes_the_slots_that_did_open(
     monkeypatch.setattr(engine, "close", lambda: (ended.append("engine"), close()), raising=False)
 
     async def main() -> None:
-        pool = DecodePool(1)
-        scheduler = Scheduler(engine, pool, EngineStats(), queue_limit=1, max_pixels=1)
+        pool, limits = DecodePool(1), DecodingLimits(Settings())
+        scheduler = Scheduler(engine, pool, EngineStats(), queue_limit=1, decoding_limits=limits)
         with pytest.raises(EngineError, match="out of memory"):
             await scheduler.start()
         pool.close()

@@ -21,7 +21,9 @@ from runtime.manifest import EngineError
 from runtime.threads import start_in_engine_thread
 from server.backlog import Backlog
 from server.decoding import Decoder
+from server.decoding_limits import DecodingLimits
 from server.jobs import Computed, Failed, Image, Job, Outcome
+from server.settings import Settings
 from server.workers import Worker
 
 Encode = Callable[..., bytes]
@@ -51,7 +53,7 @@ def images(*files: bytes | Pixels, top: int = 1) -> list[Image]:
 @contextmanager
 def working(engine: Engine, backlog: Backlog, outcomes: Inbox) -> Iterator[list[Future[None]]]:
     """A worker for each slot of the engine; in the end each has ended by itself."""
-    decoder = Decoder(engine.manifest.preprocessing, max_pixels=1 << 20)
+    decoder = Decoder(engine.manifest.preprocessing, DecodingLimits(Settings()))
     workers = [Worker(engine, backlog, outcomes, decoder, gives_way=False) for _ in range(engine.slots)]
     runs = [start_in_engine_thread(worker.run) for worker in workers]
     try:
@@ -113,7 +115,7 @@ def test_a_slot_is_alone_only_if_nothing_waits(engine: Engine, gate: Gate, encod
 def test_pixels_are_not_decoded(engine: Engine, encode: Encode) -> None:
     backlog, outcomes = Backlog(slots=1, most=4), Inbox()
     file = encode(0)
-    decoder = Decoder(engine.manifest.preprocessing, max_pixels=1 << 20)
+    decoder = Decoder(engine.manifest.preprocessing, DecodingLimits(Settings()))
     (encoded,) = images(file)
     (ready,) = images(decoder.decode(encoded))
     backlog.put([encoded, ready])

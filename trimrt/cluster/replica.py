@@ -9,7 +9,6 @@ from typing import Any
 
 import cv2
 import ray
-from PIL import Image
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope
 
 from server import logs
 from server.app import create_app
+from server.decoding import configure_decoders
 from server.problems import Problem
 from server.service import service_of
 from trimrt.cluster.arguments import on_share
@@ -36,9 +36,8 @@ class Replica:
         logs.configure(configured.log_level, configured.log_format, access_log=configured.access_log)
         self._id = serve.get_replica_context().replica_tag
         self._answered, self._failed = 0, 0
-        # The process is the replica's own: parallelism is across images, and `max_pixels` is their limit.
-        cv2.setNumThreads(1)
-        Image.MAX_IMAGE_PIXELS = None
+        cv2.setNumThreads(1)  # the process is the replica's own: parallelism is across images
+        configure_decoders()
         failures: list[Exception] = []
         self._app = create_app(configured, on_failure=failures.append, observers=[ReplicaMetrics()])
         self._running = AsyncExitStack()

@@ -1,0 +1,1 @@
+"""Image files: what their headers say, what decoding them takes, and their pixels."""

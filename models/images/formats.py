@@ -1,0 +1,87 @@
+"""The formats of image files: which one a file is of, and what its header says."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Collection
+from typing import Final, NoReturn
+
+from models.images import bmp, gif, jpeg, png, tiff, webp
+from models.images.errors import DamagedImageError, UnsupportedImageError
+from models.images.header import Header
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MEDIA_TYPES: Final = frozenset(
+    {"image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/x-ms-bmp", "image/tiff"}
+)
+
+_READERS: Final[dict[str, Callable[[bytes], Header]]] = {
+    "JPEG": jpeg.read,
+    "PNG": png.read,
+    "WEBP": webp.read,
+    "GIF": gif.read,
+    "BMP": bmp.read,
+    "TIFF": tiff.read,
+}
+# Formats that people do send, told from damaged files by their first bytes (offset, magic).
+_UNSUPPORTED: Final = {
+    "HEIC, AVIF or another ISO media file": (4, b"ftyp"),
+    "JPEG XL": (0, b"\xff\x0a"),
+    "JPEG XL file": (4, b"JXL \r\n"),
+    "JPEG 2000": (4, b"jP  \r\n"),
+    "Photoshop file": (0, b"8BPS"),
+    "Windows icon": (0, b"\0\0\1\0"),
+    "PDF": (0, b"%PDF-"),
+}
+
+
+def read_header(data: bytes, formats: Collection[str] = FORMATS) -> Header:
+    """What the header of an image file says. The bytes alone decide which format it is of.
+
+    It takes at most 50 ms, whatever `data` is, and no more memory than a few tags.
+
+    Args:
+        data: the file.
+        formats: those of `FORMATS` to accept.
+
+    Raises:
+        DamagedImageError: not an image, or its header is truncated, corrupt or too long.
+        UnsupportedImageError: not one of `formats`, or of an unusual kind.
+    """
+    name = _format_of(data)
+    if name is None:
+        _refuse(data, formats)
+    if name not in formats:
+        accepted = _listed(formats)
+        raise UnsupportedImageError(f"{name} images are not accepted; convert it to one of {accepted}")
+    try:
+        return _READERS[name](data)
+    except (struct.error, IndexError):
+        raise DamagedImageError(f"damaged {name}: its header is truncated") from None
+
+
+def _format_of(data: bytes) -> str | None:
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if data[:2] == b"BM":
+        return "BMP"
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF"
+    return None
+
+
+def _refuse(data: bytes, formats: Collection[str]) -> NoReturn:
+    for kind, (offset, magic) in _UNSUPPORTED.items():
+        if data[offset : offset + len(magic)] == magic:
+            raise UnsupportedImageError(f"a {kind}; convert it to one of {_listed(formats)}")
+    raise DamagedImageError(f"not an image of a known format ({_listed(formats)})")
+
+
+def _listed(formats: Collection[str]) -> str:
+    return ", ".join(name for name in FORMATS if name in formats)

@@ -1,0 +1,317 @@
+"""Headers tell what decoding takes before a decoder sees the file, and nothing makes reading them dear."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from benchmarks import hostile_images as hostile
+from benchmarks.decoding_cost import files
+from benchmarks.hostile_images import chunk, noise, saved
+from models.images.formats import FORMATS, read_header
+from models.preprocessing import (
+    Cost,
+    DamagedImageError,
+    ImageError,
+    Preprocessing,
+    UnsupportedImageError,
+    load_pixels,
+    plan_loading,
+)
+from server.settings import Settings
+
+SPEC = Preprocessing(resize=32, height=32, width=32)
+IMAGENET = Preprocessing(resize=256, height=224, width=224)
+DEFAULTS = Settings()
+
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16")
+TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma", "jpeg")
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    *((form, {}) for form in FORMATS),
+    ("JPEG", {"progressive": True}),
+    ("WEBP", {"lossless": True}),
+    ("GIF", {"interlace": True}),
+    *(("TIFF", {"compression": compression}) for compression in TIFF_COMPRESSIONS),
+    ("TIFF", {"big_tiff": True}),
+]
+
+
+def cost(data: bytes, spec: Preprocessing = IMAGENET) -> Cost:
+    return plan_loading(data, spec).cost
+
+
+def is_within_defaults(foretold: Cost) -> bool:
+    return (
+        foretold.seconds <= DEFAULTS.max_decoding_ms / 1000
+        and foretold.memory <= DEFAULTS.max_decoding_memory_bytes
+    )
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    mode=st.sampled_from(MODES),
+    width=st.integers(1, 70),
+    height=st.integers(1, 70),
+    orientation=st.sampled_from([None, 3, 6]),
+)
+def test_the_size_is_the_one_that_pillow_finds(
+    kind: tuple[str, dict[str, Any]], mode: str, width: int, height: int, orientation: int | None
+) -> None:
+    form, options = kind
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    try:
+        image = Image.fromarray(noise(width, height)).convert("RGB" if mode == "I;16" else mode)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image)[:, :, 0].astype(np.uint16))
+        data = saved(image, form, exif=exif, **options)
+    except (OSError, ValueError):
+        assume(False)  # the format has no such mode
+    header = read_header(data)
+    with Image.open(io.BytesIO(data)) as opened:
+        turned = form == "TIFF" and orientation == 6  # Pillow tells the size after turning
+        assert (header.format, (header.width, header.height)) == (
+            opened.format,
+            opened.size[::-1] if turned else opened.size,
+        )
+
+
+@pytest.mark.parametrize("name", files(8, 8))
+def test_what_is_foretold_covers_the_pixels_and_grows_with_them(name: str) -> None:
+    small, large = (cost(files(side, side)[name](), SPEC) for side in (64, 256))
+    assert large.seconds > small.seconds
+    if not name.startswith("JPEG"):  # which is decoded at a smaller scale
+        assert small.memory >= 3 * 64 * 64
+        assert large.memory >= 3 * 256 * 256
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_first_bytes_alone_are_a_damaged_image(form: str) -> None:
+    data = saved(noise(8, 8), form)
+    for length in range(2, 30):
+        with pytest.raises(ImageError):
+            load_pixels(data[:length], SPEC)
+
+
+ORDINARY = {
+    "12-megapixel PNG": hostile.png(4032, 3024, after=[chunk(b"IDAT", bytes(24 << 20))]),
+    "48-megapixel JPEG": hostile.grey_jpeg(8000, 6000, (0x22, 0x11, 0x11)),
+    "48-megapixel progressive JPEG": hostile.progressive_jpeg(8000, 6000, 3, refining=True),
+    "12-megapixel WebP": saved(Image.new("L", (4032, 3024)), "WEBP", method=0),
+    "12-megapixel TIFF": saved(Image.new("RGB", (4032, 3024)), "TIFF"),
+    "bitmap of a screen": saved(Image.new("RGB", (1024, 768)), "BMP"),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_photographs_are_within_the_servers_limits(name: str) -> None:
+    assert is_within_defaults(cost(ORDINARY[name]))
+
+
+TAGS = hostile.tiff_tags(16, 16)
+DEAR = {
+    "TIFF of one huge tile": hostile.tiled_tiff(16, 16, 32_752),
+    "TIFF of a million resolutions": hostile.tiff(TAGS | {282: (5, 1 << 20, 8)}, bytes(9 << 20)),
+    "TIFF of a million strips": hostile.tiff(
+        hostile.tiff_tags(1, 1) | {273: (4, 1 << 20, 8), 278: (4, 1, 1)}, bytes(5 << 20), offset_tag=700
+    ),
+    "tiny WebP of 64 megapixels": saved(Image.new("L", (16_383, 3900)), "WEBP", lossless=True),
+    "run-length bitmap": hostile.run_length_bmp(30_000, 2133),
+    "JPEG of 900 scans": hostile.progressive_jpeg(8000, 8000, 900),
+    "JPEG of 900 refining scans": hostile.progressive_jpeg(2000, 2000, 900, refining=True),
+    "PNG of 16-bit channels": hostile.png(6000, 6000, depth=16, colour=6),
+    "PNG of profiles": hostile.png(8, 8, before=[chunk(b"iCCP", b"a\0\0" + bytes(9))] * 300),
+}
+
+
+@pytest.mark.parametrize("name", DEAR)
+def test_files_that_cost_too_much_are_known_by_their_headers(name: str) -> None:
+    assert not is_within_defaults(cost(DEAR[name]))
+
+
+LONG = {
+    "PNG of chunks": hostile.png(8, 8, before=[chunk(b"tEXt")] * 60_000),
+    "PNG of two headers": hostile.png(8, 8, before=[hostile.png(9, 9)[8:33]]),
+    "JPEG of comments": b"\xff\xd8" + b"\xff\xfe\0\2" * (1 << 20),
+    "JPEG of fill bytes": b"\xff\xd8" + b"\xff" * (1 << 20),
+    "JPEG of stuffed bytes": b"\xff\xd8\xff\xfe\0\2" + b"\xff\0" * (1 << 20),
+    "JPEG of zeros": b"\xff\xd8\xff\xfe\0\2" + bytes(1 << 20),
+    "JPEG of scans": hostile.progressive_jpeg(8, 8, 1) + b"\xff\xda" * (1 << 20),
+    "GIF of comments": b"GIF89a" + bytes(7) + b"!\xfe" + b"\1x" * (1 << 20),
+    "GIF of zeros": b"GIF89a" + bytes(1 << 20),
+    "WebP of chunks": b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(10) + b"ABCD\0\0\0\0" * (1 << 18),
+    "TIFF of tags": hostile.tiff(TAGS | dict.fromkeys(range(1000, 3000), (13, 1, 7))),
+    "TIFF whose tags share their data": hostile.tiff(
+        TAGS | dict.fromkeys(range(1000, 1100), (7, 1 << 16, 8)), bytes(1 << 16)
+    ),
+    "TIFF of strips without rows": hostile.tiff(TAGS | {278: (4, 1, 0)}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_headers_too_long_to_be_true_are_refused(name: str) -> None:
+    with pytest.raises(DamagedImageError):
+        read_header(LONG[name])
+
+
+def test_a_tiff_whose_tag_comes_twice_is_refused() -> None:
+    data = bytearray(hostile.tiff(hostile.tiff_tags(16, 16), bytes(256)))
+    data[10 + 12 : 10 + 14] = struct.pack("<H", 256)  # the second tag's number: the width again
+    with pytest.raises(DamagedImageError, match="tag 256 comes twice"):
+        read_header(bytes(data))
+
+
+def test_an_animation_is_dearer_than_a_picture() -> None:
+    picture = Image.new("RGB", (640, 480))
+    still = cost(saved(picture, "WEBP"))
+    moving = cost(saved(picture, "WEBP", save_all=True, append_images=[Image.new("RGB", (640, 480), "red")]))
+    assert moving.seconds > 5 * still.seconds
+
+
+def test_a_format_can_be_left_out() -> None:
+    data = saved(noise(8, 8), "GIF")
+    with pytest.raises(
+        UnsupportedImageError, match="GIF images are not accepted; convert it to one of JPEG, PNG"
+    ):
+        plan_loading(data, SPEC, formats={"JPEG", "PNG"})
+
+
+@pytest.mark.parametrize(
+    "sampling", [(0x14, 0x11, 0x11), (0x11, 0x21, 0x21), (0x41, 0x11, 0x11), (0x22, 0x21, 0x11)]
+)
+def test_unusual_jpeg_sampling_is_read(sampling: tuple[int, ...]) -> None:
+    np.testing.assert_array_equal(load_pixels(hostile.grey_jpeg(96, 64, sampling), SPEC), 128)
+
+
+@pytest.mark.parametrize("place", [20, -2], ids=["between segments", "before the end"])
+def test_jpegs_with_bytes_that_belong_to_nothing_are_read(place: int) -> None:
+    data = saved(noise(300, 200), "JPEG", quality=95)  # its first segment ends at byte 20
+    junk = data[:place] + bytes(20) + data[place:]
+    difference = load_pixels(junk, SPEC).astype(int) - load_pixels(data, SPEC)
+    assert np.abs(difference).max() <= 2  # another build of libjpeg
+
+
+WHOLE: dict[str, Callable[[Image.Image], bytes]] = {
+    "RGB": lambda image: saved(image, "PNG"),
+    "grey": lambda image: saved(image.convert("L"), "PNG"),
+    "palette": lambda image: saved(image.quantize(40), "PNG"),
+    "transparent palette": lambda image: saved(image.quantize(40), "PNG", transparency=bytes(range(40))),
+    "bilevel": lambda image: saved(image.convert("1"), "TIFF"),
+    "CMYK": lambda image: saved(image.convert("CMYK"), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_an_image_converted_in_strips_is_the_image_converted_whole(kind: str) -> None:
+    picture = Image.fromarray(noise(90, 130)).resize((900, 1300), Image.Resampling.NEAREST)
+    data = WHOLE[kind](picture)
+    with Image.open(io.BytesIO(data)) as whole:
+        if kind == "transparent palette":
+            whole = whole.convert("RGBA")
+        expected = np.asarray(whole.convert("RGB"))
+    spec = Preprocessing(resize=900, height=900, width=900)
+    np.testing.assert_array_equal(load_pixels(data, spec), expected[200:1100])
+
+
+SEEDS = [
+    *(saved(noise(40, 30), form, **options) for form, options in KINDS),
+    saved(Image.new("RGB", (9, 9)), "WEBP", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")]),
+    hostile.progressive_jpeg(40, 30, 4, refining=True),
+    hostile.tiled_tiff(16, 16, 64),
+    hostile.run_length_bmp(9, 9),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage that is made here
+@settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    seed=st.sampled_from(SEEDS),
+    changes=st.lists(
+        st.tuples(
+            st.integers(0, 300), st.sampled_from([b"\0", b"\1", b"\xff", b"\xff\xff", b"\xff" * 4, b"\x80"])
+        ),
+        max_size=6,
+    ),
+    cut=st.integers(1, 1500),
+)
+def test_any_damage_gives_a_cost_within_which_it_decodes_or_an_image_error(
+    seed: bytes, changes: list[tuple[int, bytes]], cut: int
+) -> None:
+    data = bytearray(seed)
+    for position, value in changes:
+        place = position % len(data)
+        data[place : place + len(value)] = value
+    try:
+        plan = plan_loading(bytes(data[:cut]), SPEC, max_pixels=1_000_000)
+        if plan.cost.seconds < 0.1 and plan.cost.memory < 10_000_000:
+            assert plan.load().shape == (32, 32, 3)
+    except ImageError:
+        pass
+
+
+MAGIC = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF89a",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"II+\0",
+    b"RIFF1234WEBPVP8X",
+)
+
+
+@settings(deadline=None, max_examples=500, derandomize=True)
+@given(magic=st.sampled_from(MAGIC), rest=st.binary(max_size=300))
+def test_any_bytes_behind_a_formats_first_give_a_header_or_an_image_error(magic: bytes, rest: bytes) -> None:
+    try:
+        foretold = read_header(magic + rest).cost(32)
+    except ImageError:
+        return
+    assert foretold.seconds >= 0
+    assert foretold.memory >= 0
+
+
+def test_a_servers_decoders_write_nothing_to_standard_error() -> None:
+    code = """
+import io
+from PIL import Image
+from models.preprocessing import ImageError, Preprocessing, load_pixels
+from server.decoding import configure_decoders
+configure_decoders()
+spec = Preprocessing(resize=8, height=8, width=8)
+bad_exif = b"Exif\\0\\0II*\\0" + bytes([8, 0, 0, 0, 9, 9] * 9)
+picture = Image.linear_gradient("L")
+for form, mode, options in (
+    ("TIFF", "1", {"compression": "group4"}),
+    ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    ("TIFF", "RGB", {}),
+    ("WEBP", "RGB", {}),
+    ("PNG", "RGB", {}),
+    ("JPEG", "RGB", {"exif": bad_exif}),
+):
+    file = io.BytesIO()
+    picture.convert(mode).save(file, form, **options)
+    whole = file.getvalue()
+    for damage in range(min(500, len(whole))):
+        data = bytearray(whole[: 2000 if damage % 2 else len(whole)])
+        data[damage % len(data)] ^= 0xFF
+        try:
+            load_pixels(bytes(data), spec)
+        except ImageError:
+            pass
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (said.returncode, said.stderr) == (0, "")
