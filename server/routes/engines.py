@@ -31,7 +31,7 @@ class Default(BaseModel):
 
 
 def _manager(request: Request, service: Served) -> Registry:
-    require_key(Caller.over_http(request.scope), service.settings.api_key)
+    require_key(Caller.over_http(request.scope), service.settings)
     return service.registry
 
 

@@ -163,7 +163,7 @@ def test_a_protected_server_without_a_key_serves_this_machine_alone(
     gate.open()
     refused = it.ask(encode(0), **ELSEWHERE, X_API_Key=KEY)
     assert refused.error == it.error("forbidden")
-    assert "only callers on loopback may do this" in refused.detail
+    assert "without a key only programs on this machine may do this" in refused.detail
     assert it.ask(encode(0), Origin="https://evil.example").error == it.error("forbidden")
     wait_until(lambda: it.counted("invalid", "forbidden") == 2)
     assert it.ask(encode(0)).error == ""

@@ -1,0 +1,384 @@
+"""uvicorn's HTTP protocol, made safe against clients that send too much, too slowly, or stop half-way.
+
+What uvicorn leaves open: heads without a limit or an end, clients that never send, read or leave, answers
+that are lost because the rest of the request was not read, and offers to speak another protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+from typing import Any, Final
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.problems import Problem, internal_error
+from server.service import service_of
+
+log = logging.getLogger("trimrt")
+
+HEAD_LIMIT: Final = 32 << 10
+"""Most bytes of a request's line and headers; each header counts 32 more, as in HTTP/2 (RFC 9113, 6.5.2)."""
+
+LINGER_S: Final = 30.0
+"""How long the rest of a request is read that was answered before its end, seconds."""
+LINGER_QUIET_S: Final = 5.0
+"""The same while nothing comes, seconds."""
+LINGER_BYTES: Final = 256 << 20
+"""How much of it is read."""
+
+_PIECE: Final = 64 << 10  # the limits are checked this often
+_PROBE_S: Final = 1.0
+_TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
+_IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
+
+
+class _CycleTransport:
+    """The transport as uvicorn's cycles see it: what they close is closed as the protocol does."""
+
+    def __init__(self, protocol: HardenedProtocol) -> None:
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self.close = protocol.end
+
+
+class HardenedProtocol(HttpToolsProtocol):
+    """One client's connection; every request goes to the ASGI application.
+
+    Subclasses may answer a request themselves. While they do, `cycle.response_complete` is false.
+    """
+
+    cycle: Any
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.service = service_of(self.config.app)  # type: ignore[arg-type]
+        self._phase = _IDLE
+        self._room = 0  # bytes that the head may still take
+        self.progress = False  # a head began or ended, or a part of a body came, since the last look
+        self._overhead = 0  # bytes since then: the head's, or of what surrounds a body's chunks
+        self._closing = False  # nothing is answered any more
+        self._deaf = False  # nothing is parsed any more
+        self._eof = False  # the client sends nothing any more
+        self._dropped = 0  # bytes of a request that was answered before its end
+        keep_alive, timeout = self.timeout_keep_alive, self.service.settings.timeout_ms / 1000
+        self._head_s = min(keep_alive or math.inf, timeout)
+        self._until = math.inf  # when the client is cut off
+        self._latest = 0.0  # until when its head, or the rest of an answered request, must be there
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The transport: a client has connected."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        now = self.loop.time()
+        self._until = now + (self.timeout_keep_alive or self._head_s)
+        self._arm(now)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport: the client is gone."""
+        for timer in (self._timer, self._unread):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    # --- what comes ------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """The transport: something came."""
+        size = len(data)
+        self._until = math.inf
+        if size <= _PIECE:
+            self._parse(data)
+        else:
+            whole = memoryview(data)
+            for start in range(0, size, _PIECE):
+                self._parse(whole[start : start + _PIECE])
+        if self.cycle is None or self.cycle.response_complete or self._closing:
+            self.await_client(size)
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        if self._deaf:
+            return
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as offer:
+                    # llhttp takes the rest for the other protocol's. RFC 9110, 7.8: the offer may be ignored.
+                    self.parser.feed_data(self._head_without_offer())
+                    data = memoryview(data)[offer.args[0] :]
+                    if not data:
+                        break
+        except httptools.HttpParserCallbackError as error:
+            cause = error.__context__
+            if isinstance(cause, Problem):
+                self._reject(cause)
+            elif isinstance(cause, httptools.HttpParserError):
+                self._reject(Problem("malformed-request", f"the request is not valid HTTP: {cause}"))
+            else:
+                log.error("a request failed", exc_info=cause)
+                self._reject(internal_error())
+            return
+        except httptools.HttpParserError as error:
+            self._reject(Problem("malformed-request", f"the request is not valid HTTP: {error}"))
+            return
+        if self._phase != _IDLE:
+            self._overhead = 0 if self.progress else self._overhead + len(data)
+            self.progress = False
+            if self._overhead > HEAD_LIMIT:
+                self._reject(_head_too_large())
+
+    def _head_without_offer(self) -> bytes:
+        line = b"%b %b HTTP/%b" % (
+            self.parser.get_method(),
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
+        headers = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([line, *headers, b"", b""])
+
+    # --- the parser's calls, in their order ------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request begins. What uvicorn makes for it is made once it is known where it goes."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._phase = _HEAD
+        self._room = HEAD_LIMIT
+        self._latest = 0.0
+        self.progress = True
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the request's target."""
+        self._room -= len(url)
+        if self._room < 0:
+            raise _head_too_large()
+        self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header; or a trailer, which says nothing that counts."""
+        self._room -= len(name) + len(value) + 32
+        if self._room < 0:
+            raise _head_too_large()
+        if self._phase == _HEAD:
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        if self.begins():
+            self.hand_to_application()
+
+    def begins(self) -> bool:
+        """Whether the head that is there begins a request to answer."""
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise Problem("method-not-allowed", "this server is no proxy")
+            return False  # it is parsed again, without the offer
+        self._phase = _BODY
+        self._latest = 0.0
+        self.progress = True
+        return not self._closing
+
+    def hand_to_application(self) -> None:
+        """Let uvicorn make of the head what the application needs."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        if not _TARGET.fullmatch(url):
+            self._phase = _HEAD
+            raise Problem("malformed-request", "the request's target is no path")
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers  # the list that the scope has
+        super().on_headers_complete()
+        self.cycle.transport = _CycleTransport(self)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body of the newest request."""
+        self.progress = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The newest request is whole."""
+        if self.completes():
+            super().on_message_complete()
+
+    def completes(self) -> bool:
+        """Whether the request that is whole is one to answer."""
+        if self._phase == _HEAD:
+            return False  # see `begins`
+        self._phase = _IDLE
+        if self._closing:
+            self.transport.close()
+        return not self._closing
+
+    # --- the end of a request --------------------------------------------------------------------------
+
+    def on_response_complete(self) -> None:
+        """A cycle of uvicorn's: the request is answered."""
+        self.server_state.total_requests += 1
+        if self._closing:
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self.is_last():
+            self.end()
+        else:
+            self.await_client()
+
+    def is_last(self) -> bool:
+        """Whether no request follows those that are under way."""
+        return (self._eof or self._deaf) and not self.pipeline
+
+    def end(self) -> None:
+        """Close the connection once the client has the last answer.
+
+        To close with something unread resets the connection, and the client loses the answer: what it still
+        sends is read for a while.
+        """
+        if self._closing or self.transport.is_closing():
+            return
+        self._closing = True
+        self.pipeline.clear()
+        if self._eof or (self._phase == _IDLE and not self._deaf):
+            self.transport.close()
+            return
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._latest = 0.0
+        self.await_client()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The transport: the client sends nothing more. It may have left, or wait for its answers."""
+        if self._phase == _BODY and self.pipeline:
+            self.pipeline.popleft()  # it never becomes whole
+        elif self._phase == _BODY or self._closing or not self._under_way():
+            return False
+        if not self._eof:
+            self._eof = True
+            self._probe()
+        return True
+
+    def _probe(self) -> None:
+        """Tell a client that left from one that waits: the system of the first resets the connection.
+
+        An interim answer does no harm to the other (RFC 9110, 15.2), but HTTP/1.0 has none.
+        """
+        self.loop.call_later(_PROBE_S, self._probe_again)
+
+    def _probe_again(self) -> None:
+        if self.transport.is_closing() or not self._under_way() or self.parser.get_http_version() == "1.0":
+            return
+        if not getattr(self.cycle, "response_started", False):
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        self._probe()
+
+    def _under_way(self) -> bool:
+        return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)
+
+    def _reject(self, problem: Problem) -> None:
+        """What came cannot be parsed, and so nothing that follows it."""
+        self._deaf = True
+        under_way = self._under_way()
+        if self._phase == _BODY:
+            if not under_way:  # it is answered already
+                self.end()
+                return
+            if self.pipeline:
+                self.pipeline.popleft()
+            elif getattr(self.cycle, "response_started", False):
+                self.transport.abort()
+                return
+            else:
+                self.abandon()
+                under_way = False
+        if under_way:
+            self.flow.pause_reading()  # those before it are answered, then `is_last` is true
+            return
+        headers = [*self.server_state.default_headers, *problem.response().raw_headers]
+        lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
+        body = bytes(problem.response().body)
+        self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", body]))
+        self.end()
+
+    def abandon(self) -> None:
+        """Drop the newest request, of which a part has come."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+
+    # --- waiting for the client ------------------------------------------------------------------------
+
+    def await_client(self, size: int = 0) -> None:
+        """Nothing is under way. From now on, a client that is silent or slow is cut off.
+
+        Args:
+            size: bytes that have just come.
+        """
+        now = self.loop.time()
+        if self._phase == _IDLE and not self._closing:
+            self._until = now + self.timeout_keep_alive
+        elif self._phase == _HEAD and not self._closing:
+            self._latest = self._latest or now + self._head_s
+            self._until = self._latest
+        else:  # the rest of a request that is answered
+            if not self._latest:
+                self._latest = now + LINGER_S
+                self._dropped = 0
+            self._dropped += size
+            self._until = min(self._latest, now + LINGER_QUIET_S) if self._dropped <= LINGER_BYTES else now
+        if self._timer is None or self._timer_at > self._until:
+            self._arm(now)
+
+    def _arm(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = self._until
+        self._timer = self.loop.call_later(self._until - now, self._look)
+
+    def _look(self) -> None:
+        """One timer serves many requests: whether it is time is seen here."""
+        self._timer = None
+        now = self.loop.time()
+        if self._until > now:
+            if self._until < math.inf:
+                self._arm(now)
+        elif self._closing or self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self._closing = True
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The transport: the client does not read its answers."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.timeout_keep_alive or self._head_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The transport: it reads again."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def shutdown(self) -> None:
+        """uvicorn: the server stops."""
+        if self._closing:
+            self.transport.close()
+        else:
+            super().shutdown()
+
+
+def _head_too_large() -> Problem:
+    return Problem(
+        "head-too-large",
+        f"the request's line, headers and trailers, or what surrounds its chunks, take more than "
+        f"{HEAD_LIMIT:,} bytes",
+    )
