@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from server.admission import Admission
 from server.exchange import HttpAnswer, HttpCall, PredictCall
-from server.middleware import access_log, request_id_of
+from server.middleware import REQUEST_TIMEOUT, access_log, request_id_of
 from server.protocol import HardenedProtocol
 from server.v2.rest import infer_call
 
@@ -110,7 +110,12 @@ class Connection(HardenedProtocol):
             self._date = self.server_state.default_headers
             self._date_lines = b"".join([b"%b: %b\r\n" % header for header in self._date])
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        keep_alive = straight.keep_alive and not self.service.lifecycle.draining and not self.is_last()
+        keep_alive = (
+            straight.keep_alive
+            and status != REQUEST_TIMEOUT
+            and not self.service.lifecycle.draining
+            and not self.is_last()
+        )
         connection = "" if keep_alive else "connection: close\r\n"
         end = f"{lines}{connection}x-request-id: {self._request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
         self.transport.write(b"".join((STATUS_LINE[status], self._date_lines, end.encode(), body)))

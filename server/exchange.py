@@ -32,8 +32,8 @@ DEFAULT_TOP_K: Final = 5
 _FORM: Final = "multipart/form-data"
 # What clients say that do not know, or say otherwise: the bytes decide.
 _ALIASES: Final = frozenset(
-    {"", "application/octet-stream", "binary/octet-stream", "image/jpg", "image/pjpeg", "image/x-png", "image/x-bmp"}
-    | {"image/x-ms-bmp", "image/x-tiff", "image/*"}
+    {"", "application/octet-stream", "binary/octet-stream"}
+    | {"image/jpg", "image/pjpeg", "image/x-png", "image/x-bmp", "image/x-ms-bmp", "image/x-tiff", "image/*"}
 )
 _ACCEPTED: Final = MEDIA_TYPES | _ALIASES | {_FORM}
 _LONGEST_NUMBER: Final = 19  # digits
@@ -82,7 +82,7 @@ class HttpCall(Call[HttpAnswer]):
         if encoding.strip().lower() != b"identity":
             raise Problem(
                 "unsupported-media-type",
-                "a body with a Content-Encoding is not accepted; send it as it is (images are compressed already)",
+                "a body with a Content-Encoding is not accepted; send it as it is (images are compressed)",
                 headers={"Accept-Encoding": "identity"},  # RFC 9110, 15.5.16
             )
         length = self._headers.get(b"content-length", b"")
@@ -206,9 +206,7 @@ def _parse_query(query: bytes) -> Mapping[str, str]:
             parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=_MOST_PARAMETERS)
         )
     except ValueError:
-        raise Problem(
-            "invalid-parameter", f"the query has more than {_MOST_PARAMETERS} parameters"
-        ) from None
+        raise Problem("invalid-parameter", f"the query has more than {_MOST_PARAMETERS} parameters") from None
 
 
 def _top_k(value: str | None, classes: int) -> int:
