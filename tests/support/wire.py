@@ -34,7 +34,11 @@ class Wire:
         return response.status, {name.lower(): value for name, value in response.headers.items()}, body
 
     def closed_by_server(self) -> bool:
-        return self.socket.recv(1) == b""
+        """Whether nothing more comes, and the server says so."""
+        try:
+            return self.socket.recv(1) == b""
+        except ConnectionResetError:
+            return True
 
 
 class _Bytewise:
@@ -47,9 +51,11 @@ class _Bytewise:
         return self._connection.makefile(mode, buffering=1)
 
 
-def head(length: int | str, *headers: str, path: str = "/predict", version: str = "1.1") -> bytes:
+def head(
+    length: int | str, *headers: str, path: str = "/predict", version: str = "1.1", method: str = "POST"
+) -> bytes:
     """A request's head, for a body of `length` bytes; without a Content-Length if that is no number."""
-    lines = [f"POST {path} HTTP/{version}", "Host: x", "Content-Type: image/png", *headers]
+    lines = [f"{method} {path} HTTP/{version}", "Host: x", "Content-Type: image/png", *headers]
     if isinstance(length, int):
         lines.append(f"Content-Length: {length}")
     return "\r\n".join([*lines, "", ""]).encode()
