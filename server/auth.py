@@ -21,6 +21,7 @@ from server.settings import Settings
 _PROXY_HEADERS: Final = frozenset(
     {"forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip"}
 )
+_SAME_SITE: Final = (None, "none", "same-origin")
 _HOST: Final = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9.-]+))(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 
 
@@ -110,15 +111,11 @@ def _is_local(caller: Caller) -> bool:
         return False
     if any(name in _PROXY_HEADERS or name.startswith("x-forwarded") for name in headers):
         return False
-    if caller.scheme is None:
-        return True
     # A page from elsewhere can make the local browser call us: by its own name (DNS rebinding, seen in
     # Host) or by ours (seen in Origin and Sec-Fetch-Site).
     host = headers.get("host", "")
+    site = caller.scheme and f"{caller.scheme}://{host}"
+    if headers.get("origin") not in (None, site) or headers.get("sec-fetch-site") not in _SAME_SITE:
+        return False
     named = _HOST.fullmatch(host)
-    return (
-        named is not None
-        and is_loopback(named[1] or named[2])
-        and headers.get("origin") in (None, f"{caller.scheme}://{host}")
-        and headers.get("sec-fetch-site") in (None, "same-origin", "none")
-    )
+    return site is None or (named is not None and is_loopback(named[1] or named[2]))

@@ -212,12 +212,6 @@ class InferCall(HttpCall):
         """See `Call`."""
         return core.find_model(registry, self._model, self._version)
 
-    def announced_bytes(self) -> int:
-        """See `Call`."""
-        if b"content-encoding" in self._headers:
-            raise Problem("unsupported-media-type", "compressed bodies are not accepted")
-        return super().announced_bytes()
-
     def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
         """See `Call`."""
         length = self._headers.get(HEADER_LENGTH.lower().encode())

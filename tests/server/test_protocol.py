@@ -302,3 +302,10 @@ def test_a_trailer_is_no_header(connect: Callable[..., Wire], encode: Encode, pa
     wire.send(head("", CHUNKED, path=path))
     wire.send(b"%x\r\n%b\r\n0\r\nContent-Type: text/plain\r\n\r\n" % (len(image), image))
     assert wire.answer()[0] == 200
+
+
+@pytest.mark.parametrize("path", [STRAIGHT, APPLICATION, "/v2/models/tiny/infer"])
+def test_a_length_of_thousands_of_digits_is_refused(connect: Callable[..., Wire], path: str) -> None:
+    wire = connect()
+    wire.send(head("", "Content-Length: " + "0" * 5000 + "3", path=path), b"abc")
+    assert wire.answer()[0] == 400
