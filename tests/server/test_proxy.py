@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import ssl
 import subprocess
 from collections import Counter
@@ -132,13 +133,13 @@ def test_the_page_is_served_below_a_prefix(behind: Behind, encode: Encode) -> No
         assert client.post("v2/models/none/infer").json()["error"]
 
 
-_CERTIFY = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1".split()
-
-
 def test_tls_ends_at_the_proxy(behind: Behind, encode: Encode, tmp_path: Path) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
-        [*_CERTIFY, "-keyout", str(key), "-out", str(certificate)],
+        shlex.split(
+            "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=127.0.0.1 "
+            f"-addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}"
+        ),
         check=True,
         capture_output=True,
     )
