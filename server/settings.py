@@ -97,7 +97,7 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(default=32 << 20, ge=1, description="Largest request body.")
     max_body_memory_bytes: int = Field(
-        default=512 << 20, ge=1, description="Most that all request bodies together may hold; beyond it, 429."
+        default=192 << 20, ge=1, description="Most that all request bodies together may hold; beyond it, 429."
     )
     max_images: int = Field(default=64, ge=1, description="Most images in one request.")
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1, description="Most pixels in one image.")

@@ -71,4 +71,6 @@ class Arguments(BaseModel):
 def on_share(settings: dict[str, Any], cpus: float) -> Settings:
     """The settings of a server that has this many cores of its machine; explicit settings win."""
     threads = max(1, int(cpus))
-    return Settings(**({"decode_threads": threads, "inference_threads": threads} | settings))
+    # Others reach a replica through Ray's proxies, wherever these listen.
+    ours = {"decode_threads": threads, "inference_threads": threads, "host": "0.0.0.0"}
+    return Settings(**(ours | settings))
