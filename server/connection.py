@@ -114,7 +114,7 @@ class Connection(HardenedProtocol):
             straight.keep_alive
             and status != REQUEST_TIMEOUT
             and not self.service.lifecycle.draining
-            and not self.is_last()
+            and not (self.ending and not self.pipeline)
         )
         connection = "" if keep_alive else "connection: close\r\n"
         end = f"{lines}{connection}x-request-id: {self._request_id}\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -31,6 +31,7 @@ LINGER_BYTES: Final = 256 << 20
 """How much of it is read."""
 
 _PIECE: Final = 64 << 10  # the limits are checked this often
+_SMALL, _FEW = HEAD_LIMIT // 2, HEAD_LIMIT // 2 // 32  # bytes and headers that are within the limit, surely
 _PROBE_S: Final = 1.0
 _TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
@@ -57,9 +58,10 @@ class HardenedProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self.service = service_of(self.config.app)  # type: ignore[arg-type]
         self._phase = _IDLE
-        self._room = 0  # bytes that the head may still take
-        self.progress = False  # a head began or ended, or a part of a body came, since the last look
-        self._overhead = 0  # bytes since then: the head's, or of what surrounds a body's chunks
+        self._head_size = 0  # bytes of the head, and at most a piece more
+        self.progress = False  # a part of the body has come since the last look
+        self._framing = 0  # bytes since then: what surrounds the body's chunks
+        self.ending = False  # no request follows those that are under way
         self._closing = False  # nothing is answered any more
         self._deaf = False  # nothing is parsed any more
         self._eof = False  # the client sends nothing any more
@@ -102,37 +104,42 @@ class HardenedProtocol(HttpToolsProtocol):
             self.await_client(size)
 
     def _parse(self, data: bytes | memoryview) -> None:
+        rest = self._parse_to_offer(data)
+        while rest:
+            rest = self._parse_to_offer(rest)
+
+    def _parse_to_offer(self, data: bytes | memoryview) -> memoryview | None:
+        """Parse `data` to its end, or to that of a head which offers another protocol: what is left."""
         if self._deaf:
-            return
+            return None
+        size = len(data)
+        self._head_size = self._head_size + size if self._phase == _HEAD else size
         try:
-            while True:
-                try:
-                    self.parser.feed_data(data)
-                    break
-                except httptools.HttpParserUpgrade as offer:
-                    # llhttp takes the rest for the other protocol's. RFC 9110, 7.8: the offer may be ignored.
-                    self.parser.feed_data(self._head_without_offer())
-                    data = memoryview(data)[offer.args[0] :]
-                    if not data:
-                        break
-        except httptools.HttpParserCallbackError as error:
-            cause = error.__context__
-            if isinstance(cause, Problem):
-                self._reject(cause)
-            elif isinstance(cause, httptools.HttpParserError):
-                self._reject(Problem("malformed-request", f"the request is not valid HTTP: {cause}"))
-            else:
-                log.error("a request failed", exc_info=cause)
-                self._reject(internal_error())
-            return
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as error:
+            offer = error.args[0]
         except httptools.HttpParserError as error:
-            self._reject(Problem("malformed-request", f"the request is not valid HTTP: {error}"))
-            return
-        if self._phase != _IDLE:
-            self._overhead = 0 if self.progress else self._overhead + len(data)
+            self._reject(_as_problem(error))
+            return None
+        else:
+            if self._phase != _IDLE:
+                self._check_unfinished(size)
+            return None
+        # llhttp takes what follows for the other protocol's. RFC 9110, 7.8: an offer may be ignored.
+        self._parse_to_offer(self._head_without_offer())
+        return memoryview(data)[offer:]
+
+    def _check_unfinished(self, size: int) -> None:
+        """Refuse a head, or what surrounds a body's chunks, that takes too much already."""
+        if self._phase == _HEAD:
+            # What came before it in its first piece was counted too; `begins` looks closer.
+            too_much = self._head_size > HEAD_LIMIT + _PIECE
+        else:
+            self._framing = 0 if self.progress else self._framing + size
             self.progress = False
-            if self._overhead > HEAD_LIMIT:
-                self._reject(_head_too_large())
+            too_much = self._framing > HEAD_LIMIT
+        if too_much:
+            self._reject(_head_too_large())
 
     def _head_without_offer(self) -> bytes:
         line = b"%b %b HTTP/%b" % (
@@ -151,22 +158,10 @@ class HardenedProtocol(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self._phase = _HEAD
-        self._room = HEAD_LIMIT
         self._latest = 0.0
-        self.progress = True
-
-    def on_url(self, url: bytes) -> None:
-        """A part of the request's target."""
-        self._room -= len(url)
-        if self._room < 0:
-            raise _head_too_large()
-        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; or a trailer, which says nothing that counts."""
-        self._room -= len(name) + len(value) + 32
-        if self._room < 0:
-            raise _head_too_large()
         if self._phase == _HEAD:
             name = name.lower()
             if name == b"expect" and value.lower() == b"100-continue":
@@ -184,6 +179,10 @@ class HardenedProtocol(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 raise Problem("method-not-allowed", "this server is no proxy")
             return False  # it is parsed again, without the offer
+        if self._head_size > _SMALL or len(self.headers) > _FEW:
+            size = len(self.url) + sum(len(name) + len(value) + 32 for name, value in self.headers)
+            if size > HEAD_LIMIT:
+                raise _head_too_large()
         self._phase = _BODY
         self._latest = 0.0
         self.progress = True
@@ -230,14 +229,10 @@ class HardenedProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        elif self.is_last():
+        elif self.ending:
             self.end()
         else:
             self.await_client()
-
-    def is_last(self) -> bool:
-        """Whether no request follows those that are under way."""
-        return (self._eof or self._deaf) and not self.pipeline
 
     def end(self) -> None:
         """Close the connection once the client has the last answer.
@@ -264,7 +259,7 @@ class HardenedProtocol(HttpToolsProtocol):
         elif self._phase == _BODY or self._closing or not self._under_way():
             return False
         if not self._eof:
-            self._eof = True
+            self._eof = self.ending = True
             self._probe()
         return True
 
@@ -287,7 +282,7 @@ class HardenedProtocol(HttpToolsProtocol):
 
     def _reject(self, problem: Problem) -> None:
         """What came cannot be parsed, and so nothing that follows it."""
-        self._deaf = True
+        self._deaf = self.ending = True
         under_way = self._under_way()
         if self._phase == _BODY:
             if not under_way:  # it is answered already
@@ -302,7 +297,7 @@ class HardenedProtocol(HttpToolsProtocol):
                 self.abandon()
                 under_way = False
         if under_way:
-            self.flow.pause_reading()  # those before it are answered, then `is_last` is true
+            self.flow.pause_reading()  # those before it are answered, then the connection ends
             return
         headers = [*self.server_state.default_headers, *problem.response().raw_headers]
         lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
@@ -374,6 +369,17 @@ class HardenedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             super().shutdown()
+
+
+def _as_problem(error: httptools.HttpParserError) -> Problem:
+    """What the client is told; what went wrong here is logged."""
+    cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
+    if isinstance(cause, Problem):
+        return cause
+    if isinstance(cause, httptools.HttpParserError):
+        return Problem("malformed-request", f"the request is not valid HTTP: {cause}")
+    log.error("a request failed", exc_info=cause)
+    return internal_error()
 
 
 def _head_too_large() -> Problem:
