@@ -15,8 +15,10 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from server.deadline import Deadline
 from server.problems import Problem, internal_error
 from server.service import service_of
+from server.transport import CycleTransport, Flow
 
 log = logging.getLogger("trimrt")
 
@@ -27,23 +29,16 @@ LINGER_S: Final = 30.0
 """How long the rest of a request is read that was answered before its end, seconds."""
 LINGER_QUIET_S: Final = 5.0
 """The same while nothing comes, seconds."""
-LINGER_BYTES: Final = 256 << 20
+LINGER_BYTES: Final = 1 << 30
 """How much of it is read."""
 
-_PIECE: Final = 64 << 10  # the limits are checked this often
+# What is parsed at once. Of requests, so little that all that fit in it keep other clients from nothing.
+_PIECE: Final = 4 << 10
+_LARGE_PIECE: Final = 64 << 10  # of a body
 _SMALL, _FEW = HEAD_LIMIT // 2, HEAD_LIMIT // 2 // 32  # bytes and headers that are within the limit, surely
 _PROBE_S: Final = 1.0
 _TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
-
-
-class _CycleTransport:
-    """The transport as uvicorn's cycles see it: what they close is closed as the protocol does."""
-
-    def __init__(self, protocol: HardenedProtocol) -> None:
-        self.write = protocol.transport.write
-        self.is_closing = protocol.transport.is_closing
-        self.close = protocol.end
 
 
 class HardenedProtocol(HttpToolsProtocol):
@@ -53,6 +48,7 @@ class HardenedProtocol(HttpToolsProtocol):
     """
 
     cycle: Any
+    flow: Flow
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -65,43 +61,59 @@ class HardenedProtocol(HttpToolsProtocol):
         self._closing = False  # nothing is answered any more
         self._deaf = False  # nothing is parsed any more
         self._eof = False  # the client sends nothing any more
+        self._held = memoryview(b"")  # what came and is not parsed yet
         self._dropped = 0  # bytes of a request that was answered before its end
         keep_alive, timeout = self.timeout_keep_alive, self.service.settings.timeout_ms / 1000
         self._head_s = min(keep_alive or math.inf, timeout)
-        self._until = math.inf  # when the client is cut off
+        self._deadline = Deadline(self.loop, self._cut_off)
         self._latest = 0.0  # until when its head, or the rest of an answered request, must be there
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The transport: a client has connected."""
         super().connection_made(transport)  # type: ignore[arg-type]
-        now = self.loop.time()
-        self._until = now + (self.timeout_keep_alive or self._head_s)
-        self._arm(now)
+        self.flow = Flow(self.transport)
+        self._deadline.move(self.loop.time() + (self.timeout_keep_alive or self._head_s))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport: the client is gone."""
-        for timer in (self._timer, self._unread):
-            if timer is not None:
-                timer.cancel()
+        self._deadline.cancel()
+        if self._unread is not None:
+            self._unread.cancel()
+        self._closing = True
+        self.pipeline.clear()
+        self._held = memoryview(b"")
         super().connection_lost(exc)
 
     # --- what comes ------------------------------------------------------------------------------------
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         """The transport: something came."""
         size = len(data)
-        self._until = math.inf
-        if size <= _PIECE:
+        self._deadline.until = math.inf
+        if size <= _PIECE and not self.pipeline:
             self._parse(data)
         else:
-            whole = memoryview(data)
-            for start in range(0, size, _PIECE):
-                self._parse(whole[start : start + _PIECE])
+            self._parse_in_pieces(memoryview(data))
         if self.cycle is None or self.cycle.response_complete or self._closing:
             self.await_client(size)
+
+    def _parse_in_pieces(self, data: memoryview) -> None:
+        """Parse `data`, but hold back what follows a request that has to wait for an earlier one."""
+        while data:
+            if self.pipeline and not self._deaf:
+                self._held = data
+                self.flow.hold()
+                return
+            size = _LARGE_PIECE if self._phase == _BODY else _PIECE
+            self._parse(data[:size])
+            data = data[size:]
+
+    def _parse_held(self) -> None:
+        held, self._held = self._held, memoryview(b"")
+        if not self._closing:
+            self.flow.release()
+            self.data_received(held)
 
     def _parse(self, data: bytes | memoryview) -> None:
         rest = self._parse_to_offer(data)
@@ -133,7 +145,7 @@ class HardenedProtocol(HttpToolsProtocol):
         """Refuse a head, or what surrounds a body's chunks, that takes too much already."""
         if self._phase == _HEAD:
             # What came before it in its first piece was counted too; `begins` looks closer.
-            too_much = self._head_size > HEAD_LIMIT + _PIECE
+            too_much = self._head_size > HEAD_LIMIT + _LARGE_PIECE
         else:
             self._framing = 0 if self.progress else self._framing + size
             self.progress = False
@@ -198,7 +210,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects
         self.headers += headers  # the list that the scope has
         super().on_headers_complete()
-        self.cycle.transport = _CycleTransport(self)
+        self.cycle.transport = CycleTransport(self.transport, self.end)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body of the newest request."""
@@ -226,13 +238,17 @@ class HardenedProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self._closing:
             return
-        self.flow.resume_reading()
-        if self.pipeline:
+        started = bool(self.pipeline)
+        if started:
             self._start_asgi_task(*self.pipeline.pop())
-        elif self.ending:
-            self.end()
-        else:
-            self.await_client()
+        if self._held and not self.pipeline:
+            self.loop.call_soon(self._parse_held)
+        elif not started:
+            self.flow.resume_reading()
+            if self.ending:
+                self.end()
+            else:
+                self.await_client()
 
     def end(self) -> None:
         """Close the connection once the client has the last answer.
@@ -247,7 +263,8 @@ class HardenedProtocol(HttpToolsProtocol):
         if self._eof or (self._phase == _IDLE and not self._deaf):
             self.transport.close()
             return
-        self.flow.resume_reading()
+        self._held = memoryview(b"")
+        self.flow.release()
         self.transport.write_eof()
         self._latest = 0.0
         self.await_client()
@@ -320,33 +337,20 @@ class HardenedProtocol(HttpToolsProtocol):
         """
         now = self.loop.time()
         if self._phase == _IDLE and not self._closing:
-            self._until = now + self.timeout_keep_alive
+            self._deadline.move(now + self.timeout_keep_alive)
         elif self._phase == _HEAD and not self._closing:
             self._latest = self._latest or now + self._head_s
-            self._until = self._latest
+            self._deadline.move(self._latest)
         else:  # the rest of a request that is answered
             if not self._latest:
                 self._latest = now + LINGER_S
                 self._dropped = 0
             self._dropped += size
-            self._until = min(self._latest, now + LINGER_QUIET_S) if self._dropped <= LINGER_BYTES else now
-        if self._timer is None or self._timer_at > self._until:
-            self._arm(now)
+            too_much = self._dropped > LINGER_BYTES
+            self._deadline.move(now if too_much else min(self._latest, now + LINGER_QUIET_S))
 
-    def _arm(self, now: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = self._until
-        self._timer = self.loop.call_later(self._until - now, self._look)
-
-    def _look(self) -> None:
-        """One timer serves many requests: whether it is time is seen here."""
-        self._timer = None
-        now = self.loop.time()
-        if self._until > now:
-            if self._until < math.inf:
-                self._arm(now)
-        elif self._closing or self.transport.get_write_buffer_size():
+    def _cut_off(self) -> None:
+        if self._closing or self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
             self._closing = True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,36 @@ def test_a_client_that_never_reads_its_answers_is_cut_off(
     us = wire.socket.getsockname()
     wait_until(lambda: any(it.client == us for it in connections))
     wait_until(lambda: not any(it.client == us for it in connections))
+
+
+def test_a_great_many_requests_sent_at_once_are_taken_a_few_at_a_time(
+    connect: Callable[..., Wire], server: Running
+) -> None:
+    """They wait as bytes: an object for each would cost many times their size."""
+    count = 3000
+    wire = connect()
+    connections = server.server.server_state.connections
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(wire.send, LIVE * count)
+        longest = 0
+        for _ in range(count):
+            assert wire.answer()[0] == 200
+            longest = max(longest, *(len(it.pipeline) for it in list(connections)))
+        sending.result()
+    assert 0 < longest < 150
+
+
+def test_clients_that_leave_in_the_midst_of_many_requests_leave_nothing(
+    connect: Callable[..., Wire], server: Running, encode: Encode, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = encode(6)
+    for path in (STRAIGHT, APPLICATION):
+        for _ in range(10):
+            wire = connect()
+            wire.send((head(len(image), path=path) + image) * 100)
+            wire.socket.close()
+    wait_until(lambda: server.service.telemetry.in_flight == 0)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 # --- what is no HTTP ------------------------------------------------------------------------------------
