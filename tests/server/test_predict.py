@@ -74,6 +74,28 @@ def test_many_files_in_a_form_are_answered_in_order(
         np.testing.assert_allclose(_probabilities(result), reference(image), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("sent", "filename"),
+    [
+        ('; filename="naïve 中.png"', "naïve 中.png"),
+        ("; filename*=UTF-8''na%C3%AFve%20%E4%B8%AD.png", "naïve 中.png"),
+        ("; filename=\"a.png\"; filename*=iso-8859-1'en'na%EFve.png", "naïve.png"),
+        ('; filename=""', ""),
+        ("", None),
+    ],
+)
+def test_a_files_name_is_repeated_however_it_was_sent(
+    server: Running, encode: Encode, sent: str, filename: str | None
+) -> None:
+    head = f'--b\r\nContent-Disposition: form-data; name="file"{sent}\r\n\r\n'.encode()
+    response = server.client.post(
+        "/predict",
+        content=head + encode(1) + b"\r\n--b--\r\n",
+        headers={"Content-Type": "multipart/form-data; boundary=b"},
+    )
+    assert response.json()["results"][0]["filename"] == filename
+
+
 def test_the_engine_is_chosen_by_name(server: Running, encode: Encode, reference: Reference) -> None:
     image = encode(4)
     answer = server.predict(image, params={"engine": "other", "top_k": 10}).json()
