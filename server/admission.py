@@ -103,7 +103,7 @@ class Admission(Generic[Answer]):
         try:
             service.lifecycle.check_serving()
             if settings.protect_predict:
-                require_key(call.caller(), settings.api_key)
+                require_key(call.caller(), settings)
             seconds, asked = settings.timeout_ms / 1000, call.timeout()
             if asked is not None and asked < seconds:
                 seconds = asked

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -24,7 +25,7 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
 from server.registry import LoadEngine, Registry, resolve_engines
-from server.routes import engines, health, observability, page, predict
+from server.routes import docs, engines, health, observability, page, predict
 from server.service import Service
 from server.settings import Settings
 from server.telemetry import RequestObserver, Telemetry
@@ -88,10 +89,21 @@ def create_app(
         version=VERSION,
         summary="Image classification by compressed networks.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.strip().rstrip("/") for origin in settings.cors_origin.split(",")],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", rest.HEADER_LENGTH],
+        )
     app.add_middleware(RequestContext)
-    for module in (predict, engines, health, observability, rest, page):
+    for module in (predict, engines, health, observability, rest, page, docs):
         app.include_router(module.router)
+    app.mount("/docs/assets", StaticFiles(directory=str(docs.ASSETS)))
     app.mount("/page", StaticFiles(directory=page.FOLDER))
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
@@ -135,7 +147,8 @@ async def _load_configured(
 
 
 def _answer(request: Request, problem: Problem) -> Response:
-    if request.url.path.startswith("/v2"):
+    # Not `request.url`, which cannot be made of every Host header.
+    if request.scope["path"].removeprefix(request.scope.get("root_path", "")).startswith("/v2"):
         problem.extra["error"] = problem.detail  # where the Open Inference Protocol has it
     return problem.response()
 

@@ -1,19 +1,28 @@
-"""Who may manage the server, and use it where that is protected: holders of the API key, and this machine."""
+"""Who may manage the server, and use it where that is protected.
+
+With a key, everyone who sends it. Without one, programs on this machine, if nobody else can reach the server.
+"""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from server.problems import Problem
+from server.settings import Settings
 
-_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
+# What proxies add to say for whom they ask; not every proxy does.
+_PROXY_HEADERS: Final = frozenset(
+    {"forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip"}
+)
+_SAME_SITE: Final = (None, "none", "same-origin")
+_HOST: Final = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9.-]+))(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 
 
 class Caller(NamedTuple):
@@ -21,34 +30,39 @@ class Caller(NamedTuple):
 
     Attributes:
         address: the peer's IP address; None if it has none.
-        headers: the request's headers or metadata, names in lower case.
-        site: the server as the caller names it, like `http://localhost:8000`; None over gRPC, which web pages
-            cannot speak.
+        headers: the request's headers or metadata, names in lower case, a byte a character.
+        scheme: `http` or `https`; None over gRPC, which web pages cannot speak.
     """
 
     address: str | None
     headers: Mapping[str, str]
-    site: str | None
+    scheme: str | None
 
     @classmethod
     def over_http(cls, scope: Mapping[str, Any]) -> Caller:
         """The caller of an HTTP request; `scope` is the request's, as in ASGI."""
-        headers = Headers(raw=scope["headers"])
         client = scope["client"]
-        return cls(client and client[0], headers, f"{scope['scheme']}://{headers.get('host', '')}")
+        return cls(client and client[0], Headers(raw=scope["headers"]), scope["scheme"])
 
 
-def require_key(caller: Caller, key: SecretStr | None) -> None:
-    """Let a caller pass who is on loopback, or who sends the key as `Authorization: Bearer` or `X-API-Key`.
+def require_key(caller: Caller, settings: Settings) -> None:
+    """Let a caller pass who sends the key as `Authorization: Bearer` or `X-API-Key`.
+
+    Programs on this machine pass without it where `settings.trust_loopback` says so, and where there is no
+    key and the server listens on loopback alone.
 
     Raises:
         Problem: `forbidden` when no key is set, `unauthorized` when it was not sent.
     """
-    if _is_local(caller):
+    key = settings.api_key
+    trusts_local = settings.trust_loopback if key is not None else is_loopback(settings.host)
+    if trusts_local and _is_local(caller):
         return
     if key is None:
         raise Problem(
-            "forbidden", "only callers on loopback may do this; set TRIMRT_API_KEY to let others in"
+            "forbidden",
+            "without a key only programs on this machine may do this, and only while the server listens on "
+            "loopback alone; set TRIMRT_API_KEY and send the key",
         )
     if not _is_key(_sent_key(caller.headers), key):
         raise Problem(
@@ -58,32 +72,9 @@ def require_key(caller: Caller, key: SecretStr | None) -> None:
         )
 
 
-def _is_key(sent: str, key: SecretStr) -> bool:
-    """Whether `sent` is the key; takes the same time whatever was sent."""
-    return hmac.compare_digest(sent.encode(), key.get_secret_value().encode())
-
-
-def _sent_key(headers: Mapping[str, str]) -> str:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-
-
-def _is_local(caller: Caller) -> bool:
-    """Whether a person or program on this machine calls: no proxy's client, and no other site's web page."""
-    headers = caller.headers
-    if caller.address is None or not _is_loopback(caller.address):
-        return False
-    if any(name in headers for name in _PROXY_HEADERS):
-        return False
-    # A page from elsewhere can make the local browser call us: by its own name (DNS rebinding, seen in
-    # Host) or by ours (seen in Origin).
-    if headers.get("origin") not in (None, caller.site):
-        return False
-    return caller.site is None or _is_loopback(urlsplit(caller.site).hostname or "")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an IP address, is this machine and reached from nowhere else."""
+    if host.lower() == "localhost":
         return True
     try:
         address = ipaddress.ip_address(host)
@@ -91,3 +82,40 @@ def _is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+def _is_key(sent: str, key: SecretStr) -> bool:
+    """Whether `sent` is the key; takes the same time whatever was sent.
+
+    HTTP names no encoding for headers: clients send a key beyond ASCII in UTF-8 or in Latin-1.
+    """
+    secret = key.get_secret_value()
+    received = sent.encode("latin-1", "backslashreplace")
+    as_utf8 = hmac.compare_digest(received, secret.encode("utf-8", "surrogateescape"))
+    as_latin1 = hmac.compare_digest(received, secret.encode("latin-1", "backslashreplace"))
+    return as_utf8 | as_latin1
+
+
+def _sent_key(headers: Mapping[str, str]) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip(" \t")
+    # gRPC carries bytes beyond ASCII only in metadata whose name ends with -bin.
+    return headers.get("x-api-key", headers.get("x-api-key-bin", "")).strip(" \t")
+
+
+def _is_local(caller: Caller) -> bool:
+    """Whether a program on this machine calls for itself: no proxy's client, no other site's web page."""
+    headers = caller.headers
+    if caller.address is None or not is_loopback(caller.address):
+        return False
+    if any(name in _PROXY_HEADERS or name.startswith("x-forwarded") for name in headers):
+        return False
+    # A page from elsewhere can make the local browser call us: by its own name (DNS rebinding, seen in
+    # Host) or by ours (seen in Origin and Sec-Fetch-Site).
+    host = headers.get("host", "")
+    site = caller.scheme and f"{caller.scheme}://{host}"
+    if headers.get("origin") not in (None, site) or headers.get("sec-fetch-site") not in _SAME_SITE:
+        return False
+    named = _HOST.fullmatch(host)
+    return site is None or (named is not None and is_loopback(named[1] or named[2]))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from server.disposition import parse_disposition
 from server.problems import Problem
 
 
@@ -119,15 +120,8 @@ class _Collector:
         self._chunks.append(data[start:end])
 
     def end(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        filename = options.get(b"filename")
-        self.parts.append(
-            Part(
-                options.get(b"name", b"").decode("utf-8", "replace"),
-                None if filename is None else filename.decode("utf-8", "replace"),
-                b"".join(self._chunks),
-            )
-        )
+        name, filename = parse_disposition(self._disposition)
+        self.parts.append(Part(name, filename, b"".join(self._chunks)))
 
     def finish(self) -> None:
         self.finished = True

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, in which an inference goes straight from the parser to the `Admission`.
+"""The HTTP protocol in which an inference goes straight from the parser to the `Admission`.
 
 The layers of ASGI in between (a task, events, messages, requests and responses as objects) took half of the
 event loop's time, and what uvicorn makes for each request a fifth of the rest. Everything else, and what
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from server.admission import Admission
 from server.exchange import HttpAnswer, HttpCall, PredictCall
-from server.middleware import access_log, request_id_of
-from server.service import service_of
+from server.middleware import REQUEST_TIMEOUT, access_log, request_id_of
+from server.protocol import HardenedProtocol
 from server.v2.rest import infer_call
 
 
@@ -33,49 +32,38 @@ class _Straight:
         self.disconnected = False
 
 
-class Connection(HttpToolsProtocol):
+class Connection(HardenedProtocol):
     """One client's connection."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._service = service_of(self.config.app)  # type: ignore[arg-type]
+        self._cors = bool(self.service.settings.cors_origin)
         self._straight: Any = _Straight()
         self._admission: Admission[HttpAnswer] | None = None  # the request under way, if it goes straight
-        self._idle_since = math.inf  # with no request under way
-        self._idle_timer: asyncio.TimerHandle | None = None
         self._date: list[tuple[bytes, bytes]] = []
         self._date_lines = b""
 
     # --- the parser's calls, in their order ------------------------------------------------------------
 
-    def on_message_begin(self) -> None:
-        """A request begins. What uvicorn makes for it is made once it is known where it goes."""
-        self.url = b""
-        self.headers = []
-        self.expect_100_continue = False
-
     def on_headers_complete(self) -> None:
         """The head is there."""
-        call = self._straight_call() if self._may_go_straight() else None
-        if call is not None:
-            self._begin(call)
+        if not self.begins():
             return
-        url, headers, expects = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url, self.expect_100_continue = url, expects
-        self.headers += headers  # the list that the scope has
-        super().on_headers_complete()
+        call = self._straight_call() if self._may_go_straight() else None
+        if call is None:
+            self.hand_to_application()
+        else:
+            self._begin(call)
 
     def _may_go_straight(self) -> bool:
         return (
             self.parser.get_method() == b"POST"
             and (self.cycle is None or self.cycle.response_complete)
             and not self.expect_100_continue
-            and not self.parser.should_upgrade()
             and not self.flow.write_paused  # a client that does not read its answers is waited for
             and not access_log.isEnabledFor(logging.INFO)  # the long way resolves proxy headers for it
-            and not self.root_path
             and self.limit_concurrency is None
+            and not (self._cors and any(name == b"origin" for name, _ in self.headers))
         )
 
     def _straight_call(self) -> HttpCall | None:
@@ -91,12 +79,13 @@ class Connection(HttpToolsProtocol):
         straight = self.cycle = self._straight
         straight.response_complete = False
         straight.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        self._admission = Admission(self._service, call, self._respond)
+        self._admission = Admission(self.service, call, self._respond)
         self._admission.open()
 
     def on_body(self, body: bytes) -> None:
         """A part of the body of the newest request."""
         if self._admission is not None and self.cycle is self._straight:
+            self.progress = True
             self._admission.receive(body)
         else:
             super().on_body(body)
@@ -104,7 +93,8 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The newest request is whole."""
         if self._admission is not None and self.cycle is self._straight:
-            self._admission.complete()
+            if self.completes():
+                self._admission.complete()
         else:
             super().on_message_complete()
 
@@ -120,46 +110,35 @@ class Connection(HttpToolsProtocol):
             self._date = self.server_state.default_headers
             self._date_lines = b"".join([b"%b: %b\r\n" % header for header in self._date])
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        keep_alive = straight.keep_alive and not self._service.lifecycle.draining
+        keep_alive = (
+            straight.keep_alive
+            and status != REQUEST_TIMEOUT
+            and not self.service.lifecycle.draining
+            and not (self.ending and not self.pipeline)
+        )
         connection = "" if keep_alive else "connection: close\r\n"
         end = f"{lines}{connection}x-request-id: {self._request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
         self.transport.write(b"".join((STATUS_LINE[status], self._date_lines, end.encode(), body)))
         if not keep_alive:
-            self.transport.close()
+            self.end()
         if self.pipeline or self.flow.read_paused:
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
-            self._watch_idle()
+            self.await_client()
+
+    def abandon(self) -> None:
+        """See `HardenedProtocol`."""
+        if self._admission is None:
+            super().abandon()
+        else:
+            self._admission.abandon()
+            self._admission = None
+            self._straight.response_complete = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport: the client is gone."""
         if self._admission is not None:
             self._admission.abandon()
             self._admission = None
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
         super().connection_lost(exc)
-
-    # --- without a request -----------------------------------------------------------------------------
-
-    def _watch_idle(self) -> None:
-        """From now on, a client that sends nothing for long is cut off: one timer for many requests."""
-        if not self.transport.is_closing():
-            self._idle_since = self.loop.time()
-            if self._idle_timer is None:
-                self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._check_idle)
-
-    def _check_idle(self) -> None:
-        self._idle_timer = None
-        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if left <= 0:
-            self.timeout_keep_alive_handler()
-        elif left < math.inf:
-            self._idle_timer = self.loop.call_later(left, self._check_idle)
-
-    def _unset_keepalive_if_required(self) -> None:
-        """uvicorn: something came from the client."""
-        self._idle_since = math.inf
-        if self.timeout_keep_alive_task is not None:
-            super()._unset_keepalive_if_required()

@@ -54,9 +54,7 @@ class Decoder:
         image.decoding = time.monotonic()
         limits = self.limits
         try:
-            plan = plan_loading(
-                image.data, self.spec, max_pixels=limits.max_pixels, formats=limits.formats
-            )
+            plan = plan_loading(image.data, self.spec, max_pixels=limits.max_pixels, formats=limits.formats)
             cost = plan.cost
             limits.admit(cost, image.job)
             try:

@@ -48,6 +48,7 @@ class DrainingServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            root_path=settings.root_path,
             timeout_keep_alive=settings.keep_alive_s,
             timeout_graceful_shutdown=max(1, round(settings.grace_s)),
         )

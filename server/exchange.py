@@ -30,7 +30,11 @@ from server.service import service_of
 
 DEFAULT_TOP_K: Final = 5
 _FORM: Final = "multipart/form-data"
-_BYTES: Final = "application/octet-stream"
+_BYTES: Final = ("", "application/octet-stream", "binary/octet-stream")
+_LONGEST_NUMBER: Final = 19  # digits
+_LONGEST_QUERY: Final = 4096
+_MOST_PARAMETERS: Final = 32
+_NAMED_FIELDS: Final = 10
 
 HttpAnswer: TypeAlias = "tuple[int, Mapping[str, str], bytes]"
 """Status, headers less `Content-Length`, and body."""
@@ -69,7 +73,16 @@ class HttpCall(Call[HttpAnswer]):
 
     def announced_bytes(self) -> int:
         """See `Call`."""
+        encoding = self._headers.get(b"content-encoding", b"identity")
+        if encoding.strip().lower() != b"identity":
+            raise Problem(
+                "unsupported-media-type",
+                "a body with a Content-Encoding is not accepted; send it as it is (images are compressed)",
+                headers={"Accept-Encoding": "identity"},  # RFC 9110, 15.5.16
+            )
         length = self._headers.get(b"content-length", b"")
+        if len(length) > _LONGEST_NUMBER:
+            raise Problem("malformed-request", f"the Content-Length has {len(length)} digits")
         return int(length) if length.isdigit() else 0
 
     def refusal(self, problem: Problem) -> HttpAnswer:
@@ -93,10 +106,13 @@ class PredictCall(HttpCall):
     def __init__(self, scope: Mapping[str, Any], request_id: str) -> None:
         super().__init__(scope)
         self._request_id = request_id
-        self._query = _parse_query(scope["query_string"])
 
     def find_engine(self, registry: Registry) -> Scheduler:
         """See `Call`."""
+        query: bytes = self._scope["query_string"]
+        if len(query) > _LONGEST_QUERY:
+            raise Problem("invalid-parameter", f"the query has more than {_LONGEST_QUERY:,} characters")
+        self._query = _parse_query(query)
         return registry.get(self._query.get("engine"))
 
     def announced_bytes(self) -> int:
@@ -108,6 +124,9 @@ class PredictCall(HttpCall):
     def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
         """See `Call`."""
         self._parts = [Part("file", None, body)] if self._form is None else _files(self._form, body)
+        for number, part in enumerate(self._parts):
+            if not part.data or part.data.startswith(b"data:"):
+                raise _no_file(number, part)
         scheduler = self.find_engine(registry)
         self._top_k = _top_k(self._query.get("top_k"), len(scheduler.engine.manifest.labels))
         return scheduler, [part.data for part in self._parts], self._top_k
@@ -177,13 +196,18 @@ async def _carry(
 
 @lru_cache(maxsize=64)
 def _parse_query(query: bytes) -> Mapping[str, str]:
-    return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    try:
+        return dict(
+            parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=_MOST_PARAMETERS)
+        )
+    except ValueError:
+        raise Problem("invalid-parameter", f"the query has more than {_MOST_PARAMETERS} parameters") from None
 
 
 def _top_k(value: str | None, classes: int) -> int:
     if value is None:
         return min(DEFAULT_TOP_K, classes)
-    if not (value.isascii() and value.isdecimal() and 1 <= int(value[:9]) <= classes):
+    if not (value.isascii() and value.isdecimal() and len(value) <= 9 and 1 <= int(value) <= classes):
         raise Problem(
             "invalid-parameter", f"top_k must be a whole number from 1 to {classes}, not {value[:40]!r}"
         )
@@ -193,19 +217,30 @@ def _top_k(value: str | None, classes: int) -> int:
 def _media_type(content_type: str) -> str:
     media_type = content_type.partition(";")[0].strip().lower()
     # The bytes decide what an image is: clients call one format by many names, or by none.
-    if not (media_type in ("", _FORM, _BYTES) or media_type.startswith("image/")):
+    if not (media_type in _BYTES or media_type == _FORM or media_type.startswith("image/")):
         raise Problem(
             "unsupported-media-type",
-            f"Content-Type is {media_type!r}; send {_FORM} with a field `file`, or an image as image/*",
+            f"Content-Type is {media_type[:100]!r}; send {_FORM} with a field `file`, or an image as image/*",
         )
     return media_type
 
 
 def _files(content_type: str, body: bytes) -> list[Part]:
-    files = [part for part in parse_multipart(content_type, body) if part.name == "file"]
+    parts = parse_multipart(content_type, body)
+    files = [part for part in parts if part.name == "file"]
     if not files:
-        raise Problem("invalid-parameter", "the form has no field `file`")
+        names = [f"`{name[:50]}`" for name in dict.fromkeys(part.name for part in parts)]
+        more = ["others"] if len(names) > _NAMED_FIELDS else []
+        came = ", ".join(names[:_NAMED_FIELDS] + more) or "no fields"
+        raise Problem("invalid-parameter", f"the form has no field `file`; it has {came}")
     return files
+
+
+def _no_file(number: int, part: Part) -> Problem:
+    """What is answered where a file's bytes should be, and are not."""
+    name = "" if part.filename is None else f" ({part.filename[:100]})"
+    reason = "is a data: URL; send the bytes that its base64 stands for" if part.data else "is empty"
+    return Problem("image-damaged", f"image {number}{name} {reason}", extra={"image": number})
 
 
 def _predictions(result: Result, labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:

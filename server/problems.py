@@ -35,6 +35,7 @@ PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "unsupported-media-type": (415, "This type of content is not accepted"),
     "invalid-parameter": (422, "A parameter is missing or out of range"),
     "queue-full": (429, "The queue is full"),
+    "head-too-large": (431, "The head is too large"),
     "internal-error": (500, "The server failed"),
     "inference-failed": (500, "The engine failed"),
     "not-ready": (503, "The server is not ready"),

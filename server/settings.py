@@ -44,10 +44,23 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None,
         min_length=1,
-        description="Key for the management routes; without one only loopback may use them.",
+        description="Key for the management routes. Without one they are off, except for programs on this "
+        "machine while the server listens on loopback alone.",
     )
-    protect_predict: bool = Field(
-        default=False, description="Ask for the key (or loopback) for inference too."
+    trust_loopback: bool = Field(
+        default=False,
+        description="Ask programs on this machine for no key. Not behind a proxy on this machine.",
+    )
+    protect_predict: bool = Field(default=False, description="Ask for the key for inference too.")
+    cors_origin: str = Field(
+        default="",
+        description="Web site whose pages may call the server, like https://example.org; several with "
+        "commas, * for any. None unless set.",
+    )
+    root_path: str = Field(
+        default="",
+        pattern="^(/[^/?#]+)*$",
+        description="Prefix that a proxy removes from the paths it passes on, like /trimrt.",
     )
 
     queue_limit: int = Field(
@@ -84,7 +97,7 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(default=32 << 20, ge=1, description="Largest request body.")
     max_body_memory_bytes: int = Field(
-        default=512 << 20, ge=1, description="Most that all request bodies together may hold; beyond it, 429."
+        default=192 << 20, ge=1, description="Most that all request bodies together may hold; beyond it, 429."
     )
     max_images: int = Field(default=64, ge=1, description="Most images in one request.")
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1, description="Most pixels in one image.")
@@ -102,7 +115,11 @@ class Settings(BaseSettings):
         description="Most that all images under decode may take, as their headers foretell it; others wait.",
     )
 
-    keep_alive_s: int = Field(default=75, ge=0, description="How long an idle connection is kept, seconds.")
+    keep_alive_s: int = Field(
+        default=75,
+        ge=0,
+        description="How long a connection is kept on which the client sends nothing, seconds.",
+    )
     drain_delay_s: float = Field(
         default=0.0, ge=0, description="After SIGTERM, how long to serve on while not ready, seconds."
     )
@@ -129,3 +146,14 @@ class Settings(BaseSettings):
             if name.strip().upper() not in FORMATS:
                 raise ValueError(f"{name.strip()!r} is none of {', '.join(FORMATS).lower()}")
         return formats
+
+    @field_validator("api_key")
+    @classmethod
+    def _sendable(cls, key: SecretStr | None) -> SecretStr | None:
+        """The key as a header carries it: without the spaces and the line's end around it."""
+        if key is None:
+            return None
+        value = key.get_secret_value().strip(" \t\r\n")
+        if not value or any(character < " " or character == "\x7f" for character in value):
+            raise ValueError("a header cannot carry this key: it is blank or has control characters")
+        return SecretStr(value)

@@ -32,12 +32,26 @@ async function problemOf(response) {
   }
 }
 
+function withKey(options) {
+  const key = sessionStorage.getItem("key");
+  if (!key) return options;
+  const bytes = new TextEncoder().encode(key); // a header's characters are bytes
+  return { ...options, headers: { "X-API-Key": String.fromCharCode(...bytes) } };
+}
+
 async function ask(path, options) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(path, withKey(options));
   } catch {
     throw new Error("The server does not answer.");
+  }
+  if (response.status === 401) {
+    const key = prompt("The server asks for its API key:");
+    if (key) {
+      sessionStorage.setItem("key", key);
+      return ask(path, options);
+    }
   }
   if (!response.ok) throw new Error(await problemOf(response));
   return response.json();
@@ -330,7 +344,7 @@ $("load").addEventListener("submit", async (event) => {
       const start = performance.now();
       let outcome = "no answer";
       try {
-        const response = await fetch(url, options);
+        const response = await fetch(url, withKey(options));
         await response.arrayBuffer();
         outcome = response.status;
         if (response.ok) times.push(performance.now() - start);

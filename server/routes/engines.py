@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Path, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from server.auth import Caller, require_key
-from server.problems import documented
+from server.bodies import body_too_large
+from server.problems import Problem, documented
 from server.registry import EngineRow, Registry
 from server.service import Served
 
@@ -31,12 +33,14 @@ class Default(BaseModel):
 
 
 def _manager(request: Request, service: Served) -> Registry:
-    require_key(Caller.over_http(request.scope), service.settings.api_key)
+    require_key(Caller.over_http(request.scope), service.settings)
     return service.registry
 
 
 Manager = Annotated[Registry, Depends(_manager)]
 _MANAGED = documented(400, 401, 403, 404, 409, 422)
+_MOST_BYTES: Final = 4096  # of a body
+_BODY_S: Final = 5.0
 
 
 @router.get("")
@@ -45,11 +49,39 @@ async def list_engines(service: Served) -> Engines:
     return Engines(default=service.registry.default, engines=await service.registry.describe())
 
 
-@router.put("/default", responses=_MANAGED)
-async def set_default(registry: Manager, default: Default) -> Default:
+@router.put(
+    "/default",
+    responses=_MANAGED | documented(408, 413),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Default"}}},
+        }
+    },
+)
+async def set_default(registry: Manager, request: Request) -> Default:
     """Make a loaded engine the default. Requests already admitted stay where they are."""
+    # FastAPI would read a body of any size before it asks who calls.
+    try:
+        body = await asyncio.wait_for(_small_body(request), _BODY_S)
+        default = Default.model_validate_json(body)
+    except asyncio.TimeoutError:  # not `TimeoutError`: Python 3.10 has two
+        raise Problem("body-timeout", f"the body had not arrived after {_BODY_S:g} s") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["body", *map(str, first["loc"])])
+        raise Problem("invalid-parameter", f"{where}: {first['msg']}") from None
     registry.set_default(default.name)
     return default
+
+
+async def _small_body(request: Request) -> bytes:
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MOST_BYTES:
+            raise body_too_large(_MOST_BYTES)
+    return body
 
 
 @router.post("/{name}/load", responses=_MANAGED)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Final
 
 from fastapi import APIRouter
-from starlette.responses import FileResponse, Response
+from starlette.responses import HTMLResponse, Response
 
 router = APIRouter(include_in_schema=False)
 
 FOLDER: Final = Path(__file__).parent.parent / "page"
+_PAGE: Final = (FOLDER / "index.html").read_bytes()  # a file would need a descriptor, which may be lacking
 _HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
@@ -25,4 +26,4 @@ _HEADERS: Final = {
 @router.get("/")
 async def page() -> Response:
     """The page."""
-    return FileResponse(FOLDER / "index.html", headers=_HEADERS)
+    return HTMLResponse(_PAGE, headers=_HEADERS)

@@ -82,7 +82,7 @@ _REQUEST_BODY = {
                 },
             }
         },
-        **dict.fromkeys(sorted(MEDIA_TYPES), _BINARY),
+        **dict.fromkeys([*sorted(MEDIA_TYPES), "application/octet-stream"], _BINARY),
     },
 }
 
@@ -124,5 +124,5 @@ router = APIRouter(tags=["inference"], route_class=_DirectRoute)
     openapi_extra={"requestBody": _REQUEST_BODY, "parameters": _PARAMETERS},
 )
 async def predict(request: Request) -> Response:
-    """Classify one image (a raw `image/*` body) or several (multipart field `file`, repeated)."""
+    """Classify one image (a raw body) or several (multipart field `file`, repeated)."""
     return await answer_over_asgi(request, PredictCall(request.scope, request.state.request_id))

@@ -142,8 +142,11 @@ class _Infer(Call[_Answer]):
         self._context = context
 
     def caller(self) -> Caller:
-        metadata = {name: str(value) for name, value in self._context.invocation_metadata() or ()}
-        return Caller(address_of(self._context.peer()), metadata, site=None)
+        metadata = {
+            name: value if isinstance(value, str) else value.decode("latin-1")
+            for name, value in self._context.invocation_metadata() or ()
+        }
+        return Caller(address_of(self._context.peer()), metadata, scheme=None)
 
     def timeout(self) -> float | None:
         return cast("float | None", self._context.time_remaining())

@@ -28,7 +28,7 @@ from server.version import VERSION
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
-_HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 ModelName = Annotated[str, Path(max_length=200)]
 # As the routes below, for names that need no decoding and no check.
@@ -212,15 +212,9 @@ class InferCall(HttpCall):
         """See `Call`."""
         return core.find_model(registry, self._model, self._version)
 
-    def announced_bytes(self) -> int:
-        """See `Call`."""
-        if b"content-encoding" in self._headers:
-            raise Problem("unsupported-media-type", "compressed bodies are not accepted")
-        return super().announced_bytes()
-
     def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
         """See `Call`."""
-        length = self._headers.get(_HEADER_LENGTH.lower().encode())
+        length = self._headers.get(HEADER_LENGTH.lower().encode())
         self._header, tensors = parse(body, None if length is None else length.decode("latin-1"))
         self._asked = _requested(self._header, tensors)
         scheduler = self.find_engine(registry)
@@ -265,7 +259,7 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferenceRequest, lis
     if header_length is not None:
         if not header_length.isdecimal() or int(header_length) > len(body):
             raise Problem(
-                "malformed-request", f"{_HEADER_LENGTH} is {header_length!r}; the body has {len(body)} bytes"
+                "malformed-request", f"{HEADER_LENGTH} is {header_length!r}; the body has {len(body)} bytes"
             )
         end = int(header_length)
     try:
@@ -351,5 +345,5 @@ def _render(
     header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     if not chunks:
         return {"Content-Type": "application/json"}, header
-    headers = {_HEADER_LENGTH: str(len(header)), "Content-Type": "application/octet-stream"}
+    headers = {HEADER_LENGTH: str(len(header)), "Content-Type": "application/octet-stream"}
     return headers, b"".join([header, *chunks])

@@ -136,24 +136,39 @@ def test_a_drain_refuses_new_requests_and_waits_for_those_under_way(
 # --- the key --------------------------------------------------------------------------------------------
 
 
-def test_a_protected_server_asks_everyone_for_the_key_who_is_not_on_this_machine(
-    start: Start, gate: Gate, encode: Encode
-) -> None:
+def test_a_protected_server_asks_everyone_for_the_key(start: Start, gate: Gate, encode: Encode) -> None:
     it = start(api_key=SecretStr(KEY), protect_predict=True)
     image = encode(0)
-    for headers in ({}, {"X_API_Key": "wrong"}, {"Authorization": "Bearer wrong"}):
-        refused = it.ask(image, **ELSEWHERE, **headers)
+    for headers in ({}, ELSEWHERE, {"X_API_Key": "wrong"}, {"Authorization": "Bearer wrong"}):
+        refused = it.ask(image, **headers)
         assert refused.error == it.error("unauthorized")
         assert refused.detail == "send the API key as `Authorization: Bearer <key>` or as `X-API-Key: <key>`"
-    wait_until(lambda: it.counted("invalid", "unauthorized") == 3)
+    wait_until(lambda: it.counted("invalid", "unauthorized") == 4)
     assert gate.batches == []
     gate.open()
     for headers in (
-        {},
+        {"X_API_Key": KEY},
         {**ELSEWHERE, "X_API_Key": KEY},
         {**ELSEWHERE, "Authorization": f"Bearer {KEY}"},
     ):
         assert it.ask(image, **headers).error == ""
+
+
+def test_a_protected_server_asks_this_machine_for_no_key_where_it_trusts_it(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start(api_key=SecretStr(KEY), protect_predict=True, trust_loopback=True)
+    gate.open()
+    assert it.ask(encode(0)).error == ""
+    assert it.ask(encode(0), **ELSEWHERE).error == it.error("unauthorized")
+
+
+def test_a_protected_server_without_a_key_serves_nobody_where_others_can_reach_it(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start(protect_predict=True, host="0.0.0.0")
+    gate.open()
+    assert it.ask(encode(0)).error == it.error("forbidden")
 
 
 def test_a_protected_server_without_a_key_serves_this_machine_alone(
@@ -163,10 +178,18 @@ def test_a_protected_server_without_a_key_serves_this_machine_alone(
     gate.open()
     refused = it.ask(encode(0), **ELSEWHERE, X_API_Key=KEY)
     assert refused.error == it.error("forbidden")
-    assert "only callers on loopback may do this" in refused.detail
+    assert "without a key only programs on this machine may do this" in refused.detail
     assert it.ask(encode(0), Origin="https://evil.example").error == it.error("forbidden")
     wait_until(lambda: it.counted("invalid", "forbidden") == 2)
     assert it.ask(encode(0)).error == ""
+
+
+@pytest.mark.parametrize("kind", [Grpc], ids=["v2-grpc"])
+def test_a_key_beyond_ascii_is_sent_over_grpc_as_bytes(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start(api_key=SecretStr("clé"), protect_predict=True)
+    gate.open()
+    assert it.ask(encode(0), X_API_Key_bin="clé".encode()).error == ""
+    assert it.ask(encode(0), X_API_Key_bin=b"cl").error == it.error("unauthorized")
 
 
 def test_an_unprotected_server_asks_nobody_for_the_key(start: Start, gate: Gate, encode: Encode) -> None:

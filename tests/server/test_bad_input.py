@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
 import struct
 import zlib
@@ -113,7 +115,9 @@ def test_floating_point_pixels_are_unsupported(server: Running) -> None:
     _problem(server.predict(_saved(_GRADIENT.convert("F"), "TIFF")), 415, "unsupported-media-type")
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "video/mp4"])
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "text/plain", "video/mp4", "application/x-www-form-urlencoded"]
+)
 def test_content_types_that_are_not_accepted(server: Running, encode: Encode, content_type: str) -> None:
     problem = _problem(server.predict(encode(0), content_type), 415, "unsupported-media-type")
     assert "image/*" in problem["detail"]
@@ -139,7 +143,30 @@ def test_a_body_over_the_limit_without_a_header(server: Running) -> None:
     _problem(response, 413, "body-too-large")
 
 
-@pytest.mark.parametrize("top_k", ["0", "-1", "11", "1e3", "many", ""])
+@pytest.mark.parametrize("path", ["predict", "%70redict", "v2/models/tiny/infer"])
+def test_a_compressed_body_is_refused_in_words(server: Running, encode: Encode, path: str) -> None:
+    headers = {"Content-Type": "image/png", "Content-Encoding": "gzip"}
+    response = server.client.post(f"/{path}", content=gzip.compress(encode(0)), headers=headers)
+    assert "Content-Encoding" in _problem(response, 415, "unsupported-media-type")["detail"]
+    assert response.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("query", ["a" * 5000, "&".join(f"a{n}=1" for n in range(100))], ids=["long", "many"])
+def test_a_query_beyond_its_limits_is_refused(server: Running, encode: Encode, query: str) -> None:
+    _problem(server.predict(encode(0), params=query), 422, "invalid-parameter")
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "x y", "\xff", "127.0.0.1:99999999"])
+@pytest.mark.parametrize("path", ["/nowhere", "/v2/nowhere", "/engines/none/unload", "/predict?top_k=0"])
+def test_a_host_that_is_none_harms_nothing(server: Running, encode: Encode, host: str, path: str) -> None:
+    headers = {"Host": host.encode("latin-1"), "Content-Type": "image/png"}
+    assert server.client.post(path, content=encode(0), headers=headers).status_code in (403, 404, 422)
+
+
+@pytest.mark.parametrize(
+    "top_k",
+    ["0", "-1", "11", "1e3", "many", "", "000000001999999", "000000001" + "9" * 3000, "1" * 3000, "²"],
+)
 def test_top_k_out_of_range(server: Running, encode: Encode, top_k: str) -> None:
     _problem(server.predict(encode(0), params={"top_k": top_k}), 422, "invalid-parameter")
 
@@ -172,9 +199,36 @@ def test_forms_that_cannot_be_parsed(server: Running, body: bytes, content_type:
     _problem(_form(server, body, content_type), 400, "malformed-request")
 
 
-def test_a_form_without_the_field(server: Running) -> None:
-    body = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--b--\r\n'
-    _problem(_form(server, body), 422, "invalid-parameter")
+@pytest.mark.parametrize(
+    ("names", "came"),
+    [
+        ([], "no fields"),
+        (["image"], "`image`"),
+        (["image", "top_k", "image"], "`image`, `top_k`"),
+        ([f"f{n}" for n in range(12)], ", ".join(f"`f{n}`" for n in range(10)) + ", others"),
+        (["x" * 300], "`" + "x" * 50 + "`"),
+    ],
+)
+def test_a_form_without_the_field_is_told_which_fields_came(
+    server: Running, names: list[str], came: str
+) -> None:
+    part = '--b\r\nContent-Disposition: form-data; name="{}"\r\n\r\nx\r\n'
+    body = "".join([part.format(name) for name in names]) + "--b--\r\n"
+    problem = _problem(_form(server, body.encode()), 422, "invalid-parameter")
+    assert problem["detail"] == f"the form has no field `file`; it has {came}"
+
+
+@pytest.mark.parametrize("path", ["predict", "%70redict"])
+def test_empty_files_and_data_urls_are_named(server: Running, encode: Encode, path: str) -> None:
+    good = ("file", ("a.png", encode(1)))
+    url = b"data:image/png;base64," + base64.b64encode(encode(1))
+    for content, said in [(b"", "is empty"), (url, "is a data: URL")]:
+        form = [good, ("file", ("b.png", content))]
+        problem = _problem(server.client.post(f"/{path}", files=form), 400, "image-damaged")
+        assert problem["image"] == 1
+        assert problem["detail"].startswith(f"image 1 (b.png) {said}")
+        problem = _problem(server.predict(content), 400, "image-damaged")
+        assert problem["detail"].startswith(f"image 0 {said}")
 
 
 def test_one_bad_file_among_good_ones_is_named(server: Running, encode: Encode) -> None:

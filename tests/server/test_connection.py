@@ -9,55 +9,18 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
+from wire import Wire, head
 
 from server.admission import Admission, Call
 from server.settings import Settings
 
 Encode = Callable[..., bytes]
-
-
-class Wire:
-    """A connection on which a test writes what it likes."""
-
-    def __init__(self, server: Running, receive_buffer: int | None = None) -> None:
-        address = urlsplit(server.url)
-        self.socket = socket.socket()
-        self.socket.settimeout(20)
-        if receive_buffer:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.connect((address.hostname, address.port))
-
-    def send(self, *pieces: bytes) -> None:
-        for piece in pieces:
-            self.socket.sendall(piece)
-
-    def answer(self) -> tuple[int, dict[str, str], Any]:
-        """Status, headers and parsed body of the next answer, and nothing of the one after it."""
-        response = HTTPResponse(_Bytewise(self.socket))  # type: ignore[arg-type]
-        response.begin()
-        body = json.loads(response.read())
-        return response.status, {name.lower(): value for name, value in response.headers.items()}, body
-
-    def closed_by_server(self) -> bool:
-        return self.socket.recv(1) == b""
-
-
-class _Bytewise:
-    """A socket for `HTTPResponse` that reads no further than the answer goes."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-
-    def makefile(self, mode: str) -> Any:
-        return self._connection.makefile(mode, buffering=1)
 
 
 @pytest.fixture
@@ -67,13 +30,6 @@ def wire(server: Running) -> Iterator[Wire]:
         yield it
 
 
-def _head(length: int | str, *headers: str, path: str = "/predict", version: str = "1.1") -> bytes:
-    lines = [f"POST {path} HTTP/{version}", "Host: x", "Content-Type: image/png", *headers]
-    if isinstance(length, int):
-        lines.append(f"Content-Length: {length}")
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
 def _best(answer: dict[str, Any]) -> int:
     index: int = answer["results"][0]["predictions"][0]["index"]
     return index
@@ -81,7 +37,7 @@ def _best(answer: dict[str, Any]) -> int:
 
 def test_a_body_may_come_in_any_pieces(wire: Wire, encode: Encode, reference: Any) -> None:
     image = encode(1)
-    request = _head(len(image)) + image
+    request = head(len(image)) + image
     for size in (1, 7, 50, len(request)):
         wire.send(*(request[at : at + size] for at in range(0, len(request), size)))
         status, _, answer = wire.answer()
@@ -90,7 +46,7 @@ def test_a_body_may_come_in_any_pieces(wire: Wire, encode: Encode, reference: An
 
 def test_a_body_may_come_in_chunks(wire: Wire, encode: Encode, reference: Any) -> None:
     image = encode(2)
-    wire.send(_head("chunked", "Transfer-Encoding: chunked"))
+    wire.send(head("chunked", "Transfer-Encoding: chunked"))
     for at in range(0, len(image), 40):
         piece = image[at : at + 40]
         wire.send(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
@@ -103,9 +59,9 @@ def test_requests_sent_at_once_are_answered_in_their_order(
     wire: Wire, encode: Encode, reference: Any
 ) -> None:
     images = [encode(seed) for seed in range(6)]
-    requests = [_head(len(image), f"X-Request-Id: {n}") + image for n, image in enumerate(images)]
+    requests = [head(len(image), f"X-Request-Id: {n}") + image for n, image in enumerate(images)]
     requests.insert(3, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-    requests.insert(5, _head(3, path="/predict?top_k=0") + b"abc")
+    requests.insert(5, head(3, path="/predict?top_k=0") + b"abc")
     wire.send(b"".join(requests))
     answers = [wire.answer() for _ in requests]
     assert [status for status, _, _ in answers] == [200, 200, 200, 200, 200, 422, 200, 200]
@@ -115,7 +71,7 @@ def test_requests_sent_at_once_are_answered_in_their_order(
 
 def test_a_client_that_waits_for_100_continue_gets_it(wire: Wire, encode: Encode) -> None:
     image = encode(3)
-    wire.send(_head(len(image), "Expect: 100-continue"))
+    wire.send(head(len(image), "Expect: 100-continue"))
     assert wire.socket.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
     wire.send(image)
     assert wire.answer()[0] == 200
@@ -129,7 +85,7 @@ def test_a_connection_is_closed_when_the_client_wants_it_or_is_old(
     wire: Wire, encode: Encode, version: str, headers: list[str]
 ) -> None:
     image = encode(4)
-    wire.send(_head(len(image), *headers, version=version) + image)
+    wire.send(head(len(image), *headers, version=version) + image)
     status, answered, _ = wire.answer()
     assert (status, answered["connection"]) == (200, "close")
     assert wire.closed_by_server()
@@ -144,7 +100,7 @@ def test_a_connection_is_closed_once_it_was_idle_since_the_last_answer(
         with wire.socket:
             first = answered = time.monotonic()
             while answered - first < 0.5:
-                wire.send(_head(len(image)) + image)
+                wire.send(head(len(image)) + image)
                 assert wire.answer()[0] == 200
                 answered = time.monotonic()
             assert wire.closed_by_server()
@@ -152,12 +108,12 @@ def test_a_connection_is_closed_once_it_was_idle_since_the_last_answer(
 
 
 def test_a_refusal_does_not_wait_for_the_body_and_the_connection_goes_on(wire: Wire, encode: Encode) -> None:
-    wire.send(_head(1000, path="/predict?engine=none"))
+    wire.send(head(1000, path="/predict?engine=none"))
     status, _, problem = wire.answer()
     assert (status, problem["type"]) == (404, "urn:trimrt:problem:engine-not-found")
     wire.send(b"\0" * 1000)
     image = encode(5)
-    wire.send(_head(len(image)) + image)
+    wire.send(head(len(image)) + image)
     assert wire.answer()[0] == 200
 
 
@@ -169,7 +125,7 @@ def test_what_is_no_http_is_refused(server: Running, wire: Wire) -> None:
 
 def test_head_and_body_of_an_answer_are_one_piece(wire: Wire, encode: Encode) -> None:
     image = encode(6)
-    wire.send(_head(len(image)) + image)
+    wire.send(head(len(image)) + image)
     piece = wire.socket.recv(1 << 16)
     assert piece.startswith(b"HTTP/1.1 200 OK\r\n")
     assert json.loads(piece.partition(b"\r\n\r\n")[2])["results"]
@@ -186,7 +142,7 @@ def test_a_client_that_reads_late_is_waited_for_and_gets_every_answer(
     ):
         wire = Wire(server, receive_buffer=4096)
         with wire.socket:
-            wire.send(_head(len(image)) + image)
+            wire.send(head(len(image)) + image)
             assert wire.answer()[0] == 200
             (connection,) = (
                 it for it in server.server.server_state.connections if it.client == wire.socket.getsockname()
@@ -194,7 +150,7 @@ def test_a_client_that_reads_late_is_waited_for_and_gets_every_answer(
             connection.transport.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
             )
-            requests = (_head(len(image), f"X-Request-Id: {n}") + image for n in range(count))
+            requests = (head(len(image), f"X-Request-Id: {n}") + image for n in range(count))
             sending = sender.submit(wire.send, b"".join(requests))
             wait_until(lambda: connection.flow.write_paused)
             assert sum(server.service.telemetry.requests.values()) < count
@@ -212,7 +168,7 @@ def test_an_open_exchange_ends_with_the_answer_when_the_server_drains(
         gate.close()
         wire = Wire(server)
         with wire.socket:
-            wire.send(_head(len(image)) + image)
+            wire.send(head(len(image)) + image)
             gate.wait_for_arrivals(1)
             server.service.lifecycle.draining = True
             gate.open()

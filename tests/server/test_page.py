@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from pydantic import SecretStr
 from running import Running, running
 from tiny_engine import LABELS
 
@@ -210,3 +212,25 @@ def test_labels_cannot_inject_markup(page: Page) -> None:
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self'" in policy
+
+
+def test_the_interfaces_description_is_shown_without_another_network(page: Page, served: Running) -> None:
+    page.goto(f"{served.url}/docs")
+    expect(page.locator("#swagger-ui .title")).to_contain_text("TrimRT")
+    expect(page.locator("[data-path='/predict']")).to_be_visible()
+
+
+def test_the_key_is_asked_for_where_there_is_one(browser: Browser, engine_dir: Path, photo: Path) -> None:
+    settings = Settings(
+        engine="tiny", engine_dir=engine_dir, port=0, api_key=SecretStr("clé"), protect_predict=True
+    )
+    with running(settings) as locked, closing(browser.new_context()) as context:
+        page = context.new_page()
+        given = iter(["wrong", "clé"])
+        page.on("dialog", lambda dialog: dialog.accept(next(given)))
+        page.goto(locked.url)
+        page.set_input_files("#file", photo)
+        expect(page.locator("#labels li")).to_have_count(5)
+        page.select_option("#engine", "other")
+        expect(page.locator("#answered-by")).to_contain_text("other")
+    assert next(given, None) is None

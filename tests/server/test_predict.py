@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from running import Running
+from running import Running, running
 
 from models.preprocessing import Preprocessing, load_pixels
+from server.settings import Settings
 
 Encode = Callable[..., bytes]
 Reference = Callable[..., np.ndarray]
@@ -72,6 +74,28 @@ def test_many_files_in_a_form_are_answered_in_order(
         np.testing.assert_allclose(_probabilities(result), reference(image), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("sent", "filename"),
+    [
+        ('; filename="naïve 中.png"', "naïve 中.png"),
+        ("; filename*=UTF-8''na%C3%AFve%20%E4%B8%AD.png", "naïve 中.png"),
+        ("; filename=\"a.png\"; filename*=iso-8859-1'en'na%EFve.png", "naïve.png"),
+        ('; filename=""', ""),
+        ("", None),
+    ],
+)
+def test_a_files_name_is_repeated_however_it_was_sent(
+    server: Running, encode: Encode, sent: str, filename: str | None
+) -> None:
+    head = f'--b\r\nContent-Disposition: form-data; name="file"{sent}\r\n\r\n'.encode()
+    response = server.client.post(
+        "/predict",
+        content=head + encode(1) + b"\r\n--b--\r\n",
+        headers={"Content-Type": "multipart/form-data; boundary=b"},
+    )
+    assert response.json()["results"][0]["filename"] == filename
+
+
 def test_the_engine_is_chosen_by_name(server: Running, encode: Encode, reference: Reference) -> None:
     image = encode(4)
     answer = server.predict(image, params={"engine": "other", "top_k": 10}).json()
@@ -112,6 +136,59 @@ def test_a_client_may_name_its_request(server: Running, encode: Encode) -> None:
     assert response.headers["x-request-id"] == response.json()["request_id"] == "order-17"
     odd = server.predict(encode(6), headers={"X-Request-Id": "a b"})
     assert odd.headers["x-request-id"] != "a b"
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["image/jpg", "image/pjpeg", "image/x-png", "application/octet-stream", "Image/PNG; charset=binary", ""],
+)
+@pytest.mark.parametrize("path", ["/predict", "/%70redict"])
+def test_the_bytes_decide_what_an_image_is(
+    server: Running, encode: Encode, reference: Reference, path: str, content_type: str
+) -> None:
+    image = encode(7, "JPEG", quality=90)
+    headers = {"Content-Type": content_type} if content_type else {}
+    (result,) = server.client.post(path, content=image, headers=headers).json()["results"]
+    assert result["predictions"][0]["index"] == reference(image).argmax()
+
+
+@pytest.mark.parametrize("path", ["/", "/health/live", "/health/ready", "/v2/health/ready", "/metrics"])
+def test_head_is_answered_as_get_without_a_body(server: Running, path: str) -> None:
+    head, get = server.client.head(path), server.client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert server.client.head("/predict").status_code == 405
+
+
+def test_pages_of_other_sites_may_ask_where_that_is_set(
+    engine_dir: Path, server: Running, encode: Encode
+) -> None:
+    origin = {"Origin": "https://shop.example"}
+    asks = {
+        **origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
+    settings = Settings(
+        engine="tiny",
+        engine_dir=engine_dir,
+        port=0,
+        cors_origin="https://shop.example/, http://localhost:3000",
+    )
+    with running(settings) as it:
+        preflight = it.client.options("/predict", headers=asks)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://shop.example"
+        for image, status in ((encode(0), 200), (b"no image", 400)):
+            answer = it.predict(image, headers=origin)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == "https://shop.example"
+            assert "Server-Timing" in answer.headers["access-control-expose-headers"]
+        other = it.predict(encode(0), headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+        assert it.client.post("/engines/tiny/load", headers=origin).status_code == 403
+    assert server.client.options("/predict", headers=asks).status_code == 405
+    assert "access-control-allow-origin" not in server.predict(encode(0), headers=origin).headers
 
 
 def test_the_openapi_document_describes_both_kinds_of_body(server: Running) -> None:

@@ -11,7 +11,16 @@ from server.settings import Settings
 ROUTER: Final = "router"
 
 # Ray's proxies listen, and Ray replaces replicas: a replica does neither.
-_RAYS: Final = ("host", "port", "grpc_port", "keep_alive_s", "drain_delay_s", "watch", "watch_interval_s")
+_RAYS: Final = (
+    "host",
+    "port",
+    "root_path",
+    "grpc_port",
+    "keep_alive_s",
+    "drain_delay_s",
+    "watch",
+    "watch_interval_s",
+)
 
 
 class Pool(BaseModel):
@@ -71,4 +80,6 @@ class Arguments(BaseModel):
 def on_share(settings: dict[str, Any], cpus: float) -> Settings:
     """The settings of a server that has this many cores of its machine; explicit settings win."""
     threads = max(1, int(cpus))
-    return Settings(**({"decode_threads": threads, "inference_threads": threads} | settings))
+    # Others reach a replica through Ray's proxies, wherever these listen.
+    ours: dict[str, Any] = {"decode_threads": threads, "inference_threads": threads, "host": "0.0.0.0"}
+    return Settings(**(ours | settings))

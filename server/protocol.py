@@ -1,0 +1,394 @@
+"""uvicorn's HTTP protocol, made safe against clients that send too much, too slowly, or stop half-way.
+
+What uvicorn leaves open: heads without a limit or an end, clients that never send, read or leave, answers
+that are lost because the rest of the request was not read, and offers to speak another protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+from typing import Any, Final
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.deadline import Deadline
+from server.problems import Problem, internal_error
+from server.service import service_of
+from server.transport import CycleTransport, Flow
+
+log = logging.getLogger("trimrt")
+
+HEAD_LIMIT: Final = 32 << 10
+"""Most bytes of a request's line and headers; each header counts 32 more, as in HTTP/2 (RFC 9113, 6.5.2)."""
+
+LINGER_S: Final = 30.0
+"""How long the rest of a request is read that was answered before its end, seconds."""
+LINGER_QUIET_S: Final = 5.0
+"""The same while nothing comes, seconds."""
+LINGER_BYTES: Final = 1 << 30
+"""How much of it is read."""
+
+# What is parsed at once. Of requests, so little that all that fit in it keep other clients from nothing.
+_PIECE: Final = 4 << 10
+_LARGE_PIECE: Final = 64 << 10  # of a body
+_SMALL, _FEW = HEAD_LIMIT // 2, HEAD_LIMIT // 2 // 32  # bytes and headers that are within the limit, surely
+_PROBE_S: Final = 1.0
+_TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
+_IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
+
+
+class HardenedProtocol(HttpToolsProtocol):
+    """One client's connection; every request goes to the ASGI application.
+
+    Subclasses may answer a request themselves. While they do, `cycle.response_complete` is false.
+    """
+
+    cycle: Any
+    flow: Flow
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.service = service_of(self.config.app)  # type: ignore[arg-type]
+        self._phase = _IDLE
+        self._head_size = 0  # bytes of the head, and at most a piece more
+        self.progress = False  # a part of the body has come since the last look
+        self._framing = 0  # bytes since then: what surrounds the body's chunks
+        self.ending = False  # no request follows those that are under way
+        self._closing = False  # nothing is answered any more
+        self._deaf = False  # nothing is parsed any more
+        self._eof = False  # the client sends nothing any more
+        self._held = memoryview(b"")  # what came and is not parsed yet
+        self._dropped = 0  # bytes of a request that was answered before its end
+        keep_alive, timeout = self.timeout_keep_alive, self.service.settings.timeout_ms / 1000
+        self._head_s = min(keep_alive or math.inf, timeout)
+        self._deadline = Deadline(self.loop, self._cut_off)
+        self._latest = 0.0  # until when its head, or the rest of an answered request, must be there
+        self._unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The transport: a client has connected."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self.flow = Flow(self.transport)
+        self._deadline.move(self.loop.time() + (self.timeout_keep_alive or self._head_s))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport: the client is gone."""
+        self._deadline.cancel()
+        if self._unread is not None:
+            self._unread.cancel()
+        self._closing = True
+        self.pipeline.clear()
+        self._held = memoryview(b"")
+        super().connection_lost(exc)
+
+    # --- what comes ------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        """The transport: something came."""
+        size = len(data)
+        self._deadline.until = math.inf
+        if size <= _PIECE and not self.pipeline:
+            self._parse(data)
+        else:
+            self._parse_in_pieces(memoryview(data))
+        if self.cycle is None or self.cycle.response_complete or self._closing:
+            self.await_client(size)
+
+    def _parse_in_pieces(self, data: memoryview) -> None:
+        """Parse `data`, but hold back what follows a request that has to wait for an earlier one."""
+        while data:
+            if self.pipeline and not self._deaf:
+                self._held = data
+                self.flow.hold()
+                return
+            size = _LARGE_PIECE if self._phase == _BODY else _PIECE
+            self._parse(data[:size])
+            data = data[size:]
+
+    def _parse_held(self) -> None:
+        held, self._held = self._held, memoryview(b"")
+        if not self._closing:
+            self.flow.release()
+            self.data_received(held)
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        rest = self._parse_to_offer(data)
+        while rest:
+            rest = self._parse_to_offer(rest)
+
+    def _parse_to_offer(self, data: bytes | memoryview) -> memoryview | None:
+        """Parse `data` to its end, or to that of a head which offers another protocol: what is left."""
+        if self._deaf:
+            return None
+        size = len(data)
+        self._head_size = self._head_size + size if self._phase == _HEAD else size
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as error:
+            offer = error.args[0]
+        except httptools.HttpParserError as error:
+            self._reject(_as_problem(error))
+            return None
+        else:
+            if self._phase != _IDLE:
+                self._check_unfinished(size)
+            return None
+        # llhttp takes what follows for the other protocol's. RFC 9110, 7.8: an offer may be ignored.
+        self._parse_to_offer(self._head_without_offer())
+        return memoryview(data)[offer:]
+
+    def _check_unfinished(self, size: int) -> None:
+        """Refuse a head, or what surrounds a body's chunks, that takes too much already."""
+        if self._phase == _HEAD:
+            # What came before it in its first piece was counted too; `begins` looks closer.
+            too_much = self._head_size > HEAD_LIMIT + _LARGE_PIECE
+        else:
+            self._framing = 0 if self.progress else self._framing + size
+            self.progress = False
+            too_much = self._framing > HEAD_LIMIT
+        if too_much:
+            self._reject(_head_too_large())
+
+    def _head_without_offer(self) -> bytes:
+        line = b"%b %b HTTP/%b" % (
+            self.parser.get_method(),
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
+        headers = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([line, *headers, b"", b""])
+
+    # --- the parser's calls, in their order ------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request begins. What uvicorn makes for it is made once it is known where it goes."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._phase = _HEAD
+        self._latest = 0.0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header; or a trailer, which says nothing that counts."""
+        if self._phase == _HEAD:
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        if self.begins():
+            self.hand_to_application()
+
+    def begins(self) -> bool:
+        """Whether the head that is there begins a request to answer."""
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise Problem("method-not-allowed", "this server is no proxy")
+            return False  # it is parsed again, without the offer
+        if self._head_size > _SMALL or len(self.headers) > _FEW:
+            size = len(self.url) + sum(len(name) + len(value) + 32 for name, value in self.headers)
+            if size > HEAD_LIMIT:
+                raise _head_too_large()
+        self._phase = _BODY
+        self._latest = 0.0
+        self.progress = True
+        return not self._closing
+
+    def hand_to_application(self) -> None:
+        """Let uvicorn make of the head what the application needs."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        if not _TARGET.fullmatch(url):
+            self._phase = _HEAD
+            raise Problem("malformed-request", "the request's target is no path")
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers  # the list that the scope has
+        super().on_headers_complete()
+        self.cycle.transport = CycleTransport(self.transport, self.end)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body of the newest request."""
+        self.progress = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The newest request is whole."""
+        if self.completes():
+            super().on_message_complete()
+
+    def completes(self) -> bool:
+        """Whether the request that is whole is one to answer."""
+        if self._phase == _HEAD:
+            return False  # see `begins`
+        self._phase = _IDLE
+        if self._closing:
+            self.transport.close()
+        return not self._closing
+
+    # --- the end of a request --------------------------------------------------------------------------
+
+    def on_response_complete(self) -> None:
+        """A cycle of uvicorn's: the request is answered."""
+        self.server_state.total_requests += 1
+        if self._closing:
+            return
+        started = bool(self.pipeline)
+        if started:
+            self._start_asgi_task(*self.pipeline.pop())
+        if self._held and not self.pipeline:
+            self.loop.call_soon(self._parse_held)
+        elif not started:
+            self.flow.resume_reading()
+            if self.ending:
+                self.end()
+            else:
+                self.await_client()
+
+    def end(self) -> None:
+        """Close the connection once the client has the last answer.
+
+        To close with something unread resets the connection, and the client loses the answer: what it still
+        sends is read for a while.
+        """
+        if self._closing or self.transport.is_closing():
+            return
+        self._closing = True
+        self.pipeline.clear()
+        if self._eof or (self._phase == _IDLE and not self._deaf):
+            self.transport.close()
+            return
+        self._held = memoryview(b"")
+        self.flow.release()
+        self.transport.write_eof()
+        self._latest = 0.0
+        self.await_client()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The transport: the client sends nothing more. It may have left, or wait for its answers."""
+        if self._phase == _BODY and self.pipeline:
+            self.pipeline.popleft()  # it never becomes whole
+        elif self._phase == _BODY or self._closing or not self._under_way():
+            return False
+        if not self._eof:
+            self._eof = self.ending = True
+            self._probe()
+        return True
+
+    def _probe(self) -> None:
+        """Tell a client that left from one that waits: the system of the first resets the connection.
+
+        An interim answer does no harm to the other (RFC 9110, 15.2), but HTTP/1.0 has none.
+        """
+        self.loop.call_later(_PROBE_S, self._probe_again)
+
+    def _probe_again(self) -> None:
+        if self.transport.is_closing() or not self._under_way() or self.parser.get_http_version() == "1.0":
+            return
+        if not getattr(self.cycle, "response_started", False):
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        self._probe()
+
+    def _under_way(self) -> bool:
+        return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)
+
+    def _reject(self, problem: Problem) -> None:
+        """What came cannot be parsed, and so nothing that follows it."""
+        self._deaf = self.ending = True
+        under_way = self._under_way()
+        if self._phase == _BODY:
+            if not under_way:  # it is answered already
+                self.end()
+                return
+            if self.pipeline:
+                self.pipeline.popleft()
+            elif getattr(self.cycle, "response_started", False):
+                self.transport.abort()
+                return
+            else:
+                self.abandon()
+                under_way = False
+        if under_way:
+            self.flow.pause_reading()  # those before it are answered, then the connection ends
+            return
+        headers = [*self.server_state.default_headers, *problem.response().raw_headers]
+        lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
+        body = bytes(problem.response().body)
+        self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", body]))
+        self.end()
+
+    def abandon(self) -> None:
+        """Drop the newest request, of which a part has come."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+
+    # --- waiting for the client ------------------------------------------------------------------------
+
+    def await_client(self, size: int = 0) -> None:
+        """Nothing is under way. From now on, a client that is silent or slow is cut off.
+
+        Args:
+            size: bytes that have just come.
+        """
+        now = self.loop.time()
+        if self._phase == _IDLE and not self._closing:
+            self._deadline.move(now + self.timeout_keep_alive)
+        elif self._phase == _HEAD and not self._closing:
+            self._latest = self._latest or now + self._head_s
+            self._deadline.move(self._latest)
+        else:  # the rest of a request that is answered
+            if not self._latest:
+                self._latest = now + LINGER_S
+                self._dropped = 0
+            self._dropped += size
+            too_much = self._dropped > LINGER_BYTES
+            self._deadline.move(now if too_much else min(self._latest, now + LINGER_QUIET_S))
+
+    def _cut_off(self) -> None:
+        if self._closing or self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self._closing = True
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The transport: the client does not read its answers."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.timeout_keep_alive or self._head_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The transport: it reads again."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def shutdown(self) -> None:
+        """uvicorn: the server stops."""
+        if self._closing:
+            self.transport.close()
+        else:
+            super().shutdown()
+
+
+def _as_problem(error: httptools.HttpParserError) -> Problem:
+    """What the client is told; what went wrong here is logged."""
+    cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
+    if isinstance(cause, Problem):
+        return cause
+    if isinstance(cause, httptools.HttpParserError):
+        return Problem("malformed-request", f"the request is not valid HTTP: {cause}")
+    log.error("a request failed", exc_info=cause)
+    return internal_error()
+
+
+def _head_too_large() -> Problem:
+    return Problem(
+        "head-too-large",
+        f"the request's line, headers and trailers, or what surrounds its chunks, take more than "
+        f"{HEAD_LIMIT:,} bytes",
+    )
