@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
@@ -53,7 +54,8 @@ def create_app(
     Args:
         settings: all of its configuration.
         load: how an engine package becomes an engine; None: as the settings say.
-        on_failure: told when an engine named in `settings` cannot be loaded at start.
+        on_failure: told when an engine named in `settings` cannot be loaded at start, or gRPC's port is
+            taken.
         observers: told of every inference request.
     """
 
@@ -62,6 +64,7 @@ def create_app(
         telemetry = Telemetry([*observers, *_tracers(settings)])
         registry = Registry(settings, telemetry, load)
         lifecycle = Lifecycle()
+        large_work = ThreadPoolExecutor(1, "trimrt-large")
         app.state.service = service = Service(
             settings,
             lifecycle,
@@ -69,9 +72,16 @@ def create_app(
             telemetry,
             registry,
             Metrics(telemetry, registry, find_devices()),
+            large_work,
             asyncio.create_task(_load_configured(settings, registry, lifecycle, on_failure)),
         )
-        grpc_server = await _start_grpc(service)
+        try:
+            grpc_server = await _start_grpc(service)
+        except OSError as error:
+            if on_failure is None:
+                raise
+            on_failure(error)
+            grpc_server = None
         watching = asyncio.create_task(registry.watch()) if settings.watch else None
         yield
         if watching is not None:
@@ -80,6 +90,7 @@ def create_app(
             await grpc_server.stop(settings.grace_s)
         await service.loading
         await registry.close()
+        await asyncio.to_thread(large_work.shutdown)
         for observer in telemetry.observers:
             await asyncio.to_thread(observer.close)
 

@@ -375,7 +375,10 @@ def test_more_images_than_the_limit_are_refused(start: Start, gate: Gate, encode
     it = start(max_images=2)
     gate.open()
     refused = it.ask(*[encode(0)] * 3)
-    assert (refused.error, refused.detail) == (it.error("too-many-images"), "3 images; the limit is 2")
+    assert (refused.error, refused.detail) == (
+        it.error("too-many-images"),
+        "too many images; the limit is 2 in one request",
+    )
     wait_until(lambda: it.counted("invalid", "too-many-images") == 1)
     assert it.ask(*[encode(0)] * 2).error == ""
 

@@ -21,7 +21,7 @@ from tiny_engine import LABELS
 
 from models.preprocessing import Preprocessing, load_pixels
 from server.problems import Problem
-from server.v2.rest import parse
+from server.v2.body import parse
 from server.v2.tensors import pack_bytes, unpack_bytes
 
 Encode = Callable[..., bytes]
@@ -78,6 +78,8 @@ def test_health_and_metadata(triton: tuple[Any, Any]) -> None:
     assert client.is_server_ready()
     assert client.is_model_ready("tiny")
     assert client.is_model_ready("tiny", "1")
+    assert not client.is_model_ready("tiny", "7")
+    assert not client.is_model_ready("nobody")
     server = _metadata(client.get_server_metadata())
     assert server["name"] == "trimrt"
     assert server["extensions"] == ["binary_tensor_data", "classification"]
@@ -192,7 +194,6 @@ def test_errors_reach_the_client(
     module, client = triton
     with pytest.raises(InferenceServerException, match=message):
         client.infer(model, [_input(module, data)], model_version=version)
-    assert not client.is_model_ready("tiny", "7") if module.__name__ == "tritonclient.http" else True
 
 
 def _infer(server: Running, body: Any, **headers: str) -> httpx.Response:
@@ -260,7 +261,7 @@ def test_a_wrong_header_length(server: Running, length: str) -> None:
 
 @given(st.lists(st.binary(max_size=40)))
 def test_bytes_tensors_round_trip(elements: list[bytes]) -> None:
-    assert unpack_bytes(pack_bytes(elements)) == elements
+    assert unpack_bytes(pack_bytes(elements), len(elements)) == elements
 
 
 def _refusal(call: Callable[[], Any]) -> str:
@@ -274,14 +275,14 @@ def _refusal(call: Callable[[], Any]) -> str:
 
 @given(st.binary(max_size=60), st.none() | st.text(max_size=4))
 def test_any_body_is_parsed_or_refused(body: bytes, header_length: str | None) -> None:
-    assert _refusal(lambda: parse(body, header_length)) in ("", "malformed-request")
+    assert _refusal(lambda: parse(body, header_length, 64)) in ("", "malformed-request", "invalid-parameter")
 
 
 @given(st.binary(max_size=40))
 def test_any_bytes_tensor_is_unpacked_or_refused(packed: bytes) -> None:
-    if not (refusal := _refusal(lambda: unpack_bytes(packed))):
-        assert pack_bytes(unpack_bytes(packed)) == packed
-    assert refusal in ("", "malformed-request")
+    if not (refusal := _refusal(lambda: unpack_bytes(packed, 8))):
+        assert pack_bytes(unpack_bytes(packed, 8)) == packed
+    assert refusal in ("", "malformed-request", "too-many-images")
 
 
 def test_the_committed_messages_are_those_of_the_proto(tmp_path: Path) -> None:
