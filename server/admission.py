@@ -248,9 +248,10 @@ class Admission(Generic[Answer]):
         if self._over:
             self._service.body_memory.release(self._size)
             return
+        if isinstance(failure, Exception):
+            self._refuse(failure)
+            return
         try:
-            if failure is not None:
-                raise failure
             then(cast("T", done.result()))
         except Exception as error:
             self._refuse(error)
@@ -259,6 +260,8 @@ class Admission(Generic[Answer]):
         if not isinstance(error, Problem):
             log.error("a request failed", exc_info=error)
             error = internal_error()
+        # Their frames hold the body, and whoever raises the problem again makes a cycle.
+        error.__traceback__ = error.__context__ = None
         self._close(self._call.refusal(error), outcome_of(error), error.name)
 
     def _close(self, answer: Answer, outcome: str, reason: str) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import unquote
+
+# What gRPC has to say comes as exceptions too; its lines on standard error are not the log's.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -17,7 +21,7 @@ from server.admission import Admission, Call
 from server.auth import Caller
 from server.bodies import body_too_large, too_many_images
 from server.jobs import Result
-from server.problems import Problem
+from server.problems import Problem, internal_error
 from server.registry import Registry
 from server.scheduler import Scheduler
 from server.service import Service
@@ -59,7 +63,13 @@ async def start(service: Service) -> grpc.aio.Server:
     settings = service.settings
     largest = min(settings.max_body_bytes, settings.max_body_memory_bytes)
     server = grpc.aio.server(
-        options=[("grpc.max_receive_message_length", largest), ("grpc.so_reuseport", 0)],
+        options=[
+            # What nobody has asked to read yet waits with the client.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", 64 << 10),
+            ("grpc.max_receive_message_length", largest),
+            ("grpc.so_reuseport", 0),
+        ],
         maximum_concurrent_rpcs=_MOST_CALLS,
     )
     methods = _Methods(service, Intake(service.body_memory, largest))
@@ -294,13 +304,16 @@ def _with_status(
         try:
             return await method(context)
         except Problem as problem:
-            code = _CODES.get(problem.status, grpc.StatusCode.INVALID_ARGUMENT)
-            if problem.name == "body-too-large":
-                code = grpc.StatusCode.RESOURCE_EXHAUSTED  # as gRPC itself says it
-            trailing = tuple((name.lower(), value) for name, value in problem.headers.items())
-            await context.abort(code, problem.detail, trailing)
+            refusal = problem
         except Exception:
             log.exception("a gRPC request failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
+            refusal = internal_error()
+        code = _CODES.get(refusal.status, grpc.StatusCode.INVALID_ARGUMENT)
+        if refusal.name == "body-too-large":
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED  # as gRPC itself says it
+        trailing = tuple((name.lower(), value) for name, value in refusal.headers.items())
+        detail = refusal.detail
+        del refusal  # gRPC keeps what `abort` raises, and so this frame, until the next garbage collection
+        return await context.abort(code, detail, trailing)
 
     return handle
