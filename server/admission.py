@@ -37,7 +37,7 @@ log = logging.getLogger("trimrt")
 Answer = TypeVar("Answer")
 T = TypeVar("T")
 
-_MOST_PIECES: Final = 65_536  # of a body, unless they are larger than the next
+_MOST_PIECES: Final = 16_384  # of a body, unless they are larger than the next
 _LEAST_PIECE: Final = 256  # bytes
 _MOST_RANKED: Final = 262_144  # classes in one answer, over all images
 _LARGE_ANSWER: Final = 8_192  # as many take some milliseconds to render
