@@ -5,14 +5,15 @@ Nothing is spooled to disk, and an image's bytes are copied once.
 
 from __future__ import annotations
 
+import re
 from typing import Final, NamedTuple
-
-from python_multipart.multipart import parse_options_header
+from urllib.parse import unquote_to_bytes
 
 from server.problems import Problem
 
 MOST_FIELDS: Final = 64  # of a form, beside its images
 _MOST_HEAD: Final = 8 << 10  # bytes of one part's headers
+_PARAMETER: Final = re.compile(rb';[ \t]*([\w*-]+)=("(?:[^"\\]|\\.)*"|[^; \t]*)')
 _STEP: Final = 4 << 20  # bytes searched before other threads get the interpreter's lock
 
 
@@ -85,7 +86,7 @@ def parse_multipart(content_type: str, body: bytes, max_images: int) -> list[Par
     Raises:
         Problem: `malformed-request` or `too-many-images`.
     """
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    boundary = _parameters(content_type.encode("latin-1", "replace")).get(b"boundary")
     if not boundary:
         raise Problem("malformed-request", "the multipart Content-Type names no boundary")
     delimiter = b"\r\n--" + boundary
@@ -137,10 +138,23 @@ def _disposition(head: bytes) -> tuple[str, str | None]:
         if not colon or not name.strip():
             raise Problem("malformed-request", f"a part of the form has the header line {line[:80]!r}")
         if name.strip().lower() == b"content-disposition":
-            disposition = value.strip()
-    _, options = parse_options_header(disposition)
-    filename = options.get(b"filename")
+            disposition = value
+    parameters = _parameters(disposition)
+    filename = parameters.get(b"filename")
+    extended = parameters.get(b"filename*", b"").split(b"'", 2)  # RFC 8187: charset, language, text
+    if len(extended) == 3:
+        filename = unquote_to_bytes(extended[2])
     return (
-        options.get(b"name", b"").decode("utf-8", "replace"),
+        parameters.get(b"name", b"").decode("utf-8", "replace"),
         None if filename is None else filename.decode("utf-8", "replace"),
     )
+
+
+def _parameters(header: bytes) -> dict[bytes, bytes]:
+    """The parameters of a header's value. Takes time in proportion to its length, whatever it is."""
+    found = {}
+    for name, value in _PARAMETER.findall(header):
+        if value[:1] == b'"' == value[-1:]:
+            value = value[1:-1].replace(b"\\\\", b"\\").replace(b'\\"', b'"')
+        found[name.lower()] = value
+    return found
