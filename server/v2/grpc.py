@@ -61,19 +61,19 @@ async def start(service: Service) -> grpc.aio.Server:
         OSError: the port is taken.
     """
     settings = service.settings
-    largest = min(settings.max_body_bytes, settings.max_body_memory_bytes)
+    intake = Intake(service.body_memory, settings.max_body_bytes)
     server = grpc.aio.server(
         options=[
             # What nobody has asked to read yet waits with the client.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", 64 << 10),
-            ("grpc.max_receive_message_length", largest),
+            ("grpc.experimental.tcp_max_read_chunk_size", 64 << 10),
+            ("grpc.max_receive_message_length", intake.largest),
             ("grpc.so_reuseport", 0),
         ],
         maximum_concurrent_rpcs=_MOST_CALLS,
     )
-    methods = _Methods(service, Intake(service.body_memory, largest))
-    server.add_generic_rpc_handlers((methods.handler(),))
+    server.add_generic_rpc_handlers((_Methods(service, intake).handler(),))
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         port = server.add_insecure_port(f"{host}:{settings.grpc_port}")

@@ -2,6 +2,7 @@
 
 gRPC tells a message's size only when all of it is there. So only a few come in at once, and the most that
 they may hold counts among the request bodies. The others wait in the network, where nothing is held for them.
+Messages are smaller than bodies over HTTP may be, or one of them would take the place of all others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Final
 from server.bodies import BodyMemory
 from server.problems import Problem
 
-_COPIES: Final = 3  # of a message: two while gRPC hands it over, and another while it is parsed
+_MESSAGE: Final = 16  # part of the bodies' memory that one message may take
+_PLACES: Final = 4  # of such messages
+_LEAST: Final = 4 << 20  # bytes that a message may always have: gRPC's own default
 _PATIENCE_S: Final = 2.0
 
 
@@ -21,14 +24,19 @@ class Intake:
     """Places for messages that are being received.
 
     Args:
-        memory: what all bodies share; half of it is for messages that come in.
+        memory: what all bodies share; three quarters of it are for messages that come in, while they do.
+        max_body: bytes of the largest body.
+
+    Attributes:
         largest: bytes of the largest message.
     """
 
-    def __init__(self, memory: BodyMemory, largest: int) -> None:
-        places = max(1, memory.limit // 2 // (_COPIES * largest))
+    def __init__(self, memory: BodyMemory, max_body: int) -> None:
+        self.largest = min(max_body, max(_LEAST, memory.limit // _MESSAGE))
+        places = max(1, _PLACES * memory.limit // (_MESSAGE * self.largest))
         self._memory = memory
-        self._each = max(1, memory.limit // 2 // places)
+        # One message at a time is handed over by gRPC and one is parsed, which takes eight of its size.
+        self._each = max(1, memory.limit * 3 // 4 // places)
         self._places = asyncio.Semaphore(places)
         self._waiting = 0
 
