@@ -1,11 +1,13 @@
 """The policy that every inference request meets, whatever protocol carries it.
 
 In this order: the drain, the key, the deadline, the engine and the room in its queue, the size of the body
-and the memory that all bodies share, the number of images. Then the outcome is counted, once.
+and the memory that all bodies share, the number of images, the size of the answer. Then the outcome is
+counted, once.
 
 A carrier (the HTTP parser, ASGI, gRPC) hands the request over by plain calls on the event loop's thread, and
 a `Call` parses it and renders the answer. A task, futures and further timers for each request would cost the
-event loop more than all that is done here.
+event loop more than all that is done here. Only what takes more than a few milliseconds, to take a large body
+apart or to render a large answer, goes to a thread, one request at a time.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar, final
+from functools import partial
+from typing import Final, Generic, TypeVar, cast, final
 
 from models.preprocessing import Pixels
 from runtime.manifest import Manifest
 from server.auth import Caller, require_key
-from server.bodies import body_too_large
+from server.bodies import body_too_large, too_many_images
 from server.jobs import Job, Result
 from server.problems import Problem, internal_error
 from server.registry import Registry
@@ -32,6 +35,12 @@ from server.telemetry import Ended, RequestKey, outcome_of
 log = logging.getLogger("trimrt")
 
 Answer = TypeVar("Answer")
+T = TypeVar("T")
+
+_MOST_PIECES: Final = 16_384  # of a body, unless they are larger than the next
+_LEAST_PIECE: Final = 256  # bytes
+_MOST_RANKED: Final = 262_144  # classes in one answer, over all images
+_LARGE_ANSWER: Final = 8_192  # as many take some milliseconds to render
 
 
 class Call(ABC, Generic[Answer]):
@@ -55,13 +64,22 @@ class Call(ABC, Generic[Answer]):
         """Size of the body by the head, which is also checked for the body's type; 0 if it does not say."""
         return 0
 
+    def is_slow_to_read(self, body: bytes) -> bool:
+        """Whether `read` may take more than a few milliseconds."""
+        return False
+
     @abstractmethod
-    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
-        """The engine (which may have been switched since), the images, how many classes of each to rank."""
+    def read(
+        self, body: bytes, registry: Registry, max_images: int
+    ) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+        """The engine (which may have been switched since), the images, how many classes of each to rank.
+
+        Called on the thread for large requests if it `is_slow_to_read`.
+        """
 
     @abstractmethod
     def render(self, results: Sequence[Result], manifest: Manifest) -> Answer:
-        """The answer; one result per image."""
+        """The answer; one result per image. Called on the thread for large requests if it is large."""
 
     @abstractmethod
     def refusal(self, problem: Problem) -> Answer:
@@ -72,8 +90,8 @@ class Call(ABC, Generic[Answer]):
 class Admission(Generic[Answer]):
     """A request under way, from its head to its answer.
 
-    The carrier calls `open`, then `receive` for each piece of the body, then `complete`; and `abandon` if the
-    client leaves. Calls after the end do nothing.
+    The carrier calls `open`, then `receive` for each piece of the body, then `complete`; or `refuse` if the
+    body cannot be had; and `abandon` if the client leaves. Calls after the end do nothing.
 
     Args:
         service: the application's.
@@ -87,8 +105,11 @@ class Admission(Generic[Answer]):
         self._call = call
         self._respond = respond
         self._over = False
-        self._chunks: list[bytes] = []
+        self._body: bytes | bytearray = b""
         self._size = 0
+        self._pieces = 0
+        self._whole = False  # all of the body has come
+        self._away = False  # the thread for large requests has it
         self._deadline = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._job: Job | None = None
@@ -125,9 +146,17 @@ class Admission(Generic[Answer]):
         try:
             if self._size + size > service.settings.max_body_bytes:
                 raise body_too_large(service.settings.max_body_bytes)
+            self._pieces += 1
+            if self._pieces > _MOST_PIECES and self._size < self._pieces * _LEAST_PIECE:
+                raise Problem("malformed-request", f"the body has more than {_MOST_PIECES:,} tiny pieces")
             service.body_memory.reserve(size)
             self._size += size
-            self._chunks.append(chunk)
+            if not self._body:
+                self._body = chunk
+            elif isinstance(self._body, bytearray):
+                self._body += chunk
+            else:
+                self._body = bytearray(self._body) + chunk
         except Problem as problem:
             self._refuse(problem)
 
@@ -135,19 +164,35 @@ class Admission(Generic[Answer]):
         """All of the body has come."""
         if self._over:
             return
-        service, call, chunks = self._service, self._call, self._chunks
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
+        service, call = self._service, self._call
+        body = bytes(self._body)
+        self._body = b""
+        self._whole = True
         try:
-            self._scheduler, images, top = call.read(body, service.registry)
-            self._manifest = self._scheduler.engine.manifest
-            if len(images) > service.settings.max_images:
-                raise Problem(
-                    "too-many-images", f"{len(images)} images; the limit is {service.settings.max_images}"
-                )
-            self._job = self._scheduler.submit(images, self._deadline, self._done, top=top)
+            registry, max_images = service.registry, service.settings.max_images
+            if call.is_slow_to_read(body):
+                self._off_loop(partial(call.read, body, registry, max_images), self._submit)
+            else:
+                self._submit(call.read(body, registry, max_images))
         except Exception as error:
             self._refuse(error)
+
+    def _submit(self, request: tuple[Scheduler, Sequence[bytes | Pixels], int]) -> None:
+        self._scheduler, images, self._top = request
+        self._manifest = self._scheduler.engine.manifest
+        if len(images) > self._service.settings.max_images:
+            raise too_many_images(self._service.settings.max_images)
+        if len(images) * self._top > _MOST_RANKED:
+            raise Problem(
+                "invalid-parameter",
+                f"{self._top} classes of {len(images)} images; the limit is {_MOST_RANKED:,} in one answer",
+            )
+        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top)
+
+    def refuse(self, problem: Problem) -> None:
+        """The body cannot be had."""
+        if not self._over:
+            self._refuse(problem)
 
     def abandon(self) -> None:
         """The client is gone, or stopped waiting because its deadline passed."""
@@ -162,11 +207,12 @@ class Admission(Generic[Answer]):
             self._end("cancelled", "disconnected")
 
     def _expire(self) -> None:
-        if self._job is None:
+        if not self._whole:
             seconds = self._deadline - self._began
             self._refuse(Problem("body-timeout", f"the body had not arrived after {seconds:g} s"))
         else:
-            self._scheduler.drop(self._job, "expired")
+            if self._job is not None:
+                self._scheduler.drop(self._job, "expired")
             self._refuse(deadline_exceeded())
 
     def _done(self, outcome: list[Result] | Problem) -> None:
@@ -176,16 +222,46 @@ class Admission(Generic[Answer]):
         assert self._manifest is not None
         self._results = outcome
         try:
-            answer = self._call.render(outcome, self._manifest)
+            if len(outcome) * self._top > _LARGE_ANSWER:
+                self._off_loop(partial(self._call.render, outcome, self._manifest), self._answer)
+            else:
+                self._answer(self._call.render(outcome, self._manifest))
         except Exception as error:
             self._refuse(error)
-        else:
-            self._close(answer, "ok", "")
+
+    def _answer(self, answer: Answer) -> None:
+        self._close(answer, "ok", "")
+
+    def _off_loop(self, work: Callable[[], T], then: Callable[[T], None]) -> None:
+        """Do `work` on the thread for large requests, `then` go on here, unless the request has ended."""
+        self._away = True
+        loop, executor = asyncio.get_running_loop(), self._service.large_work
+        done = loop.run_in_executor(executor, self._unless_over, work)
+        done.add_done_callback(partial(self._come_back, then))
+
+    def _unless_over(self, work: Callable[[], T]) -> T | None:
+        return None if self._over else work()
+
+    def _come_back(self, then: Callable[[T], None], done: asyncio.Future[T | None]) -> None:
+        self._away = False
+        failure = done.exception()
+        if self._over:
+            self._service.body_memory.release(self._size)
+            return
+        if isinstance(failure, Exception):
+            self._refuse(failure)
+            return
+        try:
+            then(cast("T", done.result()))
+        except Exception as error:
+            self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
         if not isinstance(error, Problem):
             log.error("a request failed", exc_info=error)
             error = internal_error()
+        # Their frames hold the body, and whoever raises the problem again makes a cycle.
+        error.__traceback__ = error.__context__ = None
         self._close(self._call.refusal(error), outcome_of(error), error.name)
 
     def _close(self, answer: Answer, outcome: str, reason: str) -> None:
@@ -202,8 +278,9 @@ class Admission(Generic[Answer]):
         service, call = self._service, self._call
         # The job knows this object: a cycle would keep the body until the next garbage collection.
         self._job = self._timer = None
-        self._chunks = []
-        service.body_memory.release(self._size)
+        self._body = b""
+        if not self._away:
+            service.body_memory.release(self._size)
         key = RequestKey(call.protocol, outcome, reason)
         service.telemetry.end(key)
         if service.telemetry.observers:

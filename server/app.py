@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,7 @@ from server.service import Service
 from server.settings import Settings
 from server.telemetry import RequestObserver, Telemetry
 from server.v2 import rest
+from server.v2.body import HEADER_LENGTH
 from server.version import VERSION
 
 log = logging.getLogger("trimrt")
@@ -54,7 +56,8 @@ def create_app(
     Args:
         settings: all of its configuration.
         load: how an engine package becomes an engine; None: as the settings say.
-        on_failure: told when an engine named in `settings` cannot be loaded at start.
+        on_failure: told when an engine named in `settings` cannot be loaded at start, or gRPC's port is
+            taken.
         observers: told of every inference request.
     """
 
@@ -63,6 +66,7 @@ def create_app(
         telemetry = Telemetry([*observers, *_tracers(settings)])
         registry = Registry(settings, telemetry, load)
         lifecycle = Lifecycle()
+        large_work = ThreadPoolExecutor(1, "trimrt-large")
         app.state.service = service = Service(
             settings,
             lifecycle,
@@ -70,9 +74,16 @@ def create_app(
             telemetry,
             registry,
             Metrics(telemetry, registry, find_devices()),
+            large_work,
             asyncio.create_task(_load_configured(settings, registry, lifecycle, on_failure)),
         )
-        grpc_server = await _start_grpc(service)
+        try:
+            grpc_server = await _start_grpc(service)
+        except OSError as error:
+            if on_failure is None:
+                raise
+            on_failure(error)
+            grpc_server = None
         watching = asyncio.create_task(registry.watch()) if settings.watch else None
         yield
         if watching is not None:
@@ -81,6 +92,7 @@ def create_app(
             await grpc_server.stop(settings.grace_s)
         await service.loading
         await registry.close()
+        await asyncio.to_thread(large_work.shutdown)
         for observer in telemetry.observers:
             await asyncio.to_thread(observer.close)
 
@@ -98,7 +110,7 @@ def create_app(
             allow_origins=[origin.strip().rstrip("/") for origin in settings.cors_origin.split(",")],
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", rest.HEADER_LENGTH],
+            expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", HEADER_LENGTH],
         )
     app.add_middleware(RequestContext)
     for module in (predict, engines, health, observability, rest, page, docs):

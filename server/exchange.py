@@ -35,6 +35,7 @@ _LONGEST_NUMBER: Final = 19  # digits
 _LONGEST_QUERY: Final = 4096
 _MOST_PARAMETERS: Final = 32
 _NAMED_FIELDS: Final = 10
+_LARGE_FORM: Final = 1 << 20  # bytes; to search that many takes a millisecond
 
 HttpAnswer: TypeAlias = "tuple[int, Mapping[str, str], bytes]"
 """Status, headers less `Content-Length`, and body."""
@@ -121,9 +122,17 @@ class PredictCall(HttpCall):
         self._form = content_type if _media_type(content_type) == _FORM else None
         return super().announced_bytes()
 
-    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+    def is_slow_to_read(self, body: bytes) -> bool:
         """See `Call`."""
-        self._parts = [Part("file", None, body)] if self._form is None else _files(self._form, body)
+        return self._form is not None and len(body) > _LARGE_FORM
+
+    def read(
+        self, body: bytes, registry: Registry, max_images: int
+    ) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+        """See `Call`."""
+        self._parts = (
+            [Part("file", None, body)] if self._form is None else _files(self._form, body, max_images)
+        )
         for number, part in enumerate(self._parts):
             if not part.data or part.data.startswith(b"data:"):
                 raise _no_file(number, part)
@@ -225,8 +234,8 @@ def _media_type(content_type: str) -> str:
     return media_type
 
 
-def _files(content_type: str, body: bytes) -> list[Part]:
-    parts = parse_multipart(content_type, body)
+def _files(content_type: str, body: bytes, max_images: int) -> list[Part]:
+    parts = parse_multipart(content_type, body, max_images)
     files = [part for part in parts if part.name == "file"]
     if not files:
         names = [f"`{name[:50]}`" for name in dict.fromkeys(part.name for part in parts)]

@@ -17,7 +17,7 @@ def run(settings: Settings) -> None:
     """Serve until a signal ends it.
 
     Raises:
-        click.ClickException: the port is taken, or an engine named in `settings` cannot be served.
+        click.ClickException: a port is taken, or an engine named in `settings` cannot be served.
     """
     from server import logs
     from server.registry import resolve_engines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,6 +23,8 @@ class Service:
     """What all requests to an application share.
 
     Attributes:
+        large_work: takes large bodies apart and renders large answers, one at a time; the memory that this
+            takes for a moment is taken once, whatever number of clients asks for it.
         loading: ends when the engines named in `settings` are loaded, or one of them failed.
     """
 
@@ -31,6 +34,7 @@ class Service:
     telemetry: Telemetry
     registry: Registry
     metrics: Metrics
+    large_work: Executor
     loading: asyncio.Task[None]
 
 

@@ -8,7 +8,7 @@ image files (`BYTES`, one element an image), which are decoded as for `/predict`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from models.preprocessing import Pixels
 from runtime.manifest import Manifest
+from server.bodies import too_many_images
 from server.jobs import Result
 from server.problems import Problem
 from server.registry import Registry
@@ -24,6 +25,9 @@ from server.v2.tensors import Floats, InputTensor, OutputTensor, unpack_bytes
 
 EXTENSIONS: Final = ["binary_tensor_data", "classification"]
 OUTPUTS: Final = ("logits", "probabilities")
+MOST_TENSORS: Final = 16  # of a request; no model here has as many
+MOST_DIMENSIONS: Final = 8
+MOST_TEXT: Final = 1024  # characters of an id or a name
 _PLATFORMS: Final = {
     "tensorrt": "tensorrt_plan",
     "tensorrt-rtx": "tensorrt_rtx_plan",
@@ -50,10 +54,10 @@ class InferRequest:
     inputs: Sequence[InputTensor]
     outputs: Sequence[RequestedOutput]
 
-    @property
-    def top(self) -> int:
-        """How many classes of each image are to be ranked."""
-        return max((output.classification for output in self.outputs), default=0)
+
+def top_of(outputs: Sequence[RequestedOutput]) -> int:
+    """How many classes of each image are to be ranked."""
+    return max((output.classification for output in outputs), default=0)
 
 
 def find_model(registry: Registry, name: str, version: str = "") -> Scheduler:
@@ -86,11 +90,11 @@ def _input_shape(manifest: Manifest) -> tuple[int, int, int, int]:
     return (-1, manifest.preprocessing.height, manifest.preprocessing.width, 3)
 
 
-def images_of(request: InferRequest, manifest: Manifest) -> Sequence[bytes | Pixels]:
+def images_of(request: InferRequest, manifest: Manifest, max_images: int) -> Sequence[bytes | Pixels]:
     """The request's images, encoded or as pixels, once it is sure that the outputs asked for exist.
 
     Raises:
-        Problem: `malformed-request` or `invalid-parameter`.
+        Problem: `malformed-request`, `invalid-parameter` or `too-many-images`.
     """
     _check_outputs(request, len(manifest.labels))
     if len(request.inputs) != 1 or request.inputs[0].name != manifest.input.name:
@@ -99,43 +103,75 @@ def images_of(request: InferRequest, manifest: Manifest) -> Sequence[bytes | Pix
             "invalid-parameter", f"the model has one input, {manifest.input.name!r}; the request has {names}"
         )
     tensor = request.inputs[0]
+    check_datatype(tensor.name, tensor.datatype)
+    if len(tensor.shape) > MOST_DIMENSIONS or any(side < 0 for side in tensor.shape):
+        raise Problem(
+            "malformed-request", f"a shape has at most {MOST_DIMENSIONS} dimensions, none of them negative"
+        )
     images: Sequence[bytes | Pixels]
     if tensor.datatype == "BYTES":
-        images = _encoded(tensor)
-    elif tensor.datatype == "UINT8":
-        images = _pixels(tensor, _input_shape(manifest)[1:])
+        images = _encoded(tensor, max_images)
     else:
-        raise Problem(
-            "invalid-parameter", f"the input takes UINT8 pixels or BYTES images, not {tensor.datatype}"
-        )
+        images = _pixels(tensor, _input_shape(manifest)[1:], max_images)
     if not images:
         raise Problem("invalid-parameter", "the input has no images")
     return images
 
 
-def _encoded(tensor: InputTensor) -> list[bytes]:
+def check_datatype(name: str, datatype: str) -> None:
+    """Make sure that an input can have that datatype.
+
+    Raises:
+        Problem: `invalid-parameter`.
+    """
+    if datatype not in ("BYTES", "UINT8"):
+        raise Problem(
+            "invalid-parameter", f"input {name!r} takes UINT8 pixels or BYTES images, not {datatype!r}"
+        )
+
+
+def check_parameters(tensor: str, parameters: Container[str]) -> None:
+    """Make sure that the tensor (`input 'pixels'`, in words) travels in the request and the answer.
+
+    Raises:
+        Problem: `invalid-parameter`: it is in shared memory.
+    """
+    if "shared_memory_region" in parameters:
+        raise Problem(
+            "invalid-parameter",
+            f"{tensor} names shared memory, which is not supported",
+        )
+
+
+def _encoded(tensor: InputTensor, max_images: int) -> list[bytes]:
     data = tensor.data
-    elements = (
-        unpack_bytes(data) if isinstance(data, bytes | memoryview) else [bytes(element) for element in data]
-    )
+    if isinstance(data, bytes | memoryview):
+        elements = unpack_bytes(data, max_images)
+    elif len(data) > max_images:
+        raise too_many_images(max_images)
+    else:
+        elements = list(data)
     if math.prod(tensor.shape) != len(elements):
         raise Problem("malformed-request", f"shape {list(tensor.shape)}, but {len(elements)} elements")
     return elements
 
 
-def _pixels(tensor: InputTensor, shape: tuple[int, int, int]) -> list[Pixels]:
-    data = tensor.data
-    pixels = (
-        np.frombuffer(data, np.uint8) if isinstance(data, bytes | memoryview) else np.asarray(data, np.uint8)
-    )
-    if len(tensor.shape) != 4 or tuple(tensor.shape[1:]) != shape or tensor.shape[0] < 0:
+def _pixels(tensor: InputTensor, shape: tuple[int, int, int], max_images: int) -> list[Pixels]:
+    assert isinstance(tensor.data, bytes | memoryview)
+    if len(tensor.shape) != 4 or tuple(tensor.shape[1:]) != shape:
         raise Problem("invalid-parameter", f"the input's shape is {[-1, *shape]}, not {list(tensor.shape)}")
+    pixels = np.frombuffer(tensor.data, np.uint8)
     if pixels.size != math.prod(tensor.shape):
         raise Problem("malformed-request", f"shape {list(tensor.shape)}, but {pixels.size} elements")
+    if tensor.shape[0] > max_images:
+        raise too_many_images(max_images)
     return list(pixels.reshape(tensor.shape))
 
 
 def _check_outputs(request: InferRequest, classes: int) -> None:
+    names = [output.name for output in request.outputs]
+    if len(set(names)) < len(names):
+        raise Problem("invalid-parameter", f"an output is asked for twice; there are {', '.join(OUTPUTS)}")
     for output in request.outputs:
         if output.name not in OUTPUTS:
             raise Problem("invalid-parameter", f"no output {output.name!r}; there are {', '.join(OUTPUTS)}")
@@ -145,7 +181,9 @@ def _check_outputs(request: InferRequest, classes: int) -> None:
             )
 
 
-def outputs_of(request: InferRequest, results: Sequence[Result], labels: Sequence[str]) -> list[OutputTensor]:
+def outputs_of(
+    asked: Sequence[RequestedOutput], results: Sequence[Result], labels: Sequence[str]
+) -> list[OutputTensor]:
     """The tensors that the request asked for."""
     columns: Mapping[str, Floats] = {
         "logits": np.stack([result.logits for result in results]),
@@ -158,7 +196,7 @@ def outputs_of(request: InferRequest, results: Sequence[Result], labels: Sequenc
             if output.classification
             else columns[output.name],
         )
-        for output in request.outputs
+        for output in asked
     ]
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-import numpy as np
 import orjson
 from fastapi import APIRouter, Path, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from models.preprocessing import Pixels
@@ -23,65 +20,18 @@ from server.registry import Registry
 from server.scheduler import Scheduler
 from server.service import Served
 from server.v2 import core
+from server.v2.body import HEADER_LENGTH, InferenceRequest, json_length, parse
 from server.v2.tensors import InputTensor, OutputTensor
 from server.version import VERSION
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
-HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+_LARGE_JSON: Final = 64 << 10  # bytes; as many numbers take a millisecond or two
+_MOST_NUMBERS: Final = 262_144  # in a JSON answer
 
 ModelName = Annotated[str, Path(max_length=200)]
 # As the routes below, for names that need no decoding and no check.
 _INFER_PATH: Final = re.compile(rb"/v2/models/([\w.-]{1,200})(?:/versions/([\w.-]+))?/infer", re.ASCII)
-
-
-class _Json(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class InputParameters(_Json):
-    """Of one input."""
-
-    binary_data_size: int | None = Field(default=None, ge=0)
-
-
-class Input(_Json):
-    """An input; `data` is absent when it follows in binary form."""
-
-    name: str
-    shape: list[Annotated[int, Field(ge=0)]]
-    datatype: str
-    parameters: InputParameters = InputParameters()
-    data: list[Any] | None = None
-
-
-class OutputParameters(_Json):
-    """Of one requested output."""
-
-    binary_data: bool | None = None
-    classification: int = Field(default=0, ge=0)
-
-
-class Output(_Json):
-    """A requested output."""
-
-    name: str
-    parameters: OutputParameters = OutputParameters()
-
-
-class RequestParameters(_Json):
-    """Of the whole request."""
-
-    binary_data_output: bool = False
-
-
-class InferenceRequest(_Json):
-    """The body of an inference request, or its JSON part."""
-
-    id: str = ""
-    parameters: RequestParameters = RequestParameters()
-    inputs: list[Input] = Field(min_length=1)
-    outputs: list[Output] | None = None
 
 
 class ServerMetadata(BaseModel):
@@ -212,21 +162,39 @@ class InferCall(HttpCall):
         """See `Call`."""
         return core.find_model(registry, self._model, self._version)
 
-    def read(self, body: bytes, registry: Registry) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+    def is_slow_to_read(self, body: bytes) -> bool:
         """See `Call`."""
-        length = self._headers.get(HEADER_LENGTH.lower().encode())
-        self._header, tensors = parse(body, None if length is None else length.decode("latin-1"))
-        self._asked = _requested(self._header, tensors)
+        return json_length(body, self._header_length()) > _LARGE_JSON
+
+    def read(
+        self, body: bytes, registry: Registry, max_images: int
+    ) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
+        """See `Call`."""
+        header, tensors = parse(body, self._header_length(), max_images)
+        asked = _requested(header, tensors)
         scheduler = self.find_engine(registry)
-        return scheduler, core.images_of(self._asked, scheduler.engine.manifest), self._asked.top
+        manifest = scheduler.engine.manifest
+        images = core.images_of(asked, manifest, max_images)
+        self._id, self._outputs, self._binary = asked.id, asked.outputs, _binary_outputs(header)
+        in_json = [it for it in asked.outputs if not it.classification and it.name not in self._binary]
+        if len(images) * len(manifest.labels) * len(in_json) > _MOST_NUMBERS:
+            raise Problem(
+                "invalid-parameter",
+                f"the answer would have more than {_MOST_NUMBERS:,} numbers in JSON; ask for binary outputs",
+            )
+        return scheduler, images, core.top_of(asked.outputs)
+
+    def _header_length(self) -> str | None:
+        length = self._headers.get(HEADER_LENGTH.lower().encode())
+        return None if length is None else length.decode("latin-1")
 
     def render(self, results: Sequence[Result], manifest: Manifest) -> HttpAnswer:
         """See `Call`."""
-        outputs = core.outputs_of(self._asked, results, manifest.labels)
+        outputs = core.outputs_of(self._outputs, results, manifest.labels)
         answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
-        if self._asked.id:
-            answer["id"] = self._asked.id
-        headers, body = _render(answer, outputs, _binary_outputs(self._header))
+        if self._id:
+            answer["id"] = self._id
+        headers, body = _render(answer, outputs, self._binary)
         timing = server_timing([latency_ms(result) for result in results])
         return 200, {**headers, "Server-Timing": timing}, body
 
@@ -239,79 +207,12 @@ class InferCall(HttpCall):
 def _requested(header: InferenceRequest, tensors: Sequence[InputTensor]) -> core.InferRequest:
     if header.outputs is None:
         return core.InferRequest(header.id, tensors, core.ALL_OUTPUTS)
+    for output in header.outputs:
+        core.check_parameters(f"output {output.name!r}", output.parameters.model_fields_set)
     outputs = [
         core.RequestedOutput(output.name, output.parameters.classification) for output in header.outputs
     ]
     return core.InferRequest(header.id, tensors, outputs)
-
-
-def parse(body: bytes, header_length: str | None) -> tuple[InferenceRequest, list[InputTensor]]:
-    """A request's JSON part and its tensors.
-
-    Args:
-        body: all of it: JSON, then the binary tensors in the order of the inputs that announce one.
-        header_length: the header `Inference-Header-Content-Length`: bytes of the JSON part, if not all.
-
-    Raises:
-        Problem: `malformed-request`.
-    """
-    end = len(body)
-    if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > len(body):
-            raise Problem(
-                "malformed-request", f"{HEADER_LENGTH} is {header_length!r}; the body has {len(body)} bytes"
-            )
-        end = int(header_length)
-    try:
-        # orjson is several times faster than pydantic on long lists of numbers.
-        header = InferenceRequest.model_validate(orjson.loads(memoryview(body)[:end]))
-    except orjson.JSONDecodeError as error:
-        raise Problem("malformed-request", f"the body is not JSON: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise Problem("malformed-request", f"not an inference request: {where}: {first['msg']}") from None
-    binary = memoryview(body)[end:]
-    tensors = []
-    for tensor in header.inputs:
-        size = tensor.parameters.binary_data_size
-        if size is None:
-            tensors.append(InputTensor(tensor.name, tensor.datatype, tensor.shape, _from_json(tensor)))
-        elif size > len(binary):
-            raise Problem(
-                "malformed-request", f"input {tensor.name!r} announces {size} bytes, {len(binary)} are left"
-            )
-        else:
-            tensors.append(InputTensor(tensor.name, tensor.datatype, tensor.shape, binary[:size]))
-            binary = binary[size:]
-    if binary:
-        raise Problem("malformed-request", f"{len(binary)} bytes follow the last tensor")
-    return header, tensors
-
-
-def _from_json(tensor: Input) -> np.ndarray[Any, np.dtype[np.uint8]] | list[bytes]:
-    if tensor.data is None:
-        raise Problem("malformed-request", f"input {tensor.name!r} has neither data nor binary_data_size")
-    if tensor.datatype == "BYTES":
-        try:
-            return [base64.b64decode(element, validate=True) for element in _flat(tensor.data)]
-        except (TypeError, ValueError, binascii.Error):
-            raise Problem("malformed-request", "BYTES in JSON must be base64 strings") from None
-    try:
-        numbers = np.asarray(tensor.data)
-    except ValueError:
-        numbers = np.empty(0, object)
-    if numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > 255):
-        raise Problem("malformed-request", "UINT8 data must be whole numbers from 0 to 255, in equal rows")
-    return numbers.astype(np.uint8).ravel()
-
-
-def _flat(data: Iterable[Any]) -> Iterable[Any]:
-    for element in data:
-        if isinstance(element, list):
-            yield from _flat(element)
-        else:
-            yield element
 
 
 def _binary_outputs(header: InferenceRequest) -> set[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from server.bodies import too_many_images
 from server.problems import Problem
 
 Floats = NDArray[np.float32]
@@ -22,13 +23,13 @@ class InputTensor:
         name: the tensor's name.
         datatype: `UINT8` or `BYTES`, as the client says.
         shape: as the client says; nothing is checked yet.
-        data: for `UINT8`, raw bytes or numbers in row-major order; for `BYTES`, packed bytes or the elements.
+        data: for `UINT8`, the numbers in row-major order; for `BYTES`, packed bytes or the elements.
     """
 
     name: str
     datatype: str
     shape: Sequence[int]
-    data: bytes | memoryview | NDArray[np.uint8] | Sequence[bytes]
+    data: bytes | memoryview | Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,17 @@ def pack_bytes(elements: Sequence[bytes]) -> bytes:
     return b"".join(struct.pack("<I", len(element)) + element for element in elements)
 
 
-def unpack_bytes(packed: bytes | memoryview) -> list[bytes]:
-    """The reverse of `pack_bytes`.
+def unpack_bytes(packed: bytes | memoryview, max_images: int) -> list[bytes]:
+    """The reverse of `pack_bytes`, for at most `max_images` elements.
 
     Raises:
-        Problem: `malformed-request`.
+        Problem: `malformed-request` or `too-many-images`.
     """
-    elements = []
+    elements: list[bytes] = []
     position, view = 0, memoryview(packed)
     while position < len(view):
+        if len(elements) == max_images:
+            raise too_many_images(max_images)
         if position + 4 > len(view):
             raise Problem("malformed-request", "a BYTES tensor ends inside a length")
         (length,) = struct.unpack_from("<I", view, position)

@@ -9,13 +9,14 @@ import logging
 import math
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from carriers import CARRIERS, HTTP, Carrier, Grpc, Http, Sent, carrier
+from carriers import CARRIERS, HTTP, Carrier, Grpc, Http, Predict, PredictThroughAsgi, Rest, Sent, carrier
 from gated_engine import Gate, load_gated
 from pydantic import SecretStr
 from running import running, wait_until
@@ -32,6 +33,7 @@ KEY = "correct horse"
 ELSEWHERE = {"X_Forwarded_For": "198.51.100.1"}  # a local proxy's client
 
 over_http = pytest.mark.parametrize("kind", HTTP.values(), ids=HTTP)
+over_predict = pytest.mark.parametrize("kind", [Predict, PredictThroughAsgi], ids=["predict", "predict-asgi"])
 
 
 @pytest.fixture(params=CARRIERS.values(), ids=CARRIERS)
@@ -316,8 +318,7 @@ def test_a_full_queue_says_when_to_try_again_by_the_measured_rate(
     assert refused.error == it.error("queue-full")
     (said,) = re.findall(r"the limit is 12; try again in (\d+) s", refused.detail)
     assert math.ceil(QUEUE_LIMIT * least) <= int(said) <= math.ceil(QUEUE_LIMIT * most)
-    if isinstance(it, Http):
-        assert refused.headers["retry-after"] == said
+    assert refused.headers["retry-after"] == said
     wait_until(lambda: it.counted("rejected", "queue-full") == 1)
     gate.open()
     assert [sent.answer().error for sent in accepted] == [""] * QUEUE_LIMIT
@@ -388,6 +389,117 @@ def test_a_body_of_unannounced_size_is_stopped_at_the_limit(start: Start, kind: 
     wait_until(lambda: it.counted("invalid", "body-too-large") == 1)
 
 
+@pytest.mark.parametrize("kind", [Predict, Rest], ids=["predict", "v2-rest"])  # ASGI's layers join pieces
+def test_a_body_in_very_many_tiny_pieces_is_refused(start: Start, kind: type[Http]) -> None:
+    it = start()
+    assert isinstance(it, Http)
+    sent, connection = it.open({"Transfer-Encoding": "chunked"})
+    connection.sendall(b"2\r\nxx\r\n" * 20_000)
+    refused = sent.answer()
+    assert refused.error == "malformed-request"
+    assert refused.detail == "the body has more than 16,384 tiny pieces"
+
+
+@over_predict
+def test_a_body_in_small_pieces_is_put_together(
+    start: Start, gate: Gate, encode: Encode, reference: Callable, kind: type[Http]
+) -> None:
+    it = start()
+    assert isinstance(it, Http)
+    gate.open()
+    sent, connection = it.open({"Transfer-Encoding": "chunked"})
+    body = it.body([encode(0)])
+    connection.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+    assert list(sent.answer().best) == [reference(encode(0)).argmax()]
+
+
+# --- large requests, which a thread takes apart ---------------------------------------------------------
+
+
+@pytest.fixture
+def large(kind: type[Carrier], encode: Encode) -> Callable[..., bytes]:
+    """A body for those images that takes long to take apart, or would if it were not for its limits."""
+
+    def large(*images: bytes) -> bytes:
+        body = kind.body(images)
+        if issubclass(kind, Predict):
+            field = b'--b\r\nContent-Disposition: form-data; name="note"\r\n\r\n'
+            return field + b"x" * (2 << 20) + b"\r\n" + body
+        if issubclass(kind, Rest):
+            return body.replace(b'{"inputs"', b'{"notes": [' + b"0," * 100_000 + b'0], "inputs"', 1)
+        return body + _UNKNOWN_FIELD * 1_000 + _UNKNOWN_BYTES
+
+    return large
+
+
+_UNKNOWN_FIELD = b"\xf8\x01\x00"  # of a protobuf message: number 31, a varint
+_UNKNOWN_BYTES = b"\xfa\x01\x80\x80\x20" + bytes(512 << 10)  # the same number, bytes
+
+
+def test_a_large_request_is_answered_as_any_other(
+    start: Start, gate: Gate, encode: Encode, reference: Callable, large: Callable[..., bytes]
+) -> None:
+    it = start()
+    gate.open()
+    answer = it.send_body(large(encode(0), encode(1))).answer()
+    assert answer.error == ""
+    assert list(answer.best) == [reference(encode(seed)).argmax() for seed in (0, 1)]
+
+
+def test_a_large_request_that_is_wrong_is_refused_as_any_other(
+    start: Start, large: Callable[..., bytes], encode: Encode
+) -> None:
+    it = start(max_images=1)
+    assert it.send_body(large(encode(0), encode(1))).answer().error == it.error("too-many-images")
+    wait_until(lambda: it.counted("invalid", "too-many-images") == 1)
+
+
+def test_large_requests_whose_clients_leave_keep_nothing(
+    start: Start, encode: Encode, large: Callable[..., bytes]
+) -> None:
+    it = start()
+    body = large(encode(0))
+    for sent in [it.send_body(body) for _ in range(10)]:
+        sent.leave()
+    wait_until(lambda: nothing_is_left(it))
+
+
+def test_a_large_request_may_be_late_while_it_is_taken_apart(
+    start: Start, gate: Gate, encode: Encode, large: Callable[..., bytes]
+) -> None:
+    it = start()
+    taken = threading.Event()
+    it.server.service.large_work.submit(taken.wait, 20)  # the thread has other work
+    try:
+        late = it.send_body(large(encode(0)), timeout_ms=300).answer()
+    finally:
+        taken.set()
+    assert late.error == it.error("deadline-exceeded")
+    assert late.detail == "the deadline passed before the result was there" or it.protocol == "v2-grpc"
+    assert gate.batches == []
+
+
+def test_a_large_answer_is_rendered_like_any_other(
+    start: Start, gate: Gate, encode: Encode, reference: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.admission._LARGE_ANSWER", -1)
+    it = start()
+    gate.open()
+    assert list(it.ask(encode(0)).best) == [reference(encode(0)).argmax()]
+    assert it.ask(b"no image").error == it.error("image-damaged")
+
+
+@over_predict
+def test_an_answer_of_very_many_classes_is_refused(start: Start, kind: type[Http]) -> None:
+    it = start(max_images=60_000, queue_limit=60_000, max_body_bytes=64 << 20)
+    refused = it.ask(*[b"x"] * 52_500)  # five classes each
+    assert refused.error == "invalid-parameter"
+    assert "the limit is 262,144 in one answer" in refused.detail
+
+
+# --- bodies that are wrong ------------------------------------------------------------------------------
+
+
 def test_a_body_that_cannot_be_parsed_is_malformed(start: Start) -> None:
     it = start()
     assert it.send_body(b"\xff\xff\xff\xff").answer().error == it.error("malformed-request")
@@ -398,7 +510,10 @@ def test_more_images_than_the_limit_are_refused(start: Start, gate: Gate, encode
     it = start(max_images=2)
     gate.open()
     refused = it.ask(*[encode(0)] * 3)
-    assert (refused.error, refused.detail) == (it.error("too-many-images"), "3 images; the limit is 2")
+    assert (refused.error, refused.detail) == (
+        it.error("too-many-images"),
+        "too many images; the limit is 2 in one request",
+    )
     wait_until(lambda: it.counted("invalid", "too-many-images") == 1)
     assert it.ask(*[encode(0)] * 2).error == ""
 

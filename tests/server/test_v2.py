@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from tiny_engine import LABELS
 
 from models.preprocessing import Preprocessing, load_pixels
 from server.problems import Problem
-from server.v2.rest import parse
+from server.v2.body import parse
 from server.v2.tensors import pack_bytes, unpack_bytes
 
 Encode = Callable[..., bytes]
@@ -78,6 +79,8 @@ def test_health_and_metadata(triton: tuple[Any, Any]) -> None:
     assert client.is_server_ready()
     assert client.is_model_ready("tiny")
     assert client.is_model_ready("tiny", "1")
+    assert not client.is_model_ready("tiny", "7")
+    assert not client.is_model_ready("nobody")
     server = _metadata(client.get_server_metadata())
     assert server["name"] == "trimrt"
     assert server["extensions"] == ["binary_tensor_data", "classification"]
@@ -192,7 +195,6 @@ def test_errors_reach_the_client(
     module, client = triton
     with pytest.raises(InferenceServerException, match=message):
         client.infer(model, [_input(module, data)], model_version=version)
-    assert not client.is_model_ready("tiny", "7") if module.__name__ == "tritonclient.http" else True
 
 
 def _infer(server: Running, body: Any, **headers: str) -> httpx.Response:
@@ -231,7 +233,14 @@ def test_plain_json_all_the_way(server: Running, encode: Encode, reference: Refe
         pytest.param(_json_input(data=[-1] * 3072), 400, id="negative numbers"),
         pytest.param(_json_input(data=[0.5] * 3072), 400, id="fractions"),
         pytest.param(_json_input(data=["x"] * 3072), 400, id="text for numbers"),
-        pytest.param(_json_input(data=[[1], [2, 3]]), 400, id="ragged"),
+        pytest.param(_json_input(data=[[1], 2]), 400, id="rows and elements"),
+        pytest.param(_json_input(data=[True] * 3072), 400, id="truth values for numbers"),
+        pytest.param(_json_input(shape=[1] * 9), 400, id="many dimensions"),
+        pytest.param(_json_input(name="x" * 1025), 400, id="long name"),
+        pytest.param(_json_input() | {"id": "x" * 1025}, 400, id="long id"),
+        pytest.param(_json_input() | {"outputs": [{"name": "logits"}] * 2}, 422, id="an output twice"),
+        pytest.param(_json_input() | {"outputs": [{"name": "logits"}] * 17}, 400, id="many outputs"),
+        pytest.param({"inputs": [1] * 10_000}, 400, id="numbers for inputs"),
         pytest.param(_json_input(datatype="BYTES", shape=[1], data=["!"]), 400, id="not base64"),
         pytest.param(_json_input(datatype="BYTES", shape=[2], data=[""]), 400, id="too few elements"),
         pytest.param(_json_input(shape=[2**62, 32, 32, 3]), 400, id="astronomic shape"),
@@ -252,15 +261,71 @@ def test_bad_requests_are_answered_as_the_protocol_says(server: Running, body: A
     assert _infer(server, _json_input()).status_code == 200
 
 
-@pytest.mark.parametrize("length", ["-1", "x", "999999"])
+def test_rows_of_unequal_length_are_named(server: Running) -> None:
+    refused = _infer(server, _json_input(data=[[[1, 2]], [[3]]]))
+    assert refused.status_code == 400
+    assert refused.json()["detail"] == "input 'pixels' has rows of unequal length: 1 and 2 elements"
+
+
+@pytest.mark.parametrize(("datatype", "data"), [("FP32", [0.5] * 3072), ("INT3", [1] * 3072)])
+def test_another_datatype_is_named_whatever_the_data_is(server: Running, datatype: str, data: Any) -> None:
+    refused = _infer(server, _json_input(datatype=datatype, data=data))
+    assert refused.status_code == 422
+    assert refused.json()["detail"] == (
+        f"input 'pixels' takes UINT8 pixels or BYTES images, not '{datatype}'"
+    )
+
+
+@pytest.mark.parametrize("datatype", ["BYTES", "UINT8"])
+@pytest.mark.parametrize("depth", [9, 990, 5000])
+def test_lists_nested_deeply_are_refused(server: Running, datatype: str, depth: int) -> None:
+    body = _json_input(datatype=datatype, data=["DEEP"])
+    text = json.dumps(body).replace('["DEEP"]', "[" * depth + '"aaaa"' + "]" * depth)
+    assert _infer(server, text.encode()).status_code == 400
+
+
+def test_json_of_a_megabyte_of_numbers_is_taken(server: Running, encode: Encode) -> None:
+    images = np.repeat(_pixels(encode(8)), 16, 0)
+    answer = _infer(server, _json_input(shape=list(images.shape), data=images.tolist()))
+    assert answer.status_code == 200
+    assert answer.json()["outputs"][0]["shape"] == [16, 10]
+
+
+def test_json_answers_have_a_limit_that_binary_ones_do_not(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.v2.rest._MOST_NUMBERS", 19)
+    assert "binary" in _infer(server, _json_input()).json()["detail"]
+    one = _json_input() | {"outputs": [{"name": "logits"}]}
+    assert _infer(server, one).status_code == 200
+    binary = _json_input() | {"parameters": {"binary_data_output": True}}
+    assert _infer(server, binary).status_code == 200
+
+
+def test_shared_memory_is_refused_and_never_ignored(triton: tuple[Any, Any], encode: Encode) -> None:
+    from tritonclient.utils import InferenceServerException
+
+    module, client = triton
+    shared_input = module.InferInput("pixels", [1, 32, 32, 3], "UINT8")
+    shared_input.set_shared_memory("region", 3072)
+    with pytest.raises(InferenceServerException, match="input 'pixels' names shared memory, which is not"):
+        client.infer("tiny", [shared_input])
+    shared_output = module.InferRequestedOutput("logits")
+    shared_output.set_shared_memory("region", 40)
+    with pytest.raises(InferenceServerException, match="output 'logits' names shared memory, which is not"):
+        client.infer("tiny", [_input(module, _pixels(encode(0)))], outputs=[shared_output])
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "999999", "9" * 5000, "²"])
 def test_a_wrong_header_length(server: Running, length: str) -> None:
-    response = _infer(server, b"{}", **{"Inference-Header-Content-Length": length})
+    headers = {"Inference-Header-Content-Length": length.encode("latin-1")}
+    response = server.client.post("/v2/models/tiny/infer", content=b"{}", headers=headers)
     assert response.status_code == 400
 
 
 @given(st.lists(st.binary(max_size=40)))
 def test_bytes_tensors_round_trip(elements: list[bytes]) -> None:
-    assert unpack_bytes(pack_bytes(elements)) == elements
+    assert unpack_bytes(pack_bytes(elements), len(elements)) == elements
 
 
 def _refusal(call: Callable[[], Any]) -> str:
@@ -274,14 +339,14 @@ def _refusal(call: Callable[[], Any]) -> str:
 
 @given(st.binary(max_size=60), st.none() | st.text(max_size=4))
 def test_any_body_is_parsed_or_refused(body: bytes, header_length: str | None) -> None:
-    assert _refusal(lambda: parse(body, header_length)) in ("", "malformed-request")
+    assert _refusal(lambda: parse(body, header_length, 64)) in ("", "malformed-request", "invalid-parameter")
 
 
 @given(st.binary(max_size=40))
 def test_any_bytes_tensor_is_unpacked_or_refused(packed: bytes) -> None:
-    if not (refusal := _refusal(lambda: unpack_bytes(packed))):
-        assert pack_bytes(unpack_bytes(packed)) == packed
-    assert refusal in ("", "malformed-request")
+    if not (refusal := _refusal(lambda: unpack_bytes(packed, 8))):
+        assert pack_bytes(unpack_bytes(packed, 8)) == packed
+    assert refusal in ("", "malformed-request", "too-many-images")
 
 
 def test_the_committed_messages_are_those_of_the_proto(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ class _SentOverGrpc(Sent):
         try:
             response = pb.ModelInferResponse.FromString(self._call.result(timeout=20))
         except grpc.RpcError as error:
-            return Answer(error.code().name, error.details())
+            return Answer(error.code().name, error.details(), (), dict(error.trailing_metadata()))
         raw = dict(zip((it.name for it in response.outputs), response.raw_output_contents, strict=True))
         logits = np.frombuffer(raw["logits"], np.float32).reshape(response.outputs[0].shape)
         return Answer("", best=logits.argmax(1).tolist())
