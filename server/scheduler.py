@@ -51,11 +51,6 @@ def deadline_exceeded() -> Problem:
     return Problem("deadline-exceeded", "the deadline passed before the result was there")
 
 
-def _settle(future: asyncio.Future[list[Result] | Problem], outcome: list[Result] | Problem) -> None:
-    if not future.done():
-        future.set_result(outcome)
-
-
 class Scheduler:
     """Admission to one engine's bounded queue, and delivery of its results.
 
@@ -182,37 +177,6 @@ class Scheduler:
         if not job.over:
             self.stats.drop(reason, job.remaining)
             self._end(job)
-
-    async def infer(self, images: Sequence[bytes | Pixels], timeout: float, *, top: int = 0) -> list[Result]:
-        """Run `images` through the engine.
-
-        Cancelling the call drops its images.
-
-        Args:
-            images: see `submit`.
-            timeout: seconds until the answer becomes useless.
-            top: how many classes of each image to rank.
-
-        Returns:
-            One result per image, in their order.
-
-        Raises:
-            Problem: those of `submit` and of its `done`, and `deadline-exceeded`.
-        """
-        future: asyncio.Future[list[Result] | Problem] = self._loop.create_future()
-        job = self.submit(images, time.monotonic() + timeout, partial(_settle, future), top=top)
-        timer = self._loop.call_later(timeout, lambda: _settle(future, deadline_exceeded()))
-        try:
-            outcome = await future
-        except asyncio.CancelledError:
-            self.drop(job, "cancelled")
-            raise
-        finally:
-            timer.cancel()
-        if isinstance(outcome, Problem):
-            self.drop(job, "expired")
-            raise outcome
-        return outcome
 
     async def close(self) -> None:
         """Admit no more, answer what was admitted, then close the slots and free the engine."""

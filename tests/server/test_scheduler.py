@@ -194,7 +194,7 @@ def test_closing_answers_what_was_admitted_and_still_has_to_be_decoded(
             done, _ = await asyncio.wait([closing], timeout=0.3)
             assert not done
             with pytest.raises(Problem, match="is being unloaded"):
-                await scheduler.infer([encode(1)], 20)
+                submit(scheduler, encode(1))
             may_go_on.set()
             await asyncio.wait_for(closing, 20)
             assert answer.done()
@@ -251,20 +251,6 @@ def test_a_start_that_fails_closes_the_slots_that_did_open(
 
     asyncio.run(main())
     assert ended == ["slot", "engine"]
-
-
-def test_cancelling_a_call_drops_its_images(start: Callable[..., Any], gate: Gate, encode: Encode) -> None:
-    async def main() -> None:
-        async with start() as scheduler:
-            call = asyncio.create_task(scheduler.infer([encode(0)], 60))
-            await arrivals(gate, 1)
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-            assert scheduler.pending == 0
-            assert scheduler.stats.dropped == {"cancelled": 1}
-
-    asyncio.run(main())
 
 
 class TestServiceTime:
