@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -58,7 +59,7 @@ class Scheduler:
         engine: closed by `close`.
         pool: decodes for engines on a device; shared with other engines.
         stats: counts what becomes of the images.
-        queue_limit: the most images waiting or running.
+        queue_limit: the most images that may have to run until a request is answered, its own among them.
         max_pixels: the most in one encoded image.
         max_batch_delay: how long an idle slot waits for a fuller batch, seconds.
         linux_scheduling: see `server.linux_scheduling`.
@@ -90,6 +91,7 @@ class Scheduler:
             delay=max_batch_delay,
         )
         self._service_time = ServiceTime()
+        self._jobs: set[Job] = set()  # under way
         self._retired = False  # admits no more
         self._workers: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop
@@ -123,17 +125,22 @@ class Scheduler:
                 raise outcome
 
     def check_room(self, images: int = 1) -> None:
-        """Make sure that `images` more fit the queue.
+        """Make sure that a request of so many images fits the queue.
+
+        Requests take turns, so it waits for at most as many images of each other request as it has itself.
+        Many images in few requests leave room for small requests.
 
         Raises:
             Problem: `queue-full`, with `Retry-After` from the measured service time.
         """
-        if self.pending + images > self.queue_limit:
+        one = images == 1  # the sum is the same then, but takes longer
+        ahead = len(self._jobs) if one else sum(min(job.remaining, images) for job in self._jobs)
+        if ahead + images > self.queue_limit:
             seconds = max(1, math.ceil(self.pending * self._service_time.per_image))
             raise Problem(
                 "queue-full",
-                f"{self.pending} images are waiting or running, the limit is {self.queue_limit}; "
-                f"try again in {seconds} s",
+                f"{ahead} images would run before it is answered, and {images} of its own; "
+                f"the limit is {self.queue_limit}; try again in {seconds} s",
                 headers={"Retry-After": str(seconds)},
             )
 
@@ -157,15 +164,18 @@ class Scheduler:
                 "not-ready", "the engine is being unloaded; try again", headers={"Retry-After": "1"}
             )
         self.check_room(len(images))
-        job = Job(len(images), time.monotonic(), deadline, done, top)
+        job = Job(len(images), time.monotonic(), deadline, done, top, self._backlog.round + 1)
+        self._jobs.add(job)
         self._backlog.under_way += len(images)
-        ready = []
+        ready, encoded = [], deque[Image]()
         for index, data in enumerate(images):
             image = Image(job, index, data)
             if self._decodes_in_slot or not isinstance(data, bytes):
                 ready.append(image)
             else:
-                self._pool.submit(partial(self._decoder.decode_ahead, image, self._backlog, self._outcomes))
+                encoded.append(image)
+        for _ in range(min(len(encoded), self._pool.threads)):
+            self._pool.submit(partial(self._decode_next, encoded))
         self._backlog.put(ready)
         return job
 
@@ -187,6 +197,19 @@ class Scheduler:
         await asyncio.gather(*self._workers)
         self._outcomes.close()
         await run_in_engine_thread(self.engine.close)
+
+    def _decode_next(self, encoded: deque[Image]) -> None:
+        """Decode one of a request's images, on a thread of the pool, and line up again for the next.
+
+        So no request has more tasks in the pool than there are threads, and requests take turns there too.
+        """
+        try:
+            image = encoded.popleft()
+        except IndexError:
+            return
+        self._decoder.decode_ahead(image, self._backlog, self._outcomes)
+        if encoded:
+            self._pool.submit(partial(self._decode_next, encoded))
 
     def _receive(self, outcome: Outcome) -> None:
         """Take an outcome from a slot's or a decoding thread."""
@@ -226,6 +249,7 @@ class Scheduler:
             self._release(1)
             if job.remaining == 0:
                 job.over = True
+                self._jobs.remove(job)
                 job.done(cast("list[Result]", job.results))
         self.stats.batch(size)
         self._service_time.measure(size, batch.started, now)
@@ -233,6 +257,7 @@ class Scheduler:
     def _end(self, job: Job) -> None:
         """End `job` without results, and give back its room in the queue."""
         job.over = True
+        self._jobs.remove(job)
         self._release(job.remaining)
         job.remaining = 0
 
