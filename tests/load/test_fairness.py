@@ -19,7 +19,7 @@ from tiny_engine import write_package
 pytestmark = pytest.mark.slow
 
 IMAGES = 64
-PER_SECOND = 200
+PER_SECOND = 100
 
 
 def test_singles_are_neither_refused_nor_made_to_wait_by_large_requests(
