@@ -18,9 +18,11 @@ from builder.kit import INPUT, KIT_NAME, LOGITS, PROBABILITIES, VERIFICATION_NAM
 IMAGES, SIZE, CLASSES = 4, 8, 3
 
 
+WEIGHTS = np.random.default_rng(0).normal(size=(SIZE * SIZE * 3, CLASSES)).astype(np.float32)
+
+
 def small_graph() -> onnx.ModelProto:
     """Pixels in, logits and probabilities of `CLASSES` classes out; one weight tensor."""
-    weights = np.random.default_rng(0).normal(size=(SIZE * SIZE * 3, CLASSES)).astype(np.float32)
     shape = ["N", SIZE, SIZE, 3]
     graph = helper.make_graph(
         [
@@ -35,19 +37,16 @@ def small_graph() -> onnx.ModelProto:
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", CLASSES])
             for name in (LOGITS, PROBABILITIES)
         ],
-        [onnx.numpy_helper.from_array(weights, "weights")],
+        [onnx.numpy_helper.from_array(WEIGHTS, "weights")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def small_arrays() -> dict[str, np.ndarray]:
-    """A verification set's."""
-    random = np.random.default_rng(1)
-    return {
-        "pixels": random.integers(0, 256, (IMAGES, SIZE, SIZE, 3), np.uint8),
-        "targets": random.integers(0, CLASSES, IMAGES),
-        "logits": random.normal(size=(IMAGES, CLASSES)).astype(np.float32),
-    }
+    """A verification set's, on which the graph is always right."""
+    pixels = np.random.default_rng(1).integers(0, 256, (IMAGES, SIZE, SIZE, 3), np.uint8)
+    logits = pixels.reshape(IMAGES, -1).astype(np.float32) @ WEIGHTS
+    return {"pixels": pixels, "targets": logits.argmax(axis=1), "logits": logits}
 
 
 def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
