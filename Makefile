@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load test-gpu mutants test-python310 bench reproduce tables images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-load audit test-gpu mutants test-python310 bench reproduce tables images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -96,6 +96,15 @@ check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/mypy
 	$(BIN)/mypy examples
 	$(BIN)/lint-imports
+
+# Of an environment of its own: pip-audit brings much. --strict: what cannot be looked up is no success.
+audit:  ## Look the pinned versions up among known vulnerabilities (asks the package index).
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/pip install -q pip-audit
+	@for pins in constraints.txt deploy/jetson/jetpack6.txt deploy/jetson/jetpack7.txt; do \
+		echo "$$pins:"; build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+			--ignore-vuln CVE-2025-53644 -r $$pins || exit 1; \
+	done
 
 format: $(VENV)/.install-dev  ## Format the code and sort its imports.
 	$(BIN)/ruff check --fix .
