@@ -317,8 +317,8 @@ def _scan(folder: Path, root: Path, name: str, cache_dir: Path) -> ImageSet:
         try:
             directory.name.encode()
         except UnicodeEncodeError:
-            name = directory.name.encode(errors="replace").decode()
-            raise DatasetError(f"{folder} has a class folder {name}, whose name is not UTF-8") from None
+            shown = directory.name.encode(errors="replace").decode()
+            raise DatasetError(f"{folder} has a class folder {shown}, whose name is not UTF-8") from None
     found: list[tuple[Path, int]] = []
     for target, directory in enumerate(classes):
         images = [
