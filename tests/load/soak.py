@@ -38,6 +38,8 @@ MEMORY = 1 << 30  # bytes, of the server: what deploy/kubernetes gives it
 WARM_UP = 0.2  # share of the time
 MOST_GROWTH = 1.05  # of resident memory after the warm-up
 DELIBERATE = frozenset({503, 504})
+GOOD = ("single", "form", "v2", "curl", "health")
+GOOD_ANSWERS = frozenset({"200", "429", "503", "504"})
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Soak:
             try:
                 client()
             except (OSError, http.client.HTTPException) as error:
-                self._count(client.__name__[1:], type(error).__name__)
+                self._count(client.__name__.removeprefix("_"), type(error).__name__)
 
     def _count(self, client: str, status: int | str) -> None:
         with self._lock:
@@ -339,6 +341,11 @@ def report(outcome: Outcome) -> str:
 def faults(outcome: Outcome) -> list[str]:
     """What must not be, in words."""
     found = [f"{count} x {status} of {client}" for (client, status), count in outcome.failures.items()]
+    found += [
+        f"{count} x {status} of the good client {client!r}"
+        for (client, status), count in outcome.answers.items()
+        if client in GOOD and status not in GOOD_ANSWERS and (client, status) not in outcome.failures
+    ]
     found += outcome.wrong[:10]
     if not outcome.alive:
         found.append("the server is gone")
