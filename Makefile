@@ -5,12 +5,13 @@ VENV   ?= .venv
 ENGINE ?= digits-resnet18-int8-openvino
 STUDY  ?= digits
 FOLDS  ?= 0
+SOAK_MINUTES ?= 10
 JOBS   ?= 1
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load test-gpu mutants test-python310 bench reproduce tables images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-load soak test-gpu mutants test-python310 audit bench reproduce tables images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -44,6 +45,9 @@ test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail 
 
 test-load: $(VENV)/.install-dev  ## Run the long tests: overload, abuse, thousands of requests, killed writers.
 	@$(BIN)/python -m pytest -m slow tests/load tests/builder
+
+soak: $(VENV)/.install-dev  ## Good and hostile clients at one server for SOAK_MINUTES, memory limited where we may.
+	@PYTHONPATH=tests/support $(BIN)/python tests/load/soak.py --minutes $(SOAK_MINUTES)
 
 test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
 	@$(BIN)/python -m pytest tests/gpu -m gpu -v
@@ -96,6 +100,15 @@ check: $(VENV)/.install-dev  ## Lint, formatting, types and import rules.
 	$(BIN)/mypy
 	$(BIN)/mypy examples
 	$(BIN)/lint-imports
+
+# Of an environment of its own: pip-audit brings much. --strict: what cannot be looked up is no success.
+audit:  ## Look the pinned versions up among known vulnerabilities (asks the package index).
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/pip install -q pip-audit
+	@for pins in constraints.txt deploy/jetson/jetpack6.txt deploy/jetson/jetpack7.txt; do \
+		echo "$$pins:"; build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+			--ignore-vuln CVE-2025-53644 -r $$pins || exit 1; \
+	done
 
 format: $(VENV)/.install-dev  ## Format the code and sort its imports.
 	$(BIN)/ruff check --fix .

@@ -8,17 +8,20 @@ FP32 network's logits that the compiled engine is judged by. This module needs n
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import TrimRTError
+from builder.external_data import has_external_data
+from models.errors import TrimRTError, faults
 from models.files import restore
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Calibration, Precision, sha256_of
@@ -31,10 +34,19 @@ PROBABILITIES: Final = "probabilities"
 Rest = Literal["fp32", "fp16"]  # precision of what an INT8 graph does not quantise
 Report = Callable[[str], None]  # takes a line of progress
 
+_Number = TypeVar("_Number", np.uint8, np.int64, np.float32)
+
 KIT_NAME: Final = "kit.json"
 VERIFICATION_NAME: Final = "verification.npz"
 
 _FILE_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+LONGEST_NAME: Final = 128  # of a network; packages' names add precision and backend to it
+# What reading a damaged or odd .npz raises.
+_DAMAGED: Final = (
+    *(KeyError, ValueError, EOFError, OSError),
+    *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error),
+)
+_MOST_BYTES: Final = 8 << 30  # of a verification set: 50,000 images of 224x224 pixels
 
 
 class KitError(TrimRTError):
@@ -65,7 +77,7 @@ class _Strict(BaseModel):
 class Student(_Strict):
     """The network whose graphs a kit holds."""
 
-    name: str
+    name: str = Field(pattern=_FILE_NAME, max_length=LONGEST_NAME, description="part of file names")
     labels: list[str] = Field(min_length=2)
     preprocessing: Preprocessing
     checkpoint_sha256: str | None = Field(description="of the weights; None for an ONNX from elsewhere")
@@ -169,8 +181,12 @@ def open_kit(folder: Path) -> Kit:
         raise KitError(
             f"{folder} is not a build kit: it has no {KIT_NAME} (`trimrt prepare` makes one)"
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise KitError(f"{folder / KIT_NAME} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise KitError(f"{folder / KIT_NAME} is not a valid kit manifest: {error}") from error
+    except ValidationError as error:
+        raise KitError(f"{folder / KIT_NAME} is not a valid kit manifest: {faults(error)}") from error
     expected = {graph.file: graph.sha256 for graph in manifest.graphs}
     expected[VERIFICATION_NAME] = manifest.verification_sha256
     for name, sha256 in expected.items():
@@ -183,7 +199,19 @@ def open_kit(folder: Path) -> Kit:
                 f"{folder / name} was damaged or changed; copy the kit again, or make it again: "
                 f"{manifest.command}"
             )
+    for graph in manifest.graphs:
+        _check_alone(folder / graph.file)
     return Kit(folder, manifest, _read_verification(folder / VERIFICATION_NAME, manifest))
+
+
+def _check_alone(graph: Path) -> None:
+    """Weights in a file of their own would have no hash, and could be any file of the machine."""
+    try:
+        external = has_external_data(graph.read_bytes())
+    except ValueError as error:
+        raise KitError(f"{graph} is not an ONNX model: {error}") from error
+    if external:
+        raise KitError(f"{graph} keeps weights in other files, which no graph of a kit does")
 
 
 def write_verification(path: Path, images: VerificationSet) -> None:
@@ -193,10 +221,43 @@ def write_verification(path: Path, images: VerificationSet) -> None:
 
 
 def _read_verification(path: Path, manifest: KitManifest) -> VerificationSet:
+    student = manifest.student
+    size, classes = (student.preprocessing.height, student.preprocessing.width, 3), len(student.labels)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return VerificationSet(
-                manifest.verification_images, arrays["pixels"], arrays["targets"], arrays["logits"]
-            )
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            pixels = _read_array(archive, "pixels", np.uint8, size)
+            targets = _read_array(archive, "targets", np.int64, ())
+            logits = _read_array(archive, "logits", np.float32, (classes,))
+        if not 0 < len(pixels) == len(targets) == len(logits):
+            raise ValueError(f"{len(pixels)} images, {len(targets)} targets and {len(logits)} logits")
+        if not (targets.min() >= 0 and targets.max() < classes):
+            raise ValueError(f"targets that are none of the {classes} classes")
+        if not np.isfinite(logits).all():
+            raise ValueError("logits that are not finite")
+    except _DAMAGED as error:
         raise KitError(f"{path} is not a verification set: {error}") from error
+    return VerificationSet(manifest.verification_images, pixels, targets, logits)
+
+
+def _read_array(
+    archive: zipfile.ZipFile, name: str, dtype: type[_Number], shape: tuple[int, ...]
+) -> NDArray[_Number]:
+    """An array of any length, of `dtype` and with elements of `shape`; nothing else is read, and no pickle.
+
+    Raises:
+        ValueError: it is another one, or larger than a verification set may be.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name}: an unknown format")
+        found, _, found_dtype = np.lib.format.read_array_header_1_0(file)
+    if found_dtype != dtype or found[1:] != shape or not found:
+        raise ValueError(
+            f"{name} is {found_dtype} of shape {found}, not {np.dtype(dtype)} of {('N', *shape)}"
+        )
+    if not math.prod(found) * found_dtype.itemsize <= min(member.file_size, _MOST_BYTES):
+        raise ValueError(f"{name} of shape {found} does not fit its file")
+    with archive.open(member) as file:
+        array: NDArray[_Number] = np.lib.format.read_array(file, allow_pickle=False)
+    return array

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import TrimRTError
+from models.errors import TrimRTError, faults
 from models.files import restore
 from models.preprocessing import Preprocessing
 
@@ -72,7 +72,7 @@ class Card(_Strict):
     """One checkpoint's description; `card.json`."""
 
     format: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="e.g. `digits-resnet18`")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=128, description="e.g. `digits-resnet18`")
     role: Literal["teacher", "student", "pruned"]
     architecture: str = Field(description="torchvision classifier, e.g. `resnet18`")
     stem: Literal["standard", "small"] = Field(
@@ -112,5 +112,9 @@ def read_card(folder: Path) -> Card:
         raise CheckpointError(
             f"{folder} is not a checkpoint: it has no {CARD_NAME} (`trimrt compress` writes one)"
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not a valid model card: {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not a valid model card: {faults(error)}") from error

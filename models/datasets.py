@@ -119,7 +119,7 @@ class ImageSet:
                 mapped = np.lib.format.open_memmap(new, "w+", np.uint8, shape)
                 self._fill(mapped, spec, progress)
                 mapped.flush()
-        mapped_pixels: Pixels = np.load(path, mmap_mode="r")
+        mapped_pixels: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         return mapped_pixels
 
     def _fill(self, pixels: Pixels, spec: Preprocessing, progress: bool) -> None:
@@ -313,6 +313,12 @@ def _scan(folder: Path, root: Path, name: str, cache_dir: Path) -> ImageSet:
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
         raise DatasetError(f"{folder} has {len(classes)} class folders; a classifier needs at least two")
+    for directory in classes:
+        try:
+            directory.name.encode()
+        except UnicodeEncodeError:
+            shown = directory.name.encode(errors="replace").decode()
+            raise DatasetError(f"{folder} has a class folder {shown}, whose name is not UTF-8") from None
     found: list[tuple[Path, int]] = []
     for target, directory in enumerate(classes):
         images = [

@@ -165,4 +165,4 @@ def load_logits(path: Path, fingerprint: str) -> Tensor | None:
 def save_logits(path: Path, logits: Tensor, fingerprint: str) -> None:
     """Keep the teacher's logits for the next run."""
     with replace_file(path) as new:
-        safetensors.torch.save_file({"logits": logits}, new, {"fingerprint": fingerprint})
+        new.write_bytes(safetensors.torch.save({"logits": logits}, {"fingerprint": fingerprint}))

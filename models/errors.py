@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class TrimRTError(Exception):
@@ -16,3 +19,11 @@ class TrimRTError(Exception):
     """
 
     problem: ClassVar[str | None] = None
+
+
+def faults(error: ValidationError) -> str:
+    """What is wrong with the contents of a file, by the names of its members."""
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)
+    )

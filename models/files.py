@@ -26,6 +26,7 @@ from models.errors import TrimRTError
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class BusyError(TrimRTError):
@@ -38,7 +39,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
     A second writer waits for the first.
     """
-    with _locked(path):
+    with locked(path), _naming(path):
         partial = _beside(path, "partial")
         try:
             yield partial
@@ -61,7 +62,7 @@ def replace_folder(folder: Path, *, cache: bool = False) -> Iterator[Path]:
     Raises:
         BusyError: another process is writing `folder`, which is no cache.
     """
-    with _locked(folder, wait=cache):
+    with locked(folder, wait=cache), _naming(folder):
         partial = _beside(folder, "partial")
         _clean(folder)
         try:
@@ -82,7 +83,7 @@ def replace_folder(folder: Path, *, cache: bool = False) -> Iterator[Path]:
 def restore(folder: Path) -> None:
     """Put `folder` back if its writer was killed while it was moved aside; readers call this first."""
     if not folder.exists() and _beside(folder, "old").exists():
-        with suppress(OSError), _locked(folder):  # some readers may not write here
+        with suppress(OSError), locked(folder):  # some readers may not write here
             _clean(folder)
 
 
@@ -98,13 +99,13 @@ def clear_folder(folder: Path) -> None:
         _remove(path)
 
 
-def _beside(path: Path, role: str) -> Path:
-    return path.with_name(f".{path.name}.{role}")
-
-
 @contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of `path`, whose file is gone afterwards."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of `path`, whose file is gone afterwards. It says nothing of what is at `path`.
+
+    Raises:
+        BusyError: another process holds it, and it is not to be waited for.
+    """
     import fcntl  # not on Windows, where packages can be served but not written
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +126,21 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         lock.unlink(missing_ok=True)
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # child processes may hold the descriptor too
         os.close(descriptor)
+
+
+def _beside(path: Path, role: str) -> Path:
+    return path.with_name(f".{path.name}.{role}")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors of a full disk say what was being written: those of `write` do not name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

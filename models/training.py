@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -254,8 +255,10 @@ class _EarlyStopping:
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> None:
+    data = io.BytesIO()
+    torch.save(state, data)  # to a file, it would hide why writing failed
     with replace_file(path) as new:
-        torch.save(state, new)
+        new.write_bytes(data.getbuffer())
 
 
 def _load_state(path: Path, fingerprint: str) -> dict[str, Any] | None:

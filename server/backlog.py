@@ -1,15 +1,23 @@
-"""Images that wait for a slot: handed from the event loop and the decoding threads to the slots' threads."""
+"""Images that wait for a slot: handed from the event loop and the decoding threads to the slots' threads.
+
+Requests take turns: in each round, every request under way has one image taken. So a request of one image
+waits for one image of each other request, however many they have.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 
 from server.batching import Shares, collate
 from server.jobs import Image
+
+_turn = attrgetter("turn")
 
 
 class Backlog:
@@ -23,15 +31,17 @@ class Backlog:
 
     Attributes:
         under_way: images admitted and not yet answered or abandoned; only the event loop writes it.
+        round: the one under way, which is the turn of the image that was taken last.
     """
 
     def __init__(self, slots: int, most: int, *, shares: Shares | None = None, delay: float = 0.0) -> None:
         self.under_way = 0
+        self.round = 0
         self._slots = slots
         self._most = most
         self._shares = shares
         self._delay = delay
-        self._waiting: deque[Image] = deque()
+        self._waiting: deque[Image] = deque()  # by turn, and in one round by arrival
         self._lock = threading.Lock()
         self._sleeping: list[threading.Lock] = []  # one for each slot that waits; released to wake it
         self._closed = False
@@ -52,9 +62,12 @@ class Backlog:
         return len(self._sleeping) >= self._slots - 1
 
     def put(self, images: Sequence[Image]) -> None:
-        """Add images, and wake a slot for each."""
+        """Add images of one request, and wake a slot for each."""
         with self._lock:
-            self._waiting.extend(images)
+            if self._shares is not None and images:
+                self._shares.arrive(len(images), images[0].ready_at)
+            for image in images:
+                insort(self._waiting, image, key=_turn)
             self._wake(len(images))
 
     def take(self) -> list[Image]:
@@ -62,21 +75,22 @@ class Backlog:
         if not self._waiting:
             return []
         with self._lock:
-            return self._collate()[0]
+            return self._next_batch()[0]
 
     def join(self, size: int) -> list[Image]:
         """Images that may still join a batch of `size`, for which no slot has been woken."""
         with self._lock:
             if not self._waiting or self._sleeping:
                 return []
-            room = self._batch_size() - size
-            return collate(self._waiting, time.monotonic(), room)[0] if room > 0 else []
+            now = time.monotonic()
+            room = self._batch_size(now) - size
+            return self._collate(now, room, delay=0.0)[0] if room > 0 else []
 
     def wait(self) -> list[Image]:
         """Wait for the next batch; it is empty once the backlog is closed."""
         while True:
             with self._lock:
-                batch, ask_again_at = self._collate()
+                batch, ask_again_at = self._next_batch()
                 if batch or self._closed:
                     return batch
                 asleep = threading.Lock()
@@ -94,14 +108,21 @@ class Backlog:
             self._closed = True
             self._wake(len(self._sleeping))
 
-    def _collate(self) -> tuple[list[Image], float]:
-        batch, ask_again_at = collate(self._waiting, time.monotonic(), self._batch_size(), self._delay)
+    def _next_batch(self) -> tuple[list[Image], float]:
+        now = time.monotonic()
+        batch, ask_again_at = self._collate(now, self._batch_size(now), self._delay)
         if batch and self._shares is not None:
             self._shares.begin(self.under_way)
         return batch, ask_again_at
 
-    def _batch_size(self) -> int:
-        return self._most if self._shares is None else self._shares.size(self.under_way)
+    def _collate(self, now: float, room: int, delay: float) -> tuple[list[Image], float]:
+        batch, ask_again_at = collate(self._waiting, now, room, delay)
+        if batch:
+            self.round = max(self.round, batch[-1].turn)
+        return batch, ask_again_at
+
+    def _batch_size(self, now: float) -> int:
+        return self._most if self._shares is None else self._shares.size(self.under_way, now)
 
     def _wake(self, slots: int) -> None:
         """Wake slots, first those that fell asleep last: their core's cache is warm."""

@@ -28,30 +28,33 @@ def collate(
     """Take the next batch off the queue.
 
     Work-conserving with the default `delay` of 0: whatever waits, up to `max_size`, runs at once.
-    With a delay, fewer than `max_size` images are held back until the oldest has waited that long.
+    With a delay, fewer than `max_size` images are held back until one of them has waited that long.
 
     Args:
-        waiting: the queue, oldest first; images of the batch are removed, and so are dead ones before them.
+        waiting: the queue; images of the batch are removed from its front, and so are dead ones before them.
         now: the monotonic clock, seconds.
         max_size: the most images in the batch.
-        delay: how long the oldest image may be held back for a fuller batch, seconds.
+        delay: how long an image may be held back for a fuller batch, seconds.
 
     Returns:
-        The images to run now, oldest first (none when there is nothing to run yet); and when to ask again if
-        no image arrives before, on the monotonic clock (infinity: not before one arrives).
+        The images to run now, in the queue's order (none when there is nothing to run yet); and when to ask
+        again if no image arrives before, on the monotonic clock (infinity: not before one arrives).
     """
     batch: list[ImageT] = []
     while waiting and len(batch) < max_size:
         image = waiting.popleft()
         if not image.is_dead(now):
             batch.append(image)
-    if batch and len(batch) < max_size and now < (ask_again_at := batch[0].ready_at + delay):
-        waiting.extendleft(reversed(batch))
-        return [], ask_again_at
+    if delay and batch and len(batch) < max_size:
+        ask_again_at = min(image.ready_at for image in batch) + delay
+        if now < ask_again_at:
+            waiting.extendleft(reversed(batch))
+            return [], ask_again_at
     return batch, math.inf
 
 
-_ENOUGH: Final = 4  # batch size beyond which time per image stops falling
+_ENOUGH: Final = 4  # batch size beyond which time per image hardly falls
+_MIXED_S: Final = 1.0  # how long a request counts as one that others meet
 
 
 class Shares:
@@ -59,7 +62,8 @@ class Shares:
 
     The images under way are divided among the slots, because a batch takes less time than its images one by
     one. Beyond four images for each slot, half of them wait: larger batches are no more efficient, and a slot
-    that is done has its next batch at once, without waiting for clients.
+    that is done has its next batch at once, without waiting for clients. But while small requests come among
+    large ones, batches stay at four images: a small request waits for one to end and then rides in another.
 
     Args:
         slots: of the engine.
@@ -73,16 +77,25 @@ class Shares:
         self._most = most
         self._enough = min(_ENOUGH, runs[-1])
         self._loads: deque[int] = deque(maxlen=2 * slots)
+        self._small_at = self._large_at = -math.inf
+
+    def arrive(self, images: int, now: float) -> None:
+        """Note that a request of so many images has come."""
+        if images > self._enough:
+            self._large_at = now
+        else:
+            self._small_at = now
 
     def begin(self, pending: int) -> None:
         """Note that a slot begins a batch while `pending` images are under way, waiting or running."""
         self._loads.append(pending)
 
-    def size(self, pending: int) -> int:
+    def size(self, pending: int, now: float) -> int:
         """The most images that a slot may take now, while `pending` are under way."""
         # A client that was just answered has not sent its next image yet, so use the recent load.
         share = max(1, max(pending, *self._loads, 0) // self._slots)
         if share > self._enough:
-            share = max(share // 2, self._enough)
+            mixed = now < min(self._small_at, self._large_at) + _MIXED_S
+            share = self._enough if mixed else max(share // 2, self._enough)
             return min(self._most, share - share % self._enough)
         return min(self._most, max((size for size in self._runs if size <= share), default=share))

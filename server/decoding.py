@@ -100,9 +100,13 @@ class DecodePool:
 
     Unlike `concurrent.futures` it makes no future per task: each task passes its result on itself, which
     saves a lock and a wake-up for every image.
+
+    Attributes:
+        threads: how many there are.
     """
 
     def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"trimrt-decode-{i}", daemon=True) for i in range(threads)

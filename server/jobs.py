@@ -83,19 +83,27 @@ class Job:
         deadline: when its answer becomes useless.
         done: takes the results, one per image, or the problem.
         top: how many classes of each image to rank.
+        turn: the round of the backlog in which its first image has its turn; each further image has its own
+            in the round after.
         results: by image; None for those still under way.
         remaining: how many are under way.
         over: answered or dropped; decoding and slot threads read it too.
         decoding_seconds: the most that decoding its images so far takes; `DecodingLimits` counts it.
     """
 
-    __slots__ = ("admitted", "deadline", "decoding_seconds", "done", "over", "remaining", "results", "top")
+    __slots__ = (
+        *("admitted", "deadline", "decoding_seconds", "done", "over"),
+        *("remaining", "results", "top", "turn"),
+    )
 
-    def __init__(self, count: int, admitted: float, deadline: float, done: Done, top: int) -> None:
+    def __init__(
+        self, count: int, admitted: float, deadline: float, done: Done, top: int, turn: int = 0
+    ) -> None:
         self.admitted = admitted
         self.deadline = deadline
         self.done = done
         self.top = top
+        self.turn = turn
         self.results: list[Result | None] = [None] * count
         self.remaining = count
         self.over = False
@@ -112,9 +120,10 @@ class Image:
         decoding: when a thread began to decode it, by `time.monotonic`.
         decoded: when its pixels were there.
         ready_at: when it joined the backlog.
+        turn: the round in which it leaves the backlog; see `Job`.
     """
 
-    __slots__ = ("data", "decoded", "decoding", "index", "job", "ready_at")
+    __slots__ = ("data", "decoded", "decoding", "index", "job", "ready_at", "turn")
 
     def __init__(self, job: Job, index: int, data: bytes | Pixels) -> None:
         self.job = job
@@ -123,6 +132,7 @@ class Image:
         self.decoding = job.admitted
         self.decoded = job.admitted
         self.ready_at = job.admitted
+        self.turn = job.turn + index
 
     def is_dead(self, now: float) -> bool:
         """Whether nobody waits for it any more."""

@@ -66,7 +66,9 @@ class _TelemetryCollector(Collector):
         depth = GaugeMetricFamily(
             "trimrt_queue_depth", "Images admitted and not yet answered.", labels=("engine",)
         )
-        limit = GaugeMetricFamily("trimrt_queue_limit", "Most images admitted at once.", labels=("engine",))
+        limit = GaugeMetricFamily(
+            "trimrt_queue_limit", "Most images that may have to run for a request.", labels=("engine",)
+        )
         for name, scheduler in self._registry.loaded.items():
             key = EngineKey.of(scheduler.engine.manifest)
             info.add_metric((*key, str(name == self._registry.default).lower()), 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -52,11 +53,6 @@ def deadline_exceeded() -> Problem:
     return Problem("deadline-exceeded", "the deadline passed before the result was there")
 
 
-def _settle(future: asyncio.Future[list[Result] | Problem], outcome: list[Result] | Problem) -> None:
-    if not future.done():
-        future.set_result(outcome)
-
-
 class Scheduler:
     """Admission to one engine's bounded queue, and delivery of its results.
 
@@ -64,7 +60,7 @@ class Scheduler:
         engine: closed by `close`.
         pool: decodes for engines on a device; shared with other engines.
         stats: counts what becomes of the images.
-        queue_limit: the most images waiting or running.
+        queue_limit: the most images that may have to run until a request is answered, its own among them.
         decoding_limits: on what decoding may take; shared with other engines.
         max_batch_delay: how long an idle slot waits for a fuller batch, seconds.
         linux_scheduling: see `server.linux_scheduling`.
@@ -96,6 +92,7 @@ class Scheduler:
             delay=max_batch_delay,
         )
         self._service_time = ServiceTime()
+        self._jobs: set[Job] = set()  # under way
         self._retired = False  # admits no more
         self._workers: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop
@@ -129,17 +126,22 @@ class Scheduler:
                 raise outcome
 
     def check_room(self, images: int = 1) -> None:
-        """Make sure that `images` more fit the queue.
+        """Make sure that a request of so many images fits the queue.
+
+        Requests take turns, so it waits for at most as many images of each other request as it has itself.
+        Many images in few requests leave room for small requests.
 
         Raises:
             Problem: `queue-full`, with `Retry-After` from the measured service time.
         """
-        if self.pending + images > self.queue_limit:
+        one = images == 1  # the sum is the same then, but takes longer
+        ahead = len(self._jobs) if one else sum(min(job.remaining, images) for job in self._jobs)
+        if ahead + images > self.queue_limit:
             seconds = max(1, math.ceil(self.pending * self._service_time.per_image))
             raise Problem(
                 "queue-full",
-                f"{self.pending} images are waiting or running, the limit is {self.queue_limit}; "
-                f"try again in {seconds} s",
+                f"{ahead} images would run before it is answered, and {images} of its own; "
+                f"the limit is {self.queue_limit}; try again in {seconds} s",
                 headers={"Retry-After": str(seconds)},
             )
 
@@ -163,15 +165,18 @@ class Scheduler:
                 "not-ready", "the engine is being unloaded; try again", headers={"Retry-After": "1"}
             )
         self.check_room(len(images))
-        job = Job(len(images), time.monotonic(), deadline, done, top)
+        job = Job(len(images), time.monotonic(), deadline, done, top, self._backlog.round + 1)
+        self._jobs.add(job)
         self._backlog.under_way += len(images)
-        ready = []
+        ready, encoded = [], deque[Image]()
         for index, data in enumerate(images):
             image = Image(job, index, data)
             if self._decodes_in_slot or not isinstance(data, bytes):
                 ready.append(image)
             else:
-                self._pool.submit(partial(self._decoder.decode_ahead, image, self._backlog, self._outcomes))
+                encoded.append(image)
+        for _ in range(min(len(encoded), self._pool.threads)):
+            self._pool.submit(partial(self._decode_next, encoded))
         self._backlog.put(ready)
         return job
 
@@ -184,37 +189,6 @@ class Scheduler:
             self.stats.drop(reason, job.remaining)
             self._end(job)
 
-    async def infer(self, images: Sequence[bytes | Pixels], timeout: float, *, top: int = 0) -> list[Result]:
-        """Run `images` through the engine.
-
-        Cancelling the call drops its images.
-
-        Args:
-            images: see `submit`.
-            timeout: seconds until the answer becomes useless.
-            top: how many classes of each image to rank.
-
-        Returns:
-            One result per image, in their order.
-
-        Raises:
-            Problem: those of `submit` and of its `done`, and `deadline-exceeded`.
-        """
-        future: asyncio.Future[list[Result] | Problem] = self._loop.create_future()
-        job = self.submit(images, time.monotonic() + timeout, partial(_settle, future), top=top)
-        timer = self._loop.call_later(timeout, lambda: _settle(future, deadline_exceeded()))
-        try:
-            outcome = await future
-        except asyncio.CancelledError:
-            self.drop(job, "cancelled")
-            raise
-        finally:
-            timer.cancel()
-        if isinstance(outcome, Problem):
-            self.drop(job, "expired")
-            raise outcome
-        return outcome
-
     async def close(self) -> None:
         """Admit no more, answer what was admitted, then close the slots and free the engine."""
         self._retired = True
@@ -224,6 +198,19 @@ class Scheduler:
         await asyncio.gather(*self._workers)
         self._outcomes.close()
         await run_in_engine_thread(self.engine.close)
+
+    def _decode_next(self, encoded: deque[Image]) -> None:
+        """Decode one of a request's images, on a thread of the pool, and line up again for the next.
+
+        So no request has more tasks in the pool than there are threads, and requests take turns there too.
+        """
+        try:
+            image = encoded.popleft()
+        except IndexError:
+            return
+        self._decoder.decode_ahead(image, self._backlog, self._outcomes)
+        if encoded:
+            self._pool.submit(partial(self._decode_next, encoded))
 
     def _receive(self, outcome: Outcome) -> None:
         """Take an outcome from a slot's or a decoding thread."""
@@ -263,6 +250,7 @@ class Scheduler:
             self._release(1)
             if job.remaining == 0:
                 job.over = True
+                self._jobs.remove(job)
                 job.done(cast("list[Result]", job.results))
         self.stats.batch(size)
         self._service_time.measure(size, batch.started, now)
@@ -270,6 +258,7 @@ class Scheduler:
     def _end(self, job: Job) -> None:
         """End `job` without results, and give back its room in the queue."""
         job.over = True
+        self._jobs.remove(job)
         self._release(job.remaining)
         job.remaining = 0
 

@@ -64,7 +64,10 @@ class Settings(BaseSettings):
     )
 
     queue_limit: int = Field(
-        default=128, ge=1, description="Images an engine may have waiting or running; beyond it, 429."
+        default=128,
+        ge=1,
+        description="Images that may have to run until a request is answered; beyond it, 429. "
+        "Requests take turns: small ones do not wait for all of the large.",
     )
     max_batch_delay_ms: float = Field(
         default=0.0, ge=0, le=1000, description="How long an idle engine waits for a fuller batch. 0: never."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any, Final
 
 import click
@@ -45,6 +46,10 @@ class _LazyGroup(click.Group):
             return super().invoke(ctx)
         except TrimRTError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # a full disk, a folder that may not be written
+            if error.filename is None or error.errno is None:
+                raise
+            raise click.ClickException(f"{os.strerror(error.errno)}: {error.filename}") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

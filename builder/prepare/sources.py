@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from builder.kit import Student
+from builder.kit import LONGEST_NAME, Student
 from builder.prepare.export import ExportError, export_onnx
 from builder.prepare.import_onnx import RESIZE_RATIO, export_imported, import_onnx, read_preprocessing
 from builder.prepare.options import PrepareOptions
@@ -164,7 +164,7 @@ def _labels(options: PrepareOptions, told: list[str] | None, classes: int, data:
 
 
 def _name(text: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._") or "model"
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower())[:LONGEST_NAME].strip("-._") or "model"
 
 
 def _blank(spec: Preprocessing) -> Any:

@@ -266,7 +266,7 @@ function sample({ engines, default: main }) {
   $("p99").textContent = milliseconds(p99);
   $("rate").textContent = `${rate.toFixed(rate < 10 ? 1 : 0)} /s`;
   $("batch").textContent = engine.mean_batch_size?.toFixed(1) ?? "–";
-  $("pending").textContent = `${engine.pending} of ${engine.queue_limit}`;
+  $("pending").textContent = engine.pending;
 }
 
 /** The least of 1, 2 and 5 times a power of ten that is not below `value`. */

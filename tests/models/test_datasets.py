@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -160,6 +161,12 @@ class TestFolders:
         )
         with pytest.raises(DatasetError, match=r"dog3\.png: not an image"):
             part.load_pixels(SPEC)
+
+    def test_a_class_whose_name_is_no_text_is_named(self, tmp_path: Path) -> None:
+        write_images(tmp_path / "pets", {"cat": 10, "dog": 10})
+        (tmp_path / "pets/dog").rename(os.fsdecode(os.fsencode(tmp_path) + b"/pets/dog\xff"))
+        with pytest.raises(DatasetError, match=r"class folder dog\?, whose name is not UTF-8"):
+            open_dataset(str(tmp_path / "pets"), cache_dir=tmp_path / "cache")
 
     def test_errors_say_what_to_do(self, tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="give digits, digits-unshuffled, fashion-mnist, or a folder"):

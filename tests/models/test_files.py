@@ -10,7 +10,7 @@ import pytest
 from killing import killed_at_line
 
 from models import files
-from models.files import BusyError, clear_folder, replace_file, replace_folder, restore, restore_in
+from models.files import BusyError, clear_folder, locked, replace_file, replace_folder, restore, restore_in
 
 PARTS = ("a", "b/c")
 
@@ -257,3 +257,27 @@ def test_a_folder_is_cleared(tmp_path: Path) -> None:
     clear_folder(tmp_path / "folder")
 
     assert names(tmp_path / "folder") == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "kept")
+    with (
+        pytest.raises(OSError, match="No space left on device") as raised,
+        replace_file(tmp_path / "file"),
+        Path("/dev/full").open("wb", buffering=0) as full,
+    ):
+        full.write(b"x")
+    assert raised.value.filename == str(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_lock_that_is_not_to_be_waited_for_keeps_others_out(tmp_path: Path) -> None:
+    with locked(tmp_path / "a", wait=False):
+        with pytest.raises(BusyError, match="another process is writing"), locked(tmp_path / "a", wait=False):
+            pytest.fail("both have it")
+        with locked(tmp_path / "b", wait=False):
+            pass
+    with locked(tmp_path / "a", wait=False):
+        assert names(tmp_path) == [".a.lock"]
+    assert names(tmp_path) == []

@@ -324,6 +324,20 @@ def test_a_full_queue_says_when_to_try_again_by_the_measured_rate(
     assert [sent.answer().error for sent in accepted] == [""] * QUEUE_LIMIT
 
 
+def test_requests_of_many_images_leave_room_for_those_of_one(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    it = start()
+    image = encode(0)
+    forms = [it.send(*[image] * (QUEUE_LIMIT // 2)) for _ in range(2)]
+    wait_until(lambda: pending(it) == QUEUE_LIMIT)
+    assert it.ask(*[image] * (QUEUE_LIMIT // 2)).error == it.error("queue-full")
+    single = it.send(image)
+    wait_until(lambda: pending(it) == QUEUE_LIMIT + 1)
+    gate.open()
+    assert [sent.answer().error for sent in [*forms, single]] == [""] * 3
+
+
 @over_http
 def test_a_full_queue_refuses_before_the_body_has_come(
     start: Start, gate: Gate, encode: Encode, kind: type[Http]

@@ -15,9 +15,10 @@ from server.batching import Shares
 from server.jobs import Image, Job
 
 
-def images(count: int, *, lifetime: float = 60.0) -> list[Image]:
+def images(count: int, *, lifetime: float = 60.0, turn: int = 0) -> list[Image]:
+    """One request's."""
     now = time.monotonic()
-    job = Job(count, now, now + lifetime, lambda _outcome: None, top=0)
+    job = Job(count, now, now + lifetime, lambda _outcome: None, top=0, turn=turn)
     return [Image(job, index, b"") for index in range(count)]
 
 
@@ -69,6 +70,51 @@ def test_an_image_wakes_the_slot_that_fell_asleep_last(slots: Slots) -> None:
     assert first.result(timeout=20) == []
 
 
+def test_requests_take_turns() -> None:
+    backlog = Backlog(slots=1, most=1)
+    first, second, third = images(3), images(3), images(1)
+    for request in (first, second, third):
+        backlog.put(request)
+    taken = [backlog.take()[0] for _ in range(7)]
+    assert taken == [first[0], second[0], third[0], first[1], second[1], first[2], second[2]]
+
+
+def test_a_request_of_one_image_waits_for_one_image_of_each_other_request() -> None:
+    backlog = Backlog(slots=1, most=4)
+    forms = [images(64, turn=1), images(64, turn=1)]
+    for form in forms:
+        backlog.put(form)
+    for _ in range(5):
+        backlog.take()
+    single = images(1, turn=backlog.round + 1)
+    backlog.put(single)
+    assert single[0] in backlog.take()
+
+
+def test_a_request_of_many_images_has_one_taken_in_each_round_however_many_small_ones_come() -> None:
+    backlog = Backlog(slots=1, most=1)
+    form = images(8, turn=1)
+    for request in (form, *(images(1, turn=1) for _ in range(4))):
+        backlog.put(request)
+    taken = list[Image]()
+    for _ in range(8 * 5):
+        taken += backlog.take()
+        if taken[-1] not in form:  # its client is answered, and sends the next
+            backlog.put(images(1, turn=backlog.round + 1))
+    assert taken[::5] == form
+
+
+def test_an_image_whose_turn_has_passed_is_next() -> None:
+    backlog = Backlog(slots=1, most=1)
+    early, late = images(3, turn=1), images(3, turn=1)
+    backlog.put(early)
+    backlog.take()
+    backlog.take()
+    backlog.put(late[:1])  # a pool took its time to decode it
+    assert backlog.take() == late[:1]
+    assert backlog.round == 2
+
+
 def test_dead_images_are_never_taken() -> None:
     backlog = Backlog(slots=1, most=4)
     expired, abandoned, alive = images(2, lifetime=0.0), images(1), images(1)
@@ -84,6 +130,15 @@ def test_slots_share_what_is_under_way() -> None:
     backlog.under_way = 4
     backlog.put(put)
     assert [backlog.take(), backlog.take()] == [put[:2], put[2:]]
+
+
+def test_batches_stay_small_while_small_requests_come_among_large_ones() -> None:
+    backlog = Backlog(slots=1, most=16, shares=Shares(1, (1, 2, 4), 16))
+    backlog.under_way = 66
+    backlog.put(images(64))
+    assert len(backlog.take()) == 16
+    backlog.put(images(1))
+    assert len(backlog.take()) == 4
 
 
 def test_late_images_join_a_batch_up_to_its_size() -> None:

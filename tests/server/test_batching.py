@@ -59,6 +59,11 @@ def test_a_delay_counts_from_the_oldest_image() -> None:
     assert collate(waiting, now=10.4, max_size=3, delay=0.5) == ([], 10.5)
 
 
+def test_a_delay_counts_from_the_first_that_joined_the_queue_wherever_it_stands() -> None:
+    waiting = deque([Image(ready_at=12.0), Image(ready_at=10.0)])
+    assert collate(waiting, now=12.0, max_size=3, delay=2.5) == ([], 12.5)
+
+
 def test_a_delay_does_not_hold_back_a_full_batch() -> None:
     waiting = deque([Image(ready_at=10.0), Image(ready_at=10.0)])
     assert len(collate(waiting, now=10.0, max_size=2, delay=0.5)[0]) == 2
@@ -96,41 +101,58 @@ class TestShares:
         ("pending", "images"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2), (7, 2), (8, 4), (9, 4)]
     )
     def test_what_is_under_way_is_divided_into_whole_runs(self, pending: int, images: int) -> None:
-        assert self.shares().size(pending) == images
+        assert self.shares().size(pending, 0.0) == images
 
     @pytest.mark.parametrize(("pending", "images"), [(10, 4), (16, 4), (20, 4), (31, 4), (32, 8), (64, 8)])
     def test_half_waits_where_each_slot_has_its_largest_run(self, pending: int, images: int) -> None:
-        assert self.shares().size(pending) == images
+        assert self.shares().size(pending, 0.0) == images
 
     @pytest.mark.parametrize(("slots", "pending", "images"), [(1, 4, 4), (4, 8, 2), (4, 15, 2), (4, 16, 4)])
     def test_among_all_slots(self, slots: int, pending: int, images: int) -> None:
-        assert self.shares(slots).size(pending) == images
+        assert self.shares(slots).size(pending, 0.0) == images
 
     def test_a_share_of_four_is_a_whole_run_too(self) -> None:
-        assert self.shares(1, runs=(1, 2, 8)).size(4) == 2
+        assert self.shares(1, runs=(1, 2, 8)).size(4, 0.0) == 2
 
     def test_more_than_four_for_each_slot_wait_even_where_runs_are_larger(self) -> None:
-        assert self.shares(runs=(1, 2, 4, 8, 16), most=16).size(16) == 4
+        assert self.shares(runs=(1, 2, 4, 8, 16), most=16).size(16, 0.0) == 4
 
     def test_clients_that_were_just_answered_count_as_under_way(self) -> None:
         shares = self.shares()
         shares.begin(8)
-        assert shares.size(4) == 4
+        assert shares.size(4, 0.0) == 4
 
     def test_for_two_batches_of_each_slot(self) -> None:
         shares = self.shares()
         for pending in (8, 2, 2, 2):
             shares.begin(pending)
-        assert shares.size(2) == 4
+        assert shares.size(2, 0.0) == 4
 
     def test_but_not_for_long(self) -> None:
         shares = self.shares()
         for pending in (8, 2, 2, 2, 2):
             shares.begin(pending)
-        assert shares.size(2) == 1
+        assert shares.size(2, 0.0) == 1
+
+    @pytest.mark.parametrize(
+        ("small_at", "large_at", "images"), [(9.5, 9.9, 4), (9.9, 9.5, 4), (8.9, 9.9, 8), (9.9, 8.9, 8)]
+    )
+    def test_it_stays_at_four_where_small_requests_have_met_large_ones_within_a_second(
+        self, small_at: float, large_at: float, images: int
+    ) -> None:
+        shares = self.shares()
+        shares.arrive(4, small_at)
+        shares.arrive(5, large_at)
+        assert shares.size(64, 10.0) == images
+
+    @pytest.mark.parametrize("images", [1, 64])
+    def test_requests_of_one_kind_alone_do_not_keep_it_at_four(self, images: int) -> None:
+        shares = self.shares()
+        shares.arrive(images, 10.0)
+        assert shares.size(64, 10.0) == 8
 
     def test_an_engine_of_one_size_gets_what_there_is(self) -> None:
-        assert self.shares(runs=(4,)).size(6) == 3
+        assert self.shares(runs=(4,)).size(6, 0.0) == 3
 
     @given(
         st.lists(st.integers(1, 300), max_size=20),
@@ -143,5 +165,5 @@ class TestShares:
     ) -> None:
         shares = Shares(slots, runs, most)
         for pending in loads:
-            assert 1 <= shares.size(pending) <= most
+            assert 1 <= shares.size(pending, 0.0) <= most
             shares.begin(pending)

@@ -25,6 +25,11 @@ def test_an_image_is_dead_once_its_job_is_over(job: Job) -> None:
     assert image.is_dead(10.0)
 
 
+def test_each_image_has_its_turn_a_round_after_the_one_before() -> None:
+    job = Job(count=2, admitted=10.0, deadline=20.0, done=lambda _outcome: None, top=1, turn=7)
+    assert [Image(job, index, b"").turn for index in range(2)] == [7, 8]
+
+
 def test_a_new_image_has_waited_for_nothing_yet(job: Job) -> None:
     image = Image(job, 1, b"")
     assert image.decoding == image.decoded == image.ready_at == job.admitted

@@ -111,9 +111,9 @@ def test_a_failed_batch_is_answered_to_its_own_jobs_and_to_no_other(
             await arrivals(gate, 1)
             doomed = [submit(scheduler, encode(1)), submit(scheduler, encode(2), encode(3))]
             doomed.append(submit(scheduler, encode(4), *(encode(n) for n in range(5, 9))))  # over two batches
-            spared = submit(scheduler, encode(9))
             gate.allow(1)
             await arrivals(gate, 2)
+            spared = submit(scheduler, encode(9))
             gate.fail_next = True
             gate.open()
             assert await batch_of(first) == 1
@@ -183,6 +183,68 @@ def test_a_job_that_was_dropped_is_neither_decoded_nor_computed(
     assert decoded == [encode(0), encode(2)]
 
 
+def test_a_request_of_one_image_has_room_beside_requests_that_fill_the_queue(
+    start: Callable[..., Any], gate: Gate, encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start() as scheduler:
+            image = encode(0)
+            forms = [submit(scheduler, *[image] * 6) for _ in range(2)]
+            await arrivals(gate, 1)
+            with pytest.raises(Problem, match="12 images would run before it is answered, and 6 of its own"):
+                submit(scheduler, *[image] * 6)
+            singles = [submit(scheduler, image) for _ in range(10)]
+            with pytest.raises(Problem, match="12 images would run before it is answered, and 1 of its own"):
+                submit(scheduler, image)
+            gate.open()
+            for answer in [*forms, *singles]:
+                assert not isinstance(await answered(answer), Problem)
+            assert await batch_of(submit(scheduler, *[image] * 12)) > 1
+
+    asyncio.run(main())
+
+
+def test_a_request_that_ends_early_gives_its_room_back(
+    start: Callable[..., Any], gate: Gate, encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start() as scheduler:
+            form = [encode(0)] * 12
+            dropped = scheduler.submit(form, time.monotonic() + 60, pytest.fail)
+            await arrivals(gate, 1)
+            scheduler.drop(dropped, "cancelled")
+            damaged = submit(scheduler, b"damaged", *form[1:])
+            gate.open()
+            assert isinstance(await answered(damaged), Problem)
+            assert not isinstance(await answered(submit(scheduler, *form)), Problem)
+
+    asyncio.run(main())
+
+
+def test_requests_take_turns_at_being_decoded_ahead_too(
+    start: Callable[..., Any], gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+
+    def noted(data: bytes, *arguments: Any, **options: Any) -> Any:
+        decoded.append(data)
+        return plan_loading(data, *arguments, **options)
+
+    async def main() -> None:
+        async with start(on_cpu=False) as scheduler:
+            may_go_on = threading.Event()
+            scheduler._pool.submit(lambda: may_go_on.wait(20))
+            answers = [submit(scheduler, *map(encode, numbers)) for numbers in ([0, 1, 2], [3, 4], [5])]
+            may_go_on.set()
+            gate.open()
+            for answer in answers:
+                await answered(answer)
+
+    monkeypatch.setattr("server.decoding.plan_loading", noted)
+    asyncio.run(main())
+    assert decoded == [encode(n) for n in (0, 3, 5, 1, 4, 2)]
+
+
 def test_closing_answers_what_was_admitted_and_still_has_to_be_decoded(
     start: Callable[..., Any], gate: Gate, encode: Encode
 ) -> None:
@@ -196,7 +258,7 @@ def test_closing_answers_what_was_admitted_and_still_has_to_be_decoded(
             done, _ = await asyncio.wait([closing], timeout=0.3)
             assert not done
             with pytest.raises(Problem, match="is being unloaded"):
-                await scheduler.infer([encode(1)], 20)
+                submit(scheduler, encode(1))
             may_go_on.set()
             await asyncio.wait_for(closing, 20)
             assert answer.done()
@@ -253,20 +315,6 @@ def test_a_start_that_fails_closes_the_slots_that_did_open(
 
     asyncio.run(main())
     assert ended == ["slot", "engine"]
-
-
-def test_cancelling_a_call_drops_its_images(start: Callable[..., Any], gate: Gate, encode: Encode) -> None:
-    async def main() -> None:
-        async with start() as scheduler:
-            call = asyncio.create_task(scheduler.infer([encode(0)], 60))
-            await arrivals(gate, 1)
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-            assert scheduler.pending == 0
-            assert scheduler.stats.dropped == {"cancelled": 1}
-
-    asyncio.run(main())
 
 
 class TestServiceTime:

@@ -34,18 +34,19 @@ def server(engine_dir: Path) -> Iterator[Running]:
         yield it
 
 
+def encoded(seed: int, form: str = "PNG", size: tuple[int, int] = (48, 40), **options: object) -> bytes:
+    """An image file of random blocks."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    image = Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
 @pytest.fixture(scope="session")
 def encode() -> Callable[..., bytes]:
-    """An image file of random blocks: `encode(seed)`, or `encode(seed, "JPEG", quality=90)`."""
-
-    def encode(seed: int, form: str = "PNG", size: tuple[int, int] = (48, 40), **options: object) -> bytes:
-        blocks = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
-        image = Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
-        file = io.BytesIO()
-        image.save(file, form, **options)
-        return file.getvalue()
-
-    return encode
+    """`encode(seed)`, or `encode(seed, "JPEG", quality=90)`."""
+    return encoded
 
 
 @pytest.fixture(scope="session")

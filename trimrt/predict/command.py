@@ -158,7 +158,6 @@ def predict(
         batch_size=batch_size,
         part_size=-(-part_size // batch_size) * batch_size,
     )
-    kept = parts.Parts(output, plan, restart=restart)
     cluster = None
     if address is not None:
         cluster = _Cluster(address, actors, cpus, 0 if manifest.backend == "openvino" else gpus)
@@ -166,7 +165,8 @@ def predict(
     workload = scoring.Workload(
         folder.resolve(), top_k, batch_size, decode_threads or os.cpu_count() or 1, slots, threads
     )
-    _run(workload, manifest, source, plan, kept, cluster)
+    with parts.open_parts(output, plan, restart=restart) as kept:
+        _run(workload, manifest, source, plan, kept, cluster)
     click.echo(f"wrote {output}")
 
 
@@ -211,17 +211,25 @@ def _run(
             with closing(_score(workload, manifest, source, plan, missing, cluster, advance)) as tables:
                 for part, table in tables:
                     kept.write(part, table)
+            seconds = time.monotonic() - began
+            failures = kept.assemble()
         except KeyboardInterrupt:
             progress.stop()
-            left = sum(len(plan.span(part)) for part in kept.missing())
-            click.echo(
-                f"interrupted: {plan.images - left:,} of {plan.images:,} images are scored; "
-                "the same command, without --restart, continues",
-                err=True,
-            )
+            click.echo(f"interrupted: {_done(plan, kept)}", err=True)
             raise SystemExit(_INTERRUPTED) from None
-    seconds = time.monotonic() - began
-    _report(plan, kept.assemble(), images, seconds)
+        except OSError as error:  # the disk is full, say
+            progress.stop()
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise click.ClickException(f"{reason}: {_done(plan, kept)}") from error
+    _report(plan, failures, images, seconds)
+
+
+def _done(plan: Plan, kept: Parts) -> str:
+    left = sum(len(plan.span(part)) for part in kept.missing())
+    return (
+        f"{plan.images - left:,} of {plan.images:,} images are scored; "
+        "the same command, without --restart, continues"
+    )
 
 
 def _score(
@@ -237,11 +245,17 @@ def _score(
     if not missing:
         return
     if cluster is None:
+        from trimrt.predict.interrupts import deferred_interrupts
         from trimrt.predict.runs import score_parts
         from trimrt.predict.scoring import open_scorer
 
-        with open_scorer(workload) as scorer:
-            yield from score_parts(scorer, manifest, source, plan, missing, advance)
+        with deferred_interrupts() as check, open_scorer(workload) as scorer:
+
+            def note(images: int) -> None:
+                check()
+                advance(images)
+
+            yield from score_parts(scorer, manifest, source, plan, missing, note)
         return
     with options.needs_ray():
         from trimrt.predict.cluster import connect, score_on_cluster

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,7 @@ from pyarrow import csv
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import TrimRTError
-from models.files import replace_file
+from models.files import BusyError, locked, replace_file
 from runtime.manifest import Manifest
 from trimrt.predict.scoring import Rows
 
@@ -105,8 +106,9 @@ def to_table(rows: Iterable[Rows], manifest: Manifest) -> pa.Table:
     )
 
 
-class Parts:
-    """The parts of one output.
+@contextmanager
+def open_parts(output: Path, plan: Plan, *, restart: bool = False) -> Iterator[Parts]:
+    """The parts of one output; until the block ends no other process gets them.
 
     Args:
         output: the file that they become; CSV by its suffix, else Parquet.
@@ -114,11 +116,29 @@ class Parts:
         restart: forget parts that are there, and replace an output that is.
 
     Raises:
-        PartsError: the folder holds parts of another plan, or the output is there already.
+        PartsError: the folder holds parts of another plan, the output is there already, or another process is
+            writing it.
+    """
+    folder = output.with_name(f"{output.name}.parts")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BusyError:
+            raise PartsError(
+                f"another process is writing {output}; wait for it to end, or name another --out"
+            ) from None
+        yield Parts(output, folder, plan, restart=restart)
+
+
+class Parts:
+    """The parts of one output; see `open_parts`.
+
+    Attributes:
+        folder: where they lie.
     """
 
-    def __init__(self, output: Path, plan: Plan, *, restart: bool = False) -> None:
-        self.folder = output.with_name(f"{output.name}.parts")
+    def __init__(self, output: Path, folder: Path, plan: Plan, *, restart: bool) -> None:
+        self.folder = folder
         self._output = output
         self._plan = plan
         if restart and self.folder.exists():

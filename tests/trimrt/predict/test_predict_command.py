@@ -371,6 +371,97 @@ def test_a_process_that_is_stopped_loses_no_part_and_scores_none_twice(
     assert out.read_bytes() == at_once.read_bytes()
 
 
+_INTERRUPTED_IN_A_LOCK = """
+import signal, sys, threading
+from trimrt.cli import main
+
+entries = int(sys.argv.pop(1))
+
+def watch(frame, event, argument):
+    global entries
+    if frame.f_code is threading.Condition.__enter__.__code__ and event == "return":
+        entries -= 1
+        if entries == 0:
+            signal.raise_signal(signal.SIGINT)
+    return watch
+
+def start_watching(*arguments):
+    sys.settrace(watch)
+    return score_parts(*arguments)
+
+import trimrt.predict.runs as runs
+score_parts, runs.score_parts = runs.score_parts, start_watching
+main(sys.argv[1:])
+"""
+"""Ctrl-C when the main thread has just acquired a condition's lock: the n-th time while it scores."""
+
+
+@pytest.mark.parametrize("entry", [1, 2, 9])
+def test_ctrl_c_in_the_moment_that_a_lock_is_acquired_does_not_leave_it_locked(
+    photos: Path, tiny: Path, tmp_path: Path, entry: int
+) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED_IN_A_LOCK, str(entry), "predict", str(photos)]
+    command += ["--engine", str(tiny), "--out", str(tmp_path / "out.parquet"), "--batch-size", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 130
+    assert "images are scored" in result.stderr
+
+
+# --- two at once, and a full disk -------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_same_output_is_refused_and_disturbs_nothing(
+    photos: Path, tiny: Path, encode: Encode, tmp_path: Path
+) -> None:
+    os.mkfifo(pipe := photos / "1/pipe.png")
+    arguments = [str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
+    with (
+        subprocess.Popen([TRIMRT, "predict", *arguments], stdout=subprocess.PIPE, text=True) as first,
+        pipe.open("wb") as file,  # somebody reads it: the first run is at work
+    ):
+        for restart in ([], ["--restart"]):
+            said = refusal(*arguments, *restart)
+            assert "another process is writing" in said
+            assert "name another --out" in said
+        file.write(encode(99))
+        file.close()
+        first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert len(rows(tmp_path / "out.parquet")) == IMAGES + 1
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out.parquet"]
+
+
+@pytest.mark.parametrize(("largest_file", "scored"), [(2, 0), (8, IMAGES)], ids=["a part", "the output"])
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    photos: Path, tiny: Path, tmp_path: Path, largest_file: int, scored: int
+) -> None:
+    out = tmp_path / "out.parquet"
+    arguments = [
+        str(photos),
+        "--engine",
+        str(tiny),
+        "--out",
+        str(out),
+        "--part-size",
+        "4",
+        "--batch-size",
+        "4",
+    ]
+    # The largest file that the process may write, KiB: beyond it a write fails as on a full disk.
+    limited = ["bash", "-c", f'ulimit -f {largest_file}; exec "$0" "$@"', TRIMRT, "predict", *arguments]
+    result = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        f"Error: File too large: {scored} of {IMAGES} images are scored; "
+        "the same command, without --restart, continues"
+    )
+    assert not out.exists()
+    assert f"{IMAGES - scored} now" in run(*arguments)
+    at_once = tmp_path / "at-once.parquet"
+    run(photos, "--engine", tiny, "--out", at_once, "--part-size", 4, "--batch-size", 4)
+    assert out.read_bytes() == at_once.read_bytes()
+
+
 # --- what is refused --------------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+from serving import engine_dir  # noqa: F401
