@@ -144,6 +144,8 @@ def _disposition(head: bytes) -> tuple[str, str | None]:
     extended = parameters.get(b"filename*", b"").split(b"'", 2)  # RFC 8187: charset, language, text
     if len(extended) == 3:
         filename = unquote_to_bytes(extended[2])
+        if extended[0].lower() == b"iso-8859-1":
+            filename = filename.decode("latin-1").encode()
     return (
         parameters.get(b"name", b"").decode("utf-8", "replace"),
         None if filename is None else filename.decode("utf-8", "replace"),

@@ -32,10 +32,13 @@ LINGER_QUIET_S: Final = 5.0
 LINGER_BYTES: Final = 1 << 30
 """How much of it is read."""
 
-# What is parsed at once. Of requests, so little that all that fit in it keep other clients from nothing.
+# Bytes parsed at once. The shortest requests that fit in a piece are parsed in a few milliseconds.
 _PIECE: Final = 4 << 10
 _LARGE_PIECE: Final = 64 << 10  # of a body
-_SMALL, _FEW = HEAD_LIMIT // 2, HEAD_LIMIT // 2 // 32  # bytes and headers that are within the limit, surely
+_SMALL, _FEW = (
+    HEAD_LIMIT // 2,
+    HEAD_LIMIT // 2 // 32,
+)  # a head of so many bytes and headers is within the limit
 _PROBE_S: Final = 1.0
 _TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
@@ -290,7 +293,7 @@ class HardenedProtocol(HttpToolsProtocol):
     def _probe_again(self) -> None:
         if self.transport.is_closing() or not self._under_way() or self.parser.get_http_version() == "1.0":
             return
-        if not getattr(self.cycle, "response_started", False):
+        if not self.pipeline and not getattr(self.cycle, "response_started", False):
             self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
         self._probe()
 
