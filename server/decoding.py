@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Final
 
 import cv2
 from PIL import Image as PillowImage
@@ -84,8 +85,12 @@ class Decoder:
             backlog.put([image])
 
 
+_M_MMAP_THRESHOLD: Final = -3  # of mallopt(3)
+_MAPPED_BYTES: Final = 4 << 20
+
+
 def configure_decoders() -> None:
-    """Set what Pillow and OpenCV keep for a whole process, in one that is the server's own."""
+    """Set what decoders keep for a whole process, in one that is the server's own."""
     PillowImage.MAX_IMAGE_PIXELS = None  # `DecodingLimits` are the limit
     # What they say about damaged files would let anyone fill the log, and Python remembers each warning.
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -93,6 +98,9 @@ def configure_decoders() -> None:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     with suppress(OSError, AttributeError):  # Pillow was built without libtiff
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+    # glibc raises this threshold by itself, and then keeps up to 64 MiB of each thread's images for good.
+    with suppress(OSError, AttributeError, TypeError):  # another C library, or system
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 class DecodePool:

@@ -69,18 +69,18 @@ def test_the_images_of_one_request_share_its_time(limits: DecodingLimits) -> Non
 
 
 def test_an_image_waits_until_others_are_decoded(limits: DecodingLimits) -> None:
-    admitted = threading.Event()
+    its_turn = threading.Event()
 
     def wait_for_room() -> None:
         with admitted(limits, Cost(0, 50), job()):
-            admitted.set()
+            its_turn.set()
 
     with admitted(limits, Cost(0, 60), job()):
         waiting = threading.Thread(target=wait_for_room)
         waiting.start()
         wait_until(lambda: bool(limits._changed._waiters))  # type: ignore[attr-defined]
-        assert not admitted.is_set()
-    assert admitted.wait(20)
+        assert not its_turn.is_set()
+    assert its_turn.wait(20)
     waiting.join()
     assert limits.held == 0
 
