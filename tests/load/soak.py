@@ -218,7 +218,7 @@ class Soak:
     def _hostile(self) -> None:
         """One hostile request; some clients leave before the answer."""
         name, make = random.choice(list(HOSTILE.items()))
-        with socket.create_connection(self._address, timeout=5) as connection:
+        with socket.create_connection(self._address, timeout=2) as connection:
             try:
                 connection.sendall(make(random.choice(self._images)))
                 if random.random() < 0.2:
