@@ -21,6 +21,7 @@ from runtime.reading import TEXT_BYTES, read_file
 
 MANIFEST_NAME: Final = "manifest.json"
 _SHOWN_MISTAKES: Final = 3
+_NAMED_MISTAKES: Final = 1000
 
 Backend = Literal["tensorrt", "tensorrt-rtx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
@@ -199,7 +200,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _reasons(error: ValidationError) -> str:
-    """The first few mistakes: there may be one for every label."""
+    """The first few mistakes: there may be one for every label, and naming them all takes a while."""
+    if error.error_count() > _NAMED_MISTAKES:
+        return f"it has {error.error_count()} mistakes"
     mistakes = [
         f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}".removeprefix(": ")
         for mistake in error.errors(include_url=False, include_context=False, include_input=False)

@@ -42,15 +42,12 @@ def resolve_engines(settings: Settings) -> list[Path]:
     """The package folders that `settings.engine` names; the first is the default.
 
     Raises:
-        EngineError: one of them does not exist, or none is named and the directory does not hold exactly one
-            that can be used (or with `settings.watch`, holds several).
+        EngineError: one of them does not exist or has no valid manifest, or none is named and the directory
+            does not hold exactly one that can be used (or with `settings.watch`, holds several).
     """
     names = [name.strip() for name in settings.engine.split(",") if name.strip()]
     if names:
-        return [
-            Path(name) if is_package(Path(name)) else find_package(settings.engine_dir, name)
-            for name in names
-        ]
+        return [_named(settings.engine_dir, name) for name in names]
     packages = find_packages(settings.engine_dir)
     usable = [folder for folder, manifest in packages.items() if isinstance(manifest, Manifest)]
     if len(usable) == 1 or (not usable and settings.watch):
@@ -64,6 +61,14 @@ def resolve_engines(settings: Settings) -> list[Path]:
         reasons = "; ".join(map(str, packages.values()))
         raise EngineError(f"no engine package in {settings.engine_dir} can be used: {reasons}")
     raise EngineError(f"no engine package in {settings.engine_dir}; `trimrt build` makes one")
+
+
+def _named(directory: Path, name: str) -> Path:
+    folder = Path(name)
+    if not is_package(folder):
+        return find_package(directory, name)
+    read_manifest(folder)
+    return folder
 
 
 class EngineRow(BaseModel):

@@ -26,20 +26,24 @@ class Watcher:
         self._registry = registry
         self._directory = directory
         self._trouble = ""
-        self._known = self._look()
-        self._seen = self._known
+        self._known = self._stamps()
+        self._seen = dict(self._known)
 
     async def run(self, interval: float) -> None:
         """Look every `interval` seconds until cancelled; nothing else ends it."""
         while True:
             await asyncio.sleep(interval)
-            now = await asyncio.to_thread(self._look)
-            for folder, stamp in now.items():
-                held_still = stamp == self._seen.get(folder)
-                if held_still and stamp != self._known.get(folder):
-                    self._known[folder] = stamp
-                    await self._load(folder)
-            self._seen = now
+            await self.look()
+
+    async def look(self) -> None:
+        """Load what has changed since it was last loaded, but not since the last look."""
+        now = await asyncio.to_thread(self._stamps)
+        for folder, stamp in now.items():
+            holds_still = stamp == self._seen.get(folder)
+            if holds_still and stamp != self._known.get(folder):
+                self._known[folder] = stamp
+                await self._load(folder)
+        self._seen = now
 
     async def _load(self, folder: Path) -> None:
         try:
@@ -47,7 +51,7 @@ class Watcher:
         except Exception:
             log.exception("an engine package could not be loaded", extra={"folder": str(folder)})
 
-    def _look(self) -> dict[Path, Stamp]:
+    def _stamps(self) -> dict[Path, Stamp]:
         """The stamp of every package; none while the directory cannot be read, which is logged once."""
         try:
             stamps = {folder: stamp_of(folder) for folder in find_package_folders(self._directory)}

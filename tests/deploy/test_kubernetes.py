@@ -340,7 +340,7 @@ def test_every_claim_is_the_engines_claim() -> None:
 
 @any_pod
 def test_the_claims_files_get_the_servers_group(pod: dict[str, Any]) -> None:
-    """What a root job wrote can be read; the kubelet leaves claims alone that the volume says are read-only."""
+    """So it can read what others wrote. The kubelet leaves a volume alone that is read-only itself."""
     for volume in pod["volumes"]:
         if claim := volume.get("persistentVolumeClaim"):
             assert pod["securityContext"]["fsGroup"] == 10001
