@@ -72,11 +72,11 @@ def test_it_fails_its_request_and_no_other_of_its_batch(it: Carrier, gate: Gate)
     gate.wait_for_arrivals(1)
     batch = [it.send(image) for image in (FINE, WHITE) * 4]
     wait_until(lambda: it.server.service.registry.get(None).pending == 9)
-    gate.allow(2)
+    gate.allow(9)
     assert first.answer().error == ""
     assert [sent.answer().error for sent in batch] == ["", it.error("inference-failed")] * 4
-    assert gate.batches == [1, 8]
-    gate.open()
+    assert sum(gate.batches) == 9
+    assert max(gate.batches) > 1
 
 
 def test_one_such_image_fails_a_request_of_several(it: Carrier) -> None:
