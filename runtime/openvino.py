@@ -263,9 +263,9 @@ class OpenVINOSlot:
 def _memory(blob: bytes) -> mmap.mmap:
     """A copy that all models made of it share, and that must outlive them: they use its weights in place.
 
-    It starts at a page, as OpenVINO's kernels like weights. OpenVINO takes no read-only memory.
+    A mapping is aligned as vector instructions want it. OpenVINO takes no read-only memory.
     """
-    memory = mmap.mmap(-1, len(blob))
+    memory = mmap.mmap(-1, len(blob), access=mmap.ACCESS_COPY)
     memory.write(blob)
     return memory
 
