@@ -30,6 +30,12 @@ def load_engine(folder: str | Path, options: Options | None = None) -> Engine:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    pixels = [manifest.preprocessing.height, manifest.preprocessing.width, 3]
+    if manifest.input.shape[1:] != pixels:
+        raise EngineError(
+            f"{folder} takes {manifest.input.shape[1:]}, but its preprocessing gives {pixels}; "
+            f"rebuild it: {manifest.build_command}"
+        )
     try:
         runtime = importlib.import_module(_RUNTIMES[manifest.backend])
     except ImportError as error:
@@ -49,5 +55,5 @@ def load_engine(folder: str | Path, options: Options | None = None) -> Engine:
 
 def _check_unchanged(folder: Path, manifest: Manifest) -> None:
     """The artefact has a hash to be held against; of the manifest, a copy half made may look whole."""
-    if read_manifest(folder) != manifest:
+    if read_manifest(folder).model_dump_json() != manifest.model_dump_json():  # NaN is not equal to itself
         raise EngineError(f"{folder} changed while it was loaded; load it again when it is complete")
