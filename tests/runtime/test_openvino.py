@@ -80,7 +80,8 @@ def test_blob_for_another_processor_is_refused(copy: Path, machine: dict[str, An
 
 @pytest.mark.usefixtures("no_import")
 def test_a_preprocessing_for_another_input_is_refused(copy: Path) -> None:
-    rewrite(copy, preprocessing=read_manifest(copy).preprocessing.model_copy(update={"height": 4096}))
+    larger = {"resize": 4096, "height": 4096}
+    rewrite(copy, preprocessing=read_manifest(copy).preprocessing.model_copy(update=larger))
     with pytest.raises(EngineError, match=r"takes \[32, 32, 3\], but .* gives \[4096, 32, 3\]"):
         load_engine(copy)
 
