@@ -82,15 +82,17 @@ def replace_folder(folder: Path, *, cache: bool = False) -> Iterator[Path]:
 
 def restore(folder: Path) -> None:
     """Put `folder` back if its writer was killed while it was moved aside; readers call this first."""
-    if not folder.exists() and _beside(folder, "old").exists():
-        with suppress(OSError), locked(folder):  # some readers may not write here
-            _clean(folder)
+    with suppress(OSError):  # some readers may not write here, or not even look
+        if not folder.exists() and _beside(folder, "old").exists():
+            with locked(folder):
+                _clean(folder)
 
 
 def restore_in(parent: Path) -> None:
     """`restore` every folder in `parent`."""
-    for old in parent.glob(".*.old"):
-        restore(parent / old.name[1 : -len(".old")])
+    with suppress(OSError):
+        for old in parent.glob(".*.old"):
+            restore(parent / old.name[1 : -len(".old")])
 
 
 def clear_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from runtime.engine import Engine, Options
-from runtime.manifest import Backend, EngineError, read_manifest
+from runtime.manifest import Backend, EngineError, Manifest, read_manifest
 from runtime.tuning import with_tuning
 
 # Each module has `load(folder, manifest, options) -> Engine`.
@@ -25,11 +25,17 @@ def load_engine(folder: str | Path, options: Options | None = None) -> Engine:
     `options` leave open is taken from the package's tuning for this machine, if it has one.
 
     Raises:
-        EngineError: no package, or one that is damaged or was built for something else; the message
-            says what was built, what is here, and which command rebuilds it.
+        EngineError: no package, or one that is damaged, was built for something else or changes meanwhile;
+            the message says what was built, what is here, and which command rebuilds it.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    pixels = [manifest.preprocessing.height, manifest.preprocessing.width, 3]
+    if manifest.input.shape[1:] != pixels:
+        raise EngineError(
+            f"{folder} takes {manifest.input.shape[1:]}, but its preprocessing gives {pixels}; "
+            f"rebuild it: {manifest.build_command}"
+        )
     try:
         runtime = importlib.import_module(_RUNTIMES[manifest.backend])
     except ImportError as error:
@@ -37,5 +43,17 @@ def load_engine(folder: str | Path, options: Options | None = None) -> Engine:
             f"{folder} needs {manifest.backend} {manifest.backend_version}, "
             f"which cannot be imported here: {error}"
         ) from error
-    engine: Engine = runtime.load(folder, manifest, with_tuning(folder, options or Options()))
+    options = with_tuning(folder, manifest.batch, options or Options())
+    engine: Engine = runtime.load(folder, manifest, options)
+    try:
+        _check_unchanged(folder, manifest)
+    except EngineError:
+        engine.close()
+        raise
     return engine
+
+
+def _check_unchanged(folder: Path, manifest: Manifest) -> None:
+    """The artefact has a hash to be held against; of the manifest, a copy half made may look whole."""
+    if read_manifest(folder).model_dump_json() != manifest.model_dump_json():  # NaN is not equal to itself
+        raise EngineError(f"{folder} changed while it was loaded; load it again when it is complete")

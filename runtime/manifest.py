@@ -17,8 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.errors import TrimRTError
 from models.files import restore
 from models.preprocessing import Preprocessing
+from runtime.reading import TEXT_BYTES, read_file
 
 MANIFEST_NAME: Final = "manifest.json"
+_SHOWN_MISTAKES: Final = 3
+_NAMED_MISTAKES: Final = 1000
 
 Backend = Literal["tensorrt", "tensorrt-rtx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
@@ -142,8 +145,8 @@ class Manifest(_Strict):
     """One engine package's description; `manifest.json`."""
 
     format: Literal[1] = 1
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    version: str = Field(default="1", pattern=r"^[0-9]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    version: str = Field(default="1", pattern=r"^[0-9]+$", max_length=18)
     created_at: datetime
     builder_version: str
     backend: Backend
@@ -185,29 +188,47 @@ def read_manifest(folder: Path) -> Manifest:
     restore(folder)
     path = folder / MANIFEST_NAME
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(read_file(path, TEXT_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(
             f"{folder} is not an engine package: it has no {MANIFEST_NAME} (`trimrt build` makes one)"
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise EngineError(f"{path} is not a valid engine manifest: {error}") from error
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise EngineError(f"{path} is not a valid engine manifest: {_reasons(error)}") from error
 
 
-def check_artefact(folder: Path, manifest: Manifest) -> Path:
-    """The artefact's path, once its hash is what the manifest says.
+def _reasons(error: ValidationError) -> str:
+    """The first few mistakes: there may be one for every label, and naming them all takes a while."""
+    if error.error_count() > _NAMED_MISTAKES:
+        return f"it has {error.error_count()} mistakes"
+    mistakes = [
+        f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}".removeprefix(": ")
+        for mistake in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    more = f"and {len(mistakes) - _SHOWN_MISTAKES} more"
+    return "; ".join(mistakes[:_SHOWN_MISTAKES] + [more] * (len(mistakes) > _SHOWN_MISTAKES))
+
+
+def read_artefact(folder: Path, manifest: Manifest) -> bytes:
+    """The artefact's content, whose hash is what the manifest says.
 
     Raises:
-        EngineError: the file is missing or was changed after the build.
+        EngineError: the file is missing, cannot be read or was changed after the build.
     """
     path = folder / manifest.provenance.artefact
-    if not path.is_file():
-        raise EngineError(f"{folder} has no {path.name}; rebuild it: {manifest.build_command}")
-    if sha256_of(path) != manifest.provenance.artefact_sha256:
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
+        raise EngineError(f"{folder} has no {path.name}; rebuild it: {manifest.build_command}") from None
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+    if not content or hashlib.sha256(content).hexdigest() != manifest.provenance.artefact_sha256:
         raise EngineError(
             f"{path} was damaged or changed since it was built; rebuild it: {manifest.build_command}"
         )
-    return path
+    return content
 
 
 def sha256_of(path: Path) -> str:

@@ -6,7 +6,6 @@ import mmap
 import os
 import platform
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +15,8 @@ import openvino
 from numpy.typing import NDArray
 
 from runtime.engine import Options, Outputs, cores
-from runtime.manifest import Compatibility, EngineError, Manifest, check_artefact
+from runtime.finite import check_finite
+from runtime.manifest import Compatibility, EngineError, Manifest, read_artefact
 from runtime.processor import WIDE_SUMS, processor
 
 # By default the CPU plugin computes FP32 graphs in BF16 where the processor supports it.
@@ -104,7 +104,7 @@ class OpenVINOEngine:
         self._threads = options.threads or cores()
         self._slots = options.slots or min(self._threads, _MOST_SLOTS)
         # A rough estimate of the loaded size: loading a model to measure it takes a while.
-        self._blob = _map(check_artefact(folder, manifest))
+        self._blob = _memory(read_artefact(folder, manifest))
         loaded = _LOADED_FACTOR * len(self._blob) * self._slots * len(_SMALL_NETWORK)
         self._models = _models(manifest, small=loaded <= _MEMORY_BYTES)
         largest = max(self.run_sizes)
@@ -148,7 +148,7 @@ class OpenVINOEngine:
         """A warm slot for the calling thread.
 
         Raises:
-            EngineError: refused by OpenVINO.
+            EngineError: refused by OpenVINO, or its first batches failed.
         """
         # Off by default: every model would pin its first thread to core 0.
         threads = max(1, self._threads // self._slots)
@@ -156,12 +156,9 @@ class OpenVINOEngine:
         for sizes in self._models:
             models |= dict.fromkeys(sizes, self._load(threads, pinning=self._pinning))
         slot = OpenVINOSlot(self._manifest, models, self._wide, self._blob)
-        slot.infer(self._manifest.batch.min, alone=True)
+        check_finite(slot.infer(self._manifest.batch.min, alone=True))
         for size in self.run_sizes:
-            slot.infer(size)
-        # By now each model has its own copy of the weights, so the file's can leave memory.
-        if sys.platform == "linux":
-            self._blob.madvise(mmap.MADV_DONTNEED)
+            check_finite(slot.infer(size))
         return slot
 
     def close(self) -> None:
@@ -263,10 +260,14 @@ class OpenVINOSlot:
         self._wide = None
 
 
-def _map(path: Path) -> mmap.mmap:
-    """The file as memory that all models made of it share, and that must outlive them."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # OpenVINO takes no read-only memory
+def _memory(blob: bytes) -> mmap.mmap:
+    """A copy that all models made of it share, and that must outlive them: they use its weights in place.
+
+    A mapping is aligned as vector instructions want it. OpenVINO takes no read-only memory.
+    """
+    memory = mmap.mmap(-1, len(blob), access=mmap.ACCESS_COPY)
+    memory.write(blob)
+    return memory
 
 
 def _shared(rows: NDArray[Any]) -> openvino.Tensor:

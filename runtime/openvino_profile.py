@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-from runtime.manifest import EngineError, Manifest, check_artefact
+from runtime.manifest import EngineError, Manifest, read_artefact
 from runtime.openvino import CONFIGURATION
 from runtime.profiling import Layer
 
@@ -21,7 +21,7 @@ def profile(folder: Path, manifest: Manifest, batch: int, runs: int) -> list[Lay
     Raises:
         EngineError: the package is damaged or does not load.
     """
-    blob = check_artefact(folder, manifest).read_bytes()
+    blob = read_artefact(folder, manifest)
     try:
         model = openvino.Core().import_model(io.BytesIO(blob), "CPU", CONFIGURATION | {"PERF_COUNT": True})
         request = model.create_infer_request()

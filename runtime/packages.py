@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TypeAlias
 
-from models.files import restore_in
+from models.files import restore, restore_in
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+
+Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...] | str"
+"""Each file's name, size, and times of change; or why there is none."""
+
+
+def is_package(folder: Path) -> bool:
+    """Whether `folder` holds an engine package, or what might be one but may not be looked into."""
+    restore(folder)
+    try:
+        (folder / MANIFEST_NAME).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def find_package_folders(directory: Path) -> list[Path]:
-    """The folders in `directory` that hold an engine package."""
-    if not directory.is_dir():
-        return []
+    """The folders in `directory` that hold an engine package, or might: those that cannot be read.
+
+    Raises:
+        EngineError: `directory` itself cannot be read.
+    """
     restore_in(directory)
+    try:
+        folders = sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise EngineError(f"{directory} cannot be read: {error.strerror}") from error
     # A leading dot is a package that the builder has not finished.
-    return [
-        folder
-        for folder in sorted(directory.iterdir())
-        if not folder.name.startswith(".") and (folder / MANIFEST_NAME).is_file()
-    ]
+    return [folder for folder in folders if not folder.name.startswith(".") and is_package(folder)]
 
 
 def find_packages(directory: Path) -> dict[Path, Manifest | EngineError]:
-    """The engine packages in `directory`: their manifests, or why one cannot be used."""
+    """The engine packages in `directory`: their manifests, or why one cannot be used.
+
+    Raises:
+        EngineError: `directory` itself cannot be read.
+    """
     packages: dict[Path, Manifest | EngineError] = {}
     for folder in find_package_folders(directory):
         try:
@@ -36,7 +61,7 @@ def find_package(directory: Path, name: str) -> Path:
     """The folder of engine `name` in `directory`; of several versions, the newest.
 
     Raises:
-        EngineError: there is none.
+        EngineError: there is none, or `directory` cannot be read.
     """
     packages = find_packages(directory)
     found = {
@@ -52,3 +77,23 @@ def find_package(directory: Path, name: str) -> Path:
     names = sorted({manifest.name for manifest in packages.values() if isinstance(manifest, Manifest)})
     there = f"it holds {', '.join(names)}" if names else "it holds none"
     raise EngineError(f"no engine {name!r} in {directory} ({there}); `trimrt build` makes one")
+
+
+def stamp_of(folder: Path) -> Stamp:
+    """What changes whenever a file of the package does; equal stamps at two moments: it held still."""
+    try:
+        return tuple(
+            (file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            for file in sorted(folder.iterdir())
+            for status in (_status(file),)
+        )
+    except OSError as error:
+        return str(error)
+
+
+def _status(file: Path) -> os.stat_result:
+    """Of what a link leads to, or of the link if it leads nowhere."""
+    try:
+        return file.stat()
+    except OSError:
+        return file.lstat()

@@ -11,7 +11,9 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.engine import Options, cores
+from runtime.manifest import BatchSizes
 from runtime.processor import processor
+from runtime.reading import TEXT_BYTES, read_file
 
 log = logging.getLogger("trimrt.engines")
 
@@ -45,28 +47,43 @@ class Tuning(BaseModel):
     trials: list[Trial]
 
 
+def most_slots() -> int:
+    """The most slots or threads that tuning tries here: one more than there are cores."""
+    return cores() + 1
+
+
 def this_processor() -> str:
     """The processor's name, as far as the system says."""
     return processor()[0] or platform.machine()
 
 
-def with_tuning(folder: Path, options: Options) -> Options:
+def with_tuning(folder: Path, batch: BatchSizes, options: Options) -> Options:
     """`options`, completed from the package's tuning if it was made on the same kind of machine.
 
-    A tuning that is damaged or from another machine is logged and ignored.
+    A tuning that is damaged, or of another machine or package, is logged and ignored.
+
+    Args:
+        folder: the package's.
+        batch: the sizes that its engine takes.
+        options: those that are given win.
     """
     path = folder / TUNING_NAME
-    if options.slots or options.threads or not path.is_file():
+    if options.slots or options.threads:
         return options
     try:
-        tuning = Tuning.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        tuning = Tuning.model_validate_json(read_file(path, TEXT_BYTES))
+    except FileNotFoundError:
+        return options
+    except (OSError, ValidationError) as error:
         log.warning("%s cannot be read: %s; `trimrt bench --tune` makes a new one", path, error)
         return options
     if (tuning.processor, tuning.cores) != (this_processor(), cores()):
         log.info("%s is not used: it was made on another machine (`trimrt bench --tune`)", path)
         return options
     best = tuning.setting
+    if max(best.slots, best.threads) > most_slots() or not batch.min <= best.batch <= batch.max:
+        log.warning("%s is not used: it was not made for this package (`trimrt bench --tune`)", path)
+        return options
     return replace(
         options,
         slots=best.slots,

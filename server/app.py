@@ -33,6 +33,7 @@ from server.telemetry import RequestObserver, Telemetry
 from server.v2 import rest
 from server.v2.body import HEADER_LENGTH
 from server.version import VERSION
+from server.watching import Watcher
 
 log = logging.getLogger("trimrt")
 
@@ -67,6 +68,8 @@ def create_app(
         registry = Registry(settings, telemetry, load)
         lifecycle = Lifecycle()
         large_work = ThreadPoolExecutor(1, "trimrt-large")
+        # Looks before what is there is loaded, lest a package come between.
+        watcher = Watcher(registry, settings.engine_dir) if settings.watch else None
         app.state.service = service = Service(
             settings,
             lifecycle,
@@ -84,7 +87,7 @@ def create_app(
                 raise
             on_failure(error)
             grpc_server = None
-        watching = asyncio.create_task(registry.watch()) if settings.watch else None
+        watching = asyncio.create_task(watcher.run(settings.watch_interval_s)) if watcher else None
         yield
         if watching is not None:
             watching.cancel()

@@ -88,7 +88,11 @@ class _TelemetryCollector(Collector):
             "Images whose request expired or was cancelled before its answer.",
             labels=(*_ENGINE_LABELS, "reason"),
         )
+        failed = CounterMetricFamily(
+            "trimrt_images_failed", "Images that the engine failed on.", labels=_ENGINE_LABELS
+        )
         for key, stats in self._telemetry.engines.items():
+            failed.add_metric(key, stats.failed)
             for stage, distribution in stats.stages.items():
                 total = distribution.total
                 buckets = [(f"{bound:.4g}", float(count)) for bound, count in total.cumulative()]
@@ -96,7 +100,7 @@ class _TelemetryCollector(Collector):
             sizes.add_metric(key, *_size_buckets(stats.batches))
             for reason, count in stats.dropped.items():
                 dropped.add_metric((*key, reason), count)
-        yield from (stages, sizes, dropped)
+        yield from (stages, sizes, dropped, failed)
 
 
 def _size_buckets(batches: dict[int, int]) -> tuple[list[tuple[str, float]], float]:

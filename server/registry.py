@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,8 +13,8 @@ from pydantic import BaseModel
 
 from runtime.engine import Engine, Options
 from runtime.loading import load_engine
-from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
-from runtime.packages import find_package, find_package_folders, find_packages
+from runtime.manifest import EngineError, Manifest, read_manifest
+from runtime.packages import Stamp, find_package, find_packages, is_package, stamp_of
 from runtime.threads import run_in_engine_thread
 from server.decoding import DecodePool
 from server.decoding_limits import DecodingLimits
@@ -43,30 +42,37 @@ def resolve_engines(settings: Settings) -> list[Path]:
     """The package folders that `settings.engine` names; the first is the default.
 
     Raises:
-        EngineError: one of them does not exist, or none is named and the directory does not hold exactly one
-            (or with `settings.watch`, holds several).
+        EngineError: one of them does not exist or has no valid manifest, or none is named and the directory
+            does not hold exactly one that can be used (or with `settings.watch`, holds several).
     """
     names = [name.strip() for name in settings.engine.split(",") if name.strip()]
-    if not names:
-        packages = find_packages(settings.engine_dir)
-        if len(packages) == 1:
-            return list(packages)
-        if not packages:
-            if settings.watch:
-                return []  # the first that appears is the default
-            raise EngineError(f"no engine package in {settings.engine_dir}; `trimrt build` makes one")
+    if names:
+        return [_named(settings.engine_dir, name) for name in names]
+    packages = find_packages(settings.engine_dir)
+    usable = [folder for folder, manifest in packages.items() if isinstance(manifest, Manifest)]
+    if len(usable) == 1 or (not usable and settings.watch):
+        return usable  # of a watched directory, the first that appears is the default
+    if usable:
         raise EngineError(
-            f"{settings.engine_dir} holds {len(packages)} engine packages; choose with --engine NAME: "
-            + ", ".join(folder.name for folder in packages)
+            f"{settings.engine_dir} holds {len(usable)} engine packages; choose with --engine NAME: "
+            + ", ".join(folder.name for folder in usable)
         )
-    return [
-        Path(name) if (Path(name) / MANIFEST_NAME).is_file() else find_package(settings.engine_dir, name)
-        for name in names
-    ]
+    if packages:
+        reasons = "; ".join(map(str, packages.values()))
+        raise EngineError(f"no engine package in {settings.engine_dir} can be used: {reasons}")
+    raise EngineError(f"no engine package in {settings.engine_dir}; `trimrt build` makes one")
+
+
+def _named(directory: Path, name: str) -> Path:
+    folder = Path(name)
+    if not is_package(folder):
+        return find_package(directory, name)
+    read_manifest(folder)
+    return folder
 
 
 class EngineRow(BaseModel):
-    """One engine in `GET /engines`; a refused package has no more than its name and the reason."""
+    """One engine in `GET /engines`; a refused package has no more than its folder's name and the reason."""
 
     name: str
     state: Literal["loaded", "available", "refused"]
@@ -88,6 +94,7 @@ class Registry:
         self.loaded: dict[str, Scheduler] = {}
         self.default: str | None = None
         self._refusal = ""
+        self._refusals: dict[Path, tuple[Stamp, str]] = {}  # why a package could not be loaded
         self._folders: dict[str, Path] = {}
         self._settings = settings
         self._telemetry = telemetry
@@ -124,12 +131,12 @@ class Registry:
         except EngineError as error:
             loaded = self._folders.get(name)
             if loaded is None:
-                raise Problem("engine-not-found", str(error)) from None
+                raise Problem("engine-not-found", _readable(str(error))) from None
             folder = loaded  # served from outside the engine directory
         try:
             return await self.load(folder)
         except EngineError as error:
-            raise Problem("engine-refused", str(error)) from None
+            raise Problem("engine-refused", _readable(str(error))) from None
 
     async def load(self, folder: Path) -> Scheduler:
         """Load the package in `folder` beside what runs, then put it in the place of its namesake, if any.
@@ -140,23 +147,14 @@ class Registry:
             EngineError: the package is refused; what ran before still runs.
         """
         async with self._changing:
-            engine = await run_in_engine_thread(partial(self._open, folder))
-            manifest = engine.manifest
-            scheduler = Scheduler(
-                engine,
-                self._pool,
-                self._telemetry.engine(manifest),
-                queue_limit=self._settings.queue_limit,
-                decoding_limits=self._decoding_limits,
-                max_batch_delay=self._settings.max_batch_delay_ms / 1000,
-                linux_scheduling=self._settings.linux_scheduling,
-            )
+            stamp = await asyncio.to_thread(stamp_of, folder)
             try:
-                await scheduler.start()
-            except Exception as error:
-                raise EngineError(
-                    f"{folder} does not run: {error}; rebuild it: {manifest.build_command}"
-                ) from error
+                scheduler = await self._start(folder)
+            except EngineError as error:
+                self._refusals[folder] = stamp, str(error)
+                raise
+            self._refusals.pop(folder, None)
+            manifest = scheduler.engine.manifest
             replaced = self.loaded.get(manifest.name)
             self.loaded[manifest.name] = scheduler
             self._folders[manifest.name] = folder
@@ -166,6 +164,26 @@ class Registry:
             if replaced is not None:
                 await replaced.close()
             return scheduler
+
+    async def _start(self, folder: Path) -> Scheduler:
+        engine = await run_in_engine_thread(partial(self._open, folder))
+        manifest = engine.manifest
+        scheduler = Scheduler(
+            engine,
+            self._pool,
+            self._telemetry.engine(manifest),
+            queue_limit=self._settings.queue_limit,
+            decoding_limits=self._decoding_limits,
+            max_batch_delay=self._settings.max_batch_delay_ms / 1000,
+            linux_scheduling=self._settings.linux_scheduling,
+        )
+        try:
+            await scheduler.start()
+        except Exception as error:
+            raise EngineError(
+                f"{folder} does not run: {error}; rebuild it: {manifest.build_command}"
+            ) from error
+        return scheduler
 
     def _open(self, folder: Path) -> Engine:
         try:
@@ -200,25 +218,15 @@ class Registry:
             await scheduler.close()
             return self._row(scheduler.engine.manifest, "available")
 
-    async def watch(self) -> None:
-        """Load packages that appear or change in the engine directory, until cancelled."""
-        directory = self._settings.engine_dir
-        seen = await asyncio.to_thread(_stamps, directory)
-        while True:
-            await asyncio.sleep(self._settings.watch_interval_s)
-            now = await asyncio.to_thread(_stamps, directory)
-            for folder in (folder for folder, stamp in now.items() if seen.get(folder) != stamp):
-                await self._load_changed(folder)
-            seen = now
-
-    async def _load_changed(self, folder: Path) -> None:
+    async def load_changed(self, folder: Path) -> None:
+        """Load the package in `folder`, unless there is a newer one of its name; a refusal is logged."""
         try:
             name = (await asyncio.to_thread(read_manifest, folder)).name
             if await asyncio.to_thread(find_package, self._settings.engine_dir, name) == folder:
                 await self.load(folder)
         except EngineError as error:
-            self._refusal = str(error)
-            log.warning("engine package refused", extra={"folder": str(folder), "reason": str(error)})
+            self._refusal = _readable(str(error))
+            log.warning("engine package refused", extra={"folder": str(folder), "reason": self._refusal})
 
     async def close(self) -> None:
         """Answer what was admitted, and free every engine."""
@@ -231,17 +239,18 @@ class Registry:
         await asyncio.to_thread(self._pool.close)
 
     async def describe(self) -> list[EngineRow]:
-        """Every engine that is loaded or could be, by name."""
-        rows = {}
-        packages = await asyncio.to_thread(find_packages, self._settings.engine_dir)
-        for folder, manifest in packages.items():
-            if isinstance(manifest, EngineError):
-                rows[folder.name] = EngineRow(name=folder.name, state="refused", reason=str(manifest))
-            else:
-                rows[manifest.name] = self._row(manifest, "available")
-        for name, scheduler in self.loaded.items():
-            rows[name] = self.row(scheduler)
-        return [rows[name] for name in sorted(rows)]
+        """Every engine that is loaded or could be, and every package that is refused, by name."""
+        refusals = dict(self._refusals)
+        usable, refused = await asyncio.to_thread(_survey, self._settings.engine_dir, refusals)
+        rows = [
+            EngineRow(name=_readable(folder.name), state="refused", reason=_readable(reason))
+            for folder, reason in refused.items()
+        ]
+        rows += [
+            self._row(manifest, "available") for name, manifest in usable.items() if name not in self.loaded
+        ]
+        rows += map(self.row, self.loaded.values())
+        return sorted(rows, key=lambda row: (row.name, row.state != "refused"))
 
     def row(self, scheduler: Scheduler) -> EngineRow:
         """A loaded engine's description."""
@@ -262,16 +271,32 @@ class Registry:
         )
 
 
-def _stamps(directory: Path) -> dict[Path, list[tuple[str, int, int]]]:
-    """Every package's files with their sizes and times; a change of any means the package is new."""
-    stamps = {}
-    for folder in find_package_folders(directory):
-        with contextlib.suppress(
-            OSError
-        ):  # it was replaced while being looked at; the next look sees it whole
-            stamps[folder] = sorted(
-                (file.name, status.st_size, status.st_mtime_ns)
-                for file in folder.iterdir()
-                for status in (file.stat(),)
-            )
-    return stamps
+def _survey(
+    directory: Path, refusals: Mapping[Path, tuple[Stamp, str]]
+) -> tuple[dict[str, Manifest], dict[Path, str]]:
+    """The newest usable manifest of each name, and why other packages are refused.
+
+    Args:
+        directory: the engine directory.
+        refusals: what came of attempts to load packages, which were as the stamps say.
+    """
+    usable: dict[str, Manifest] = {}
+    refused: dict[Path, str] = {}
+    try:
+        packages = find_packages(directory)
+    except EngineError as error:
+        return usable, {directory: str(error)}
+    for folder, manifest in packages.items():
+        stamp, reason = refusals.get(folder, ("", ""))
+        if isinstance(manifest, EngineError):
+            refused[folder] = str(manifest)
+        elif reason and stamp == stamp_of(folder):
+            refused[folder] = reason
+        elif manifest.name not in usable or int(usable[manifest.name].version) < int(manifest.version):
+            usable[manifest.name] = manifest
+    return usable, refused
+
+
+def _readable(text: str) -> str:
+    """`text` without the surrogates of a file name that is not UTF-8, which JSON cannot hold."""
+    return text.encode(errors="backslashreplace").decode()

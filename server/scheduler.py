@@ -215,6 +215,8 @@ class Scheduler:
     def _receive(self, outcome: Outcome) -> None:
         """Take an outcome from a slot's or a decoding thread."""
         if isinstance(outcome, Failed):
+            if outcome.problem.name == "inference-failed":
+                self.stats.fail(len(outcome.images))
             for image in outcome.images:
                 self._fail(image.job, outcome.problem)
         else:

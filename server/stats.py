@@ -105,6 +105,7 @@ class EngineStats:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.batches: dict[int, int] = {}
         self.dropped: dict[str, int] = {}
+        self.failed = 0
         self._clock = clock
         self._stages = {stage: Distribution(clock) for stage in STAGES}
         # Images of one second, not yet sorted into buckets: doing so for all at once takes a twentieth.
@@ -143,3 +144,7 @@ class EngineStats:
     def drop(self, reason: str, images: int) -> None:
         """Count images that were dropped before compute."""
         self.dropped[reason] = self.dropped.get(reason, 0) + images
+
+    def fail(self, images: int) -> None:
+        """Count images that the engine failed on."""
+        self.failed += images

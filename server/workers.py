@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import closing, nullcontext
 
 from runtime.engine import Engine, Slot
+from runtime.finite import NOT_FINITE, all_finite, finite_rows
 from runtime.ranking import ranked
 from server.backlog import Backlog
 from server.decoding import Decoder
@@ -74,7 +75,7 @@ class Worker:
             batch = batch or self._backlog.wait()
 
     def _run_batch(self, slot: Slot, batch: list[Image]) -> Outcome | None:
-        """Decode and infer; None if no image could be decoded, which the event loop then already knows."""
+        """Decode and infer; None if every image failed alone, which the event loop then already knows."""
         try:
             images = self._fill(slot, batch)
             return self._infer(slot, images) if images else None
@@ -102,7 +103,7 @@ class Worker:
             batch += joining
         return images
 
-    def _infer(self, slot: Slot, images: list[Image]) -> Computed:
+    def _infer(self, slot: Slot, images: list[Image]) -> Computed | None:
         started = time.monotonic()
         count = len(images)
         alone = self._backlog.others_sleep and not self._backlog.waiting
@@ -111,6 +112,13 @@ class Worker:
         finished = time.monotonic()
         # The slot's next batch overwrites its arrays.
         probabilities, logits = outputs.probabilities[:count].copy(), outputs.logits[:count].copy()
+        if not all_finite(logits, probabilities):
+            finite = finite_rows(logits, probabilities)
+            self._fail([image for image, fine in zip(images, finite, strict=True) if not fine])
+            images = [image for image, fine in zip(images, finite, strict=True) if fine]
+            if not images:
+                return None
+            probabilities, logits = probabilities[finite], logits[finite]
         return Computed(
             images=images,
             probabilities=probabilities,
@@ -121,3 +129,10 @@ class Worker:
             finished=finished,
             device={stage: milliseconds / 1000 for stage, milliseconds in outputs.timings_ms.items()},
         )
+
+    def _fail(self, images: list[Image]) -> None:
+        """Tell of images whose outputs are no numbers; the rest of their batch is answered."""
+        log.error("%d images failed: %s", len(images), NOT_FINITE)
+        for image in images:
+            problem = Problem("inference-failed", NOT_FINITE, extra={"image": image.index})
+            self._outcomes.leave(Failed([image], problem))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.manifest import Evidence, Manifest, Tensor, check_artefact, read_manifest
+from runtime.manifest import Evidence, Manifest, Tensor, read_artefact, read_manifest
 from trimrt.options import HELP
 from trimrt.report.provenance import calibration_text
 
@@ -28,7 +28,7 @@ def inspect(engine: Path, as_json: bool) -> None:
         click.echo(manifest.model_dump_json(indent=2))
     else:
         _print(engine, manifest)
-    check_artefact(engine, manifest)
+    read_artefact(engine, manifest)
 
 
 def _print(folder: Path, manifest: Manifest) -> None:

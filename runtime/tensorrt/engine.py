@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runtime.cuda import Cuda, open_cuda
 from runtime.engine import Options
-from runtime.manifest import BatchSizes, EngineError, Manifest, check_artefact
+from runtime.finite import check_finite
+from runtime.manifest import BatchSizes, EngineError, Manifest, read_artefact
 from runtime.tensorrt.compatibility import check_kind, check_machine, check_version, this_machine
 from runtime.tensorrt.library import TensorRTBackend, TensorRTLibrary, errors_in, load_tensorrt
 from runtime.tensorrt.slot import TensorRTSlot
@@ -30,7 +31,7 @@ def load(folder: Path, manifest: Manifest, options: Options) -> TensorRTEngine:
     backend: TensorRTBackend = "tensorrt-rtx" if manifest.backend == "tensorrt-rtx" else "tensorrt"
     library = load_tensorrt(backend)
     check_version(folder, manifest, library, host_code=options.host_code)
-    plan = check_artefact(folder, manifest).read_bytes()
+    plan = read_artefact(folder, manifest)
     check_kind(folder, manifest, plan)
     cuda = open_cuda(options.cuda)
     with _attached(cuda):
@@ -180,7 +181,7 @@ class TensorRTEngine:
         )
         try:
             for size in self.run_sizes:
-                slot.infer(size)
+                check_finite(slot.infer(size))
         except BaseException:
             slot.close()
             raise

@@ -59,6 +59,7 @@ def _engine(stats: EngineStats, window_s: int) -> dict[str, Any]:
         "batches": batches,
         "mean_batch_size": sum(size * n for size, n in stats.batches.items()) / batches if batches else None,
         "dropped": stats.dropped,
+        "failed": stats.failed,
         "since_start": _stages({stage: distribution.total for stage, distribution in stages}),
         "recent": _stages({stage: distribution.recent(window_s) for stage, distribution in stages}),
     }

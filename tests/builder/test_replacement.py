@@ -21,7 +21,7 @@ from models import files
 from models.card import CARD_NAME, read_card
 from models.checkpoint import copy_checkpoint, load_checkpoint
 from models.files import replace_folder
-from runtime.manifest import Precision, check_artefact, read_manifest
+from runtime.manifest import Precision, read_artefact, read_manifest
 
 MOMENTS = 200
 
@@ -98,7 +98,7 @@ def test_a_package_is_never_lost(tmp_path: Path, packages: dict[Precision, Path]
 
     def read() -> int:
         manifest = read_manifest(folder)
-        check_artefact(folder, manifest)
+        read_artefact(folder, manifest)
         return int(manifest.build_command)
 
     kill_writers(folder, write, read)

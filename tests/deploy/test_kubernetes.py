@@ -338,6 +338,15 @@ def test_every_claim_is_the_engines_claim() -> None:
     assert uris == [f"pvc://{name}"] * 2
 
 
+@any_pod
+def test_the_claims_files_get_the_servers_group(pod: dict[str, Any]) -> None:
+    """So it can read what others wrote. The kubelet leaves a volume alone that is read-only itself."""
+    for volume in pod["volumes"]:
+        if claim := volume.get("persistentVolumeClaim"):
+            assert pod["securityContext"]["fsGroup"] == 10001
+            assert "readOnly" not in claim
+
+
 def test_images_differ_in_their_tag_only() -> None:
     images = {path: container(pod)["image"] for path, pod in PODS.items()}
     assert images == {

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import onnx
 import openvino
 import pytest
-from tiny_engine import write_package
+from onnx import numpy_helper
+from tiny_engine import write_graph, write_package
 
 import runtime.openvino
 from runtime.engine import Engine, Options, Outputs
@@ -73,6 +75,14 @@ def test_blob_of_another_openvino_is_refused(copy: Path) -> None:
 def test_blob_for_another_processor_is_refused(copy: Path, machine: dict[str, Any], message: str) -> None:
     rewrite(copy, compatibility=read_manifest(copy).compatibility.model_copy(update=machine))
     with pytest.raises(EngineError, match=message):
+        load_engine(copy)
+
+
+@pytest.mark.usefixtures("no_import")
+def test_a_preprocessing_for_another_input_is_refused(copy: Path) -> None:
+    larger = {"resize": 4096, "height": 4096}
+    rewrite(copy, preprocessing=read_manifest(copy).preprocessing.model_copy(update=larger))
+    with pytest.raises(EngineError, match=r"takes \[32, 32, 3\], but .* gives \[4096, 32, 3\]"):
         load_engine(copy)
 
 
@@ -213,3 +223,46 @@ def test_nothing_is_computed_in_bf16(package: Path) -> None:
     """OpenVINO would choose it by itself where the processor has it."""
     model = load_engine(package, Options(slots=2))._wide  # type: ignore[attr-defined]
     assert model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+
+
+def test_an_engine_that_is_loaded_needs_its_files_no_more(copy: Path) -> None:
+    engine = load_engine(copy, Options(slots=2))
+    slot = engine.open_slot()
+    slot.pixels[:] = np.random.default_rng(0).integers(0, 256, slot.pixels.shape, np.uint8)
+    before = slot.infer(4).logits.copy()
+
+    blob = copy / "engine.blob"
+    with blob.open("r+b") as file:
+        file.write(bytes(blob.stat().st_size))
+
+    another = engine.open_slot()
+    another.pixels[:] = slot.pixels
+    for each in (slot, another):
+        np.testing.assert_array_equal(each.infer(4).logits, before)
+
+
+def test_a_manifest_that_changes_while_it_is_loaded_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_slowly(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
+        engine = OpenVINOEngine(folder, manifest, options)
+        rewrite(copy, labels=[f"{label} again" for label in manifest.labels])
+        return engine
+
+    monkeypatch.setattr(runtime.openvino, "load", load_slowly)
+    with pytest.raises(EngineError, match="changed while it was loaded"):
+        load_engine(copy)
+
+
+def write_graph_without_numbers(path: Path, seed: int) -> None:
+    write_graph(path, seed)
+    model = onnx.load(path)
+    (weights,) = (array for array in model.graph.initializer if array.name == "weights")
+    weights.CopyFrom(numpy_helper.from_array(np.full((48, 10), np.nan, np.float32), "weights"))
+    onnx.save(model, path)
+
+
+def test_an_engine_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
+    engine = load_engine(write_package(tmp_path, write_graph=write_graph_without_numbers))
+    with pytest.raises(EngineError, match="NaN or infinite logits"):
+        engine.open_slot()

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +44,21 @@ class Started:
 
 
 @contextmanager
-def start_process(options: Sequence[str], log: Path, **environment: str) -> Iterator[Started]:
-    """Runs `trimrt serve` on a free port until the block ends; it is ready when the block begins."""
+def start_process(
+    options: Sequence[str],
+    log: Path,
+    *,
+    before: Callable[[], None] | None = None,
+    **environment: str,
+) -> Iterator[Started]:
+    """Runs `trimrt serve` on a free port until the block ends; it is ready when the block begins.
+
+    `before` is called in the child before it becomes the server.
+    """
     with log.open("w") as stderr:
         command = [TRIMRT, "serve", "--port", "0", *options]
-        process = subprocess.Popen(command, stderr=stderr, env={**os.environ, **environment})
+        environment = {**os.environ, **environment}
+        process = subprocess.Popen(command, stderr=stderr, env=environment, preexec_fn=before)
     started = Started(process, log)
     try:
         wait_until(started.is_ready)

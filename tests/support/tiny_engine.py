@@ -6,6 +6,7 @@ different logits unless they look the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -57,6 +58,26 @@ def write_graph(path: Path, seed: int) -> None:
     onnx.save(model, path)
 
 
+def write_graph_that_fails_on_white(path: Path, seed: int) -> None:
+    """As `write_graph`, but of an image with a white pixel no logit is a finite number."""
+    write_graph(path, seed)
+    model = onnx.load(path)
+    (last,) = (node for node in model.graph.node if "logits" in node.output)
+    last.output[0] = "finite"
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+    place = list(model.graph.node).index(last) + 1
+    nodes = [
+        helper.make_node("ReduceMax", ["scaled"], ["brightest"], axes=[1, 2, 3], keepdims=1),
+        helper.make_node("Flatten", ["brightest"], ["flat_brightest"]),
+        helper.make_node("Sub", ["one", "flat_brightest"], ["darkness"]),
+        helper.make_node("Div", ["finite", "darkness"], ["logits"]),
+    ]
+    for node in reversed(nodes):
+        model.graph.node.insert(place, node)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
 def write_package(
     directory: Path,
     name: str = "tiny",
@@ -66,6 +87,7 @@ def write_package(
     seed: int = 0,
     min_batch: int = 1,
     max_batch: int = 8,
+    write_graph: Callable[[Path, int], None] = write_graph,
 ) -> Path:
     """A new engine package in `directory`; `seed` chooses the weights."""
     folder = directory / f"{name}-v{version}"

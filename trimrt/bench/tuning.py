@@ -19,7 +19,7 @@ from models.files import replace_file
 from runtime.engine import cores
 from runtime.manifest import read_manifest
 from runtime.timing import rate
-from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, this_processor
+from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, most_slots, this_processor
 from trimrt.bench.loop import open_loop
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32)
@@ -120,7 +120,7 @@ def tune(
 def _ways(batch: int) -> Iterator[Setting]:
     """Slots and threads: one slot with all cores, one for each core, and between."""
     everything = cores()
-    for slots in dict.fromkeys((1, max(1, everything // 2), everything, everything + 1)):
+    for slots in dict.fromkeys((1, max(1, everything // 2), everything, most_slots())):
         yield Setting(slots=slots, threads=everything, batch=batch)
 
 

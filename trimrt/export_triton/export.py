@@ -7,6 +7,7 @@ classification extension), `README.md` (how to serve it and how to ask it), the 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Final, Literal
@@ -14,7 +15,7 @@ from typing import Final, Literal
 import click
 
 from models.files import replace_folder
-from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, check_artefact, read_manifest, sha256_of
+from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_artefact, read_manifest
 from trimrt.export_triton.config import (
     LABELS_NAME,
     Backend,
@@ -55,7 +56,7 @@ def export_model(package: Path, repository: Path, options: Options | None = None
     with replace_folder(folder) as new:
         version = new / manifest.version
         version.mkdir()
-        shutil.copyfile(model, version / model_file(backend))
+        (version / model_file(backend)).write_bytes(model)
         shutil.copyfile(package / MANIFEST_NAME, new / MANIFEST_NAME)
         _write(new / CONFIG_NAME, dump(model_config(manifest, options)))
         _write(new / LABELS_NAME, "".join(f"{_one_line(label)}\n" for label in manifest.labels))
@@ -63,16 +64,17 @@ def export_model(package: Path, repository: Path, options: Options | None = None
     return folder
 
 
-def _model(package: Path, manifest: Manifest, backend: Backend) -> Path:
+def _model(package: Path, manifest: Manifest, backend: Backend) -> bytes:
     """What Triton is given: the plan, or the ONNX graph that the blob was compiled from."""
     if backend == "tensorrt":
-        return check_artefact(package, manifest)
+        return read_artefact(package, manifest)
     graph = package / _GRAPH_NAME
-    if not graph.is_file() or sha256_of(graph) != manifest.provenance.onnx_sha256:
+    content = graph.read_bytes() if graph.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != manifest.provenance.onnx_sha256:
         raise EngineError(
             f"{graph} is missing or was changed since the build; rebuild it: {manifest.build_command}"
         )
-    return graph
+    return content
 
 
 def _check_replaceable(folder: Path) -> None:

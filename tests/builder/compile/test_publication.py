@@ -14,7 +14,7 @@ from click.testing import Result
 from builder.compile.publication import PublicationError, next_version
 from builder.kit import Kit
 from models.files import replace_folder
-from runtime.manifest import Precision, check_artefact, read_manifest
+from runtime.manifest import Precision, read_artefact, read_manifest
 
 NAME = "tiny-digits-fp32-openvino"
 
@@ -31,7 +31,7 @@ def test_a_package_counts_the_versions_of_the_one_it_replaces(
 
         manifest = read_manifest(tmp_path / NAME)
         assert manifest.version == version
-        assert check_artefact(tmp_path / NAME, manifest).is_file()
+        assert read_artefact(tmp_path / NAME, manifest)
         assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 

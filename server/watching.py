@@ -1,0 +1,64 @@
+"""`--watch`: loads engine packages that appear or change in the engine directory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from runtime.packages import Stamp, find_package_folders, stamp_of
+from server.registry import Registry
+
+log = logging.getLogger("trimrt.registry")
+
+
+class Watcher:
+    """Looks again and again. A package is loaded once two looks in a row saw the same: then it is complete.
+
+    What lies in the directory when the watcher is made is not loaded until it changes.
+
+    Args:
+        registry: loads.
+        directory: the engine directory.
+    """
+
+    def __init__(self, registry: Registry, directory: Path) -> None:
+        self._registry = registry
+        self._directory = directory
+        self._trouble = ""
+        self._known = self._stamps()
+        self._seen = dict(self._known)
+
+    async def run(self, interval: float) -> None:
+        """Look every `interval` seconds until cancelled; nothing else ends it."""
+        while True:
+            await asyncio.sleep(interval)
+            await self.look()
+
+    async def look(self) -> None:
+        """Load what has changed since it was last loaded, but not since the last look."""
+        now = await asyncio.to_thread(self._stamps)
+        for folder, stamp in now.items():
+            holds_still = stamp == self._seen.get(folder)
+            if holds_still and stamp != self._known.get(folder):
+                self._known[folder] = stamp
+                await self._load(folder)
+        self._seen = now
+
+    async def _load(self, folder: Path) -> None:
+        try:
+            await self._registry.load_changed(folder)
+        except Exception:
+            log.exception("an engine package could not be loaded", extra={"folder": str(folder)})
+
+    def _stamps(self) -> dict[Path, Stamp]:
+        """The stamp of every package; none while the directory cannot be read, which is logged once."""
+        try:
+            stamps = {folder: stamp_of(folder) for folder in find_package_folders(self._directory)}
+        except Exception as error:
+            if self._trouble != str(error):
+                self._trouble = str(error)
+                log.warning("the engine directory cannot be watched", extra={"reason": self._trouble})
+            return {}
+        self._trouble = ""
+        return stamps
