@@ -15,7 +15,7 @@ from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
 from tiny_engine import write_package
 
-from models.preprocessing import load_pixels
+from models.preprocessing import plan_loading
 from server.backlog import Backlog
 from server.settings import Settings
 
@@ -141,9 +141,9 @@ def test_what_comes_while_a_batch_is_decoded_joins_it(
     def held(*arguments: Any, **options: Any) -> Any:
         decoding.set()
         assert may_go_on.wait(30)
-        return load_pixels(*arguments, **options)
+        return plan_loading(*arguments, **options)
 
-    monkeypatch.setattr("server.decoding.load_pixels", held)
+    monkeypatch.setattr("server.decoding.plan_loading", held)
     settings = Settings(engine="tiny", engine_dir=engine_dir, port=0)
     with running(settings, load_gated(gate, slots=1, on_cpu=True)) as server:
         futures = _send(pool, server, [encode(0)])
