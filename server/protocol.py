@@ -35,10 +35,9 @@ LINGER_BYTES: Final = 1 << 30
 # Bytes parsed at once. The shortest requests that fit in a piece are parsed in a few milliseconds.
 _PIECE: Final = 4 << 10
 _LARGE_PIECE: Final = 64 << 10  # of a body
-_SMALL, _FEW = (
-    HEAD_LIMIT // 2,
-    HEAD_LIMIT // 2 // 32,
-)  # a head of so many bytes and headers is within the limit
+# A head of so many bytes and headers is within the limit.
+_SMALL: Final = HEAD_LIMIT // 2
+_FEW: Final = HEAD_LIMIT // 2 // 32
 _PROBE_S: Final = 1.0
 _TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
