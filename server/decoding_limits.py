@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Final
 
 from models.preprocessing import Cost, ImageTooLargeError
 from server.jobs import Job
 from server.problems import Problem
 from server.settings import Settings
+
+_SMALL: Final = 1 << 20  # bytes; one such image for each thread is not worth counting
 
 
 class DecodingLimits:
@@ -20,7 +23,7 @@ class DecodingLimits:
     Attributes:
         max_pixels: the most in one image.
         formats: those accepted, by the names in `models.preprocessing.FORMATS`.
-        held: bytes that the images under decode take.
+        held: bytes that the images under decode take, but for small ones.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -43,10 +46,13 @@ class DecodingLimits:
                 f"decoding the image would take {cost.memory:,} bytes of memory; "
                 f"the limit is {self._max_memory:,}; send it smaller, or as a JPEG"
             )
+        seconds = job.decoding_seconds + cost.seconds
+        if seconds > self._max_seconds:
+            raise ImageTooLargeError(self._too_slow(cost, job))
+        job.decoding_seconds = seconds  # without a lock: what another thread just counted may be lost
+        if cost.memory <= _SMALL:
+            return
         with self._changed:
-            if job.decoding_seconds + cost.seconds > self._max_seconds:
-                raise ImageTooLargeError(self._too_slow(cost, job))
-            job.decoding_seconds += cost.seconds
             while self.held + cost.memory > self._max_memory:
                 if not self._changed.wait(job.deadline - time.monotonic()):
                     raise Problem("deadline-exceeded", "no memory to decode became free before the deadline")
@@ -54,6 +60,8 @@ class DecodingLimits:
 
     def release(self, cost: Cost) -> None:
         """Give back the memory of an image that was admitted."""
+        if cost.memory <= _SMALL:
+            return
         with self._changed:
             self.held -= cost.memory
             self._changed.notify_all()

@@ -29,9 +29,12 @@ def job(seconds: float = 60) -> Job:
     return Job(1, now, now + seconds, lambda _outcome: None, 1)
 
 
+MB = 1_000_000
+
+
 @pytest.fixture
 def limits() -> DecodingLimits:
-    return DecodingLimits(Settings(max_decoding_ms=1000, max_decoding_memory_bytes=100))
+    return DecodingLimits(Settings(max_decoding_ms=1000, max_decoding_memory_bytes=100 * MB))
 
 
 @contextmanager
@@ -48,13 +51,20 @@ def refusal(limits: DecodingLimits, cost: Cost, of: Job) -> str:
 
 
 def test_memory_is_held_until_it_is_given_back(limits: DecodingLimits) -> None:
-    with admitted(limits, Cost(0.1, 60), job()):
-        assert limits.held == 60
+    with admitted(limits, Cost(0.1, 60 * MB), job()):
+        assert limits.held == 60 * MB
     assert limits.held == 0
 
 
+def test_small_images_are_not_counted(limits: DecodingLimits) -> None:
+    with admitted(limits, Cost(0.1, MB), job()):
+        assert limits.held == 0
+
+
 def test_an_image_that_never_fits_is_refused(limits: DecodingLimits) -> None:
-    assert "101 bytes of memory; the limit is 100" in refusal(limits, Cost(0, 101), job())
+    assert "101,000,000 bytes of memory; the limit is 100,000,000" in refusal(
+        limits, Cost(0, 101 * MB), job()
+    )
     assert "1,100 ms of processor time; the limit is 1,000 ms" in refusal(limits, Cost(1.1, 1), job())
 
 
@@ -72,10 +82,10 @@ def test_an_image_waits_until_others_are_decoded(limits: DecodingLimits) -> None
     its_turn = threading.Event()
 
     def wait_for_room() -> None:
-        with admitted(limits, Cost(0, 50), job()):
+        with admitted(limits, Cost(0, 50 * MB), job()):
             its_turn.set()
 
-    with admitted(limits, Cost(0, 60), job()):
+    with admitted(limits, Cost(0, 60 * MB), job()):
         waiting = threading.Thread(target=wait_for_room)
         waiting.start()
         wait_until(lambda: bool(limits._changed._waiters))  # type: ignore[attr-defined]
@@ -86,11 +96,11 @@ def test_an_image_waits_until_others_are_decoded(limits: DecodingLimits) -> None
 
 
 def test_nobody_waits_beyond_the_deadline(limits: DecodingLimits) -> None:
-    with admitted(limits, Cost(0, 60), job()):
-        with pytest.raises(Problem) as refused, admitted(limits, Cost(0, 50), job(seconds=0.01)):
+    with admitted(limits, Cost(0, 60 * MB), job()):
+        with pytest.raises(Problem) as refused, admitted(limits, Cost(0, 50 * MB), job(seconds=0.01)):
             pass
         assert refused.value.name == "deadline-exceeded"
-        assert limits.held == 60
+        assert limits.held == 60 * MB
 
 
 def test_formats_are_checked_at_the_start() -> None:
