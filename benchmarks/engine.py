@@ -105,7 +105,9 @@ class RandomNetwork:
         from models.evaluation import predict_logits
 
         logits = predict_logits(self._network, self._pixels, SPEC).numpy()
-        return VerificationSet("crops of two photographs", self._pixels, logits.argmax(axis=1), logits)
+        return VerificationSet(
+            "crops of two photographs", self._pixels, logits.argmax(axis=1), logits, len(logits)
+        )
 
     def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
         """One graph; its calibration images are the verification's, for nothing is learned here."""

@@ -19,7 +19,7 @@ from builder.kit import GraphSource, Kit, KitError, KitManifest, is_kit, open_ki
 from builder.observer import BuildObserver
 from builder.options import BuildOptions
 from builder.prepare.export import ExportError
-from builder.prepare.options import PrepareOptions
+from builder.prepare.options import FOREIGN, PrepareOptions
 from builder.rebuilding import build_command, changed_options, prepare_command
 from models.card import read_card
 from runtime.manifest import Backend, Precision
@@ -51,7 +51,7 @@ def build(
         CheckpointError, DatasetError, ExportError, KitError: the source, its data or the options cannot be
             used.
         CompileError, EngineError: the compiler is missing or refused a graph, or an engine does not run.
-        PublicationError: a package cannot be put into `output`.
+        PublicationError: a package cannot be put into `output`, or would replace one of another network.
     """
     output, options, observer = Path(output), options or BuildOptions(), observer or BuildObserver()
     backend, listener = options.target, RichListener(observer.progress) if observer.progress else None
@@ -73,6 +73,7 @@ def build(
                     gate=options.gate,
                     command=build_command(source, output, options, precision, backend),
                     report=observer.report,
+                    replace=options.replace,
                 )
             except GateError as error:
                 refused.append(str(error))
@@ -144,9 +145,10 @@ def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserv
     named = str(source).startswith(("torchvision:", "timm:"))
     if not named and not Path(source).is_file():
         read_card(Path(source))  # says what is wrong before seconds of importing
-        for name in ("preprocess", "labels", "weights"):
-            if getattr(options, name) is not None:
-                raise ExportError(f"{source} is a checkpoint, which says itself what --{name} would")
+        for name in FOREIGN:
+            if getattr(options, name):
+                flag = name.replace("_", "-")
+                raise ExportError(f"{source} is a checkpoint, which says itself what --{flag} would")
     observer.report("importing")
     try:
         from builder.prepare.preparation import prepare
@@ -157,6 +159,8 @@ def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserv
         ) from error
     observer.report(f"reading {source}")
     subject = _open(str(source), options)
+    for note in subject.notes:
+        observer.noted(note)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
         graphs = prepare(subject, Path(workspace), options, observer.report, observer.progress)
         observer.exported(graphs.export_difference)
@@ -173,7 +177,7 @@ def _open(source: str, options: PrepareOptions) -> Subject:
         return open_named(source, options)
     if Path(source).is_file():
         return open_onnx(Path(source), options)
-    return open_checkpoint(Path(source), options.data)
+    return open_checkpoint(Path(source), options.data, options.name)
 
 
 def _remedies(source: GraphSource, options: PrepareOptions) -> Iterator[str]:

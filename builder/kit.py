@@ -24,13 +24,14 @@ from builder.external_data import has_external_data
 from models.errors import TrimRTError, faults
 from models.files import restore
 from models.preprocessing import Pixels, Preprocessing
-from runtime.manifest import Calibration, Precision, sha256_of
+from runtime.manifest import Activation, Calibration, Precision, sha256_of
 
 # The tensors that every graph takes and gives.
 INPUT: Final = "images"
 LOGITS: Final = "logits"
 PROBABILITIES: Final = "probabilities"
 
+UNKNOWN: Final = -1  # the class of an image that nobody has labelled
 Rest = Literal["fp32", "fp16"]  # precision of what an INT8 graph does not quantise
 Report = Callable[[str], None]  # takes a line of progress
 
@@ -60,14 +61,21 @@ class VerificationSet:
     Attributes:
         name: which images these are; never test images.
         pixels: uint8, shape (N, H, W, 3).
-        targets: true classes, int64, shape (N,).
+        targets: true classes, int64, shape (N,); all `UNKNOWN` where nobody knows them.
         logits: the reference's, float32, shape (N, classes).
+        originals: how many of the first images are as they are; the others are shifted copies of them.
     """
 
     name: str
     pixels: Pixels
     targets: NDArray[np.int64]
     logits: NDArray[np.float32]
+    originals: int
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the true classes are known."""
+        return bool((self.targets != UNKNOWN).all())
 
 
 class _Strict(BaseModel):
@@ -80,6 +88,8 @@ class Student(_Strict):
     name: str = Field(pattern=_FILE_NAME, max_length=LONGEST_NAME, description="part of file names")
     labels: list[str] = Field(min_length=2)
     preprocessing: Preprocessing
+    activation: Activation = Field(default="softmax", description="makes probabilities of its logits")
+    source: str | None = Field(default=None, description="the file or folder it was read from, or its name")
     checkpoint_sha256: str | None = Field(description="of the weights; None for an ONNX from elsewhere")
     parameters: int | None
     macs: int | None
@@ -94,6 +104,9 @@ class Graph(_Strict):
     rest: Rest = Field(description="precision of what is not quantised")
     calibration: Calibration | None = None
     weights_bytes: int = Field(description="weights as stored in the file")
+    int8_share: float | None = Field(
+        default=None, description="of an INT8 graph: share of the multiply-accumulates that run in INT8"
+    )
 
 
 class GraphSource(Protocol):
@@ -128,6 +141,9 @@ class KitManifest(_Strict):
     graphs: list[Graph] = Field(min_length=1)
     verification_sha256: str
     verification_images: str = Field(description="name of the image set, never the test images")
+    verification_originals: int | None = Field(
+        default=None, description="how many of them are no shifted copies; None: not recorded, so all count"
+    )
     export_difference: float = Field(description="largest logit difference of the FP32 graph and PyTorch")
     command: str = Field(description="the command that made it")
 
@@ -230,13 +246,17 @@ def _read_verification(path: Path, manifest: KitManifest) -> VerificationSet:
             logits = _read_array(archive, "logits", np.float32, (classes,))
         if not 0 < len(pixels) == len(targets) == len(logits):
             raise ValueError(f"{len(pixels)} images, {len(targets)} targets and {len(logits)} logits")
-        if not (targets.min() >= 0 and targets.max() < classes):
+        unknown = (targets == UNKNOWN).all()
+        if not (unknown or (targets.min() >= 0 and targets.max() < classes)):
             raise ValueError(f"targets that are none of the {classes} classes")
+        originals = manifest.verification_originals or len(pixels)
+        if not (0 < originals <= len(pixels) and len(pixels) % originals == 0):
+            raise ValueError(f"{len(pixels)} images, which are no copies of {originals}")
         if not np.isfinite(logits).all():
             raise ValueError("logits that are not finite")
     except _DAMAGED as error:
         raise KitError(f"{path} is not a verification set: {error}") from error
-    return VerificationSet(manifest.verification_images, pixels, targets, logits)
+    return VerificationSet(manifest.verification_images, pixels, targets, logits, originals)
 
 
 def _read_array(

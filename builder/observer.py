@@ -28,6 +28,9 @@ class BuildObserver:
     def chose_target(self, target: Backend, reason: str) -> None:
         """The target `auto` became `target`."""
 
+    def noted(self, finding: str) -> None:
+        """Something was found out about the network, such as how its images are normalised."""
+
     def exported(self, difference: float) -> None:
         """The network is a graph now, whose logits differ from PyTorch's by `difference` at most."""
 

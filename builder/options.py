@@ -24,6 +24,7 @@ class BuildOptions:
         gate: what an engine may lose and still be published.
         tensorrt: for TensorRT's builder.
         prepare: how the graphs are made. A build kit has its graphs already and takes only the defaults.
+        replace: replace packages of the same name that were made of other networks.
     """
 
     precisions: Sequence[Precision | Literal["best"]] = ("int8",)
@@ -32,3 +33,4 @@ class BuildOptions:
     gate: Gate = field(default_factory=Gate)
     tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
     prepare: PrepareOptions = field(default_factory=PrepareOptions)
+    replace: bool = False

@@ -165,6 +165,7 @@ def _engines(variant: Variant, file: Path, console: Console) -> Engines:
                     gate=Gate(),
                     command=f"trimrt build {checkpoint} --precision {precision}",
                     report=status.update,
+                    replace=True,
                 )
             except GateError as error:
                 made.refused.append(f"{variant.name}: {error}")
@@ -178,6 +179,7 @@ def _engines(variant: Variant, file: Path, console: Console) -> Engines:
 def _engine(variant: Variant, folder: Path, manifest: Manifest, test: VerificationSet) -> Engine:
     with closing(load_engine(folder)) as engine:
         comparison = compare(engine, test)
+    assert comparison.engine_top1 is not None, "the test images are labelled"
     calibration = manifest.provenance.calibration
     return Engine(
         network=variant.name,

@@ -47,6 +47,8 @@ def measure_graph(graph: Path, validation: VerificationSet, test: VerificationSe
                 Gate().check(comparison)
             except GateError as error:
                 refused = str(error)
+        assert comparison.engine_top1 is not None, "they are labelled"
+        assert comparison.reference_top1 is not None, "they are labelled"
         measurements.append(
             Measurement(
                 wrong=round((1 - comparison.engine_top1) * comparison.images),
@@ -65,4 +67,4 @@ def held_out_images(subject: Subject) -> VerificationSet:
     """The network's test images, with its FP32 logits; nothing is decided by them."""
     images = subject.data.test
     pixels = images.load_pixels(subject.student.preprocessing, progress=False)
-    return VerificationSet(images.name, pixels, images.targets, subject.reference(pixels))
+    return VerificationSet(images.name, pixels, images.targets, subject.reference(pixels), len(pixels))

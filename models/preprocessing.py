@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.images.decoding import Pixels, decode
@@ -42,6 +43,7 @@ __all__ = [
     "DamagedImageError",
     "ImageError",
     "ImageTooLargeError",
+    "Interpolation",
     "Pixels",
     "Plan",
     "Preprocessing",
@@ -49,6 +51,8 @@ __all__ = [
     "load_pixels",
     "plan_loading",
 ]
+
+Interpolation = Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"]
 
 DEFAULT_MAX_PIXELS: Final = 64_000_000
 
@@ -62,9 +66,8 @@ _MAX_ASPECT: Final = 8  # resizing all of a 60000x1 image would take gigabytes, 
 class Preprocessing(BaseModel):
     """How an image becomes the network's input.
 
-    Decode, EXIF orientation, RGB, resize so that the shorter side is `resize` pixels, centre crop
-    to `height` x `width`: that much is `load_pixels`. `mean` and `std` (of pixels scaled to 0..1,
-    per RGB channel) are applied inside the exported graph.
+    Decode, EXIF orientation, RGB, `fit` to `height` x `width`: that much is `load_pixels`. `channels`, `mean`
+    and `std` are applied inside the exported graph.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,12 +75,35 @@ class Preprocessing(BaseModel):
     resize: int = Field(ge=1, le=4096, description="length of the shorter side after resizing, in pixels")
     height: int = Field(ge=1, le=4096)
     width: int = Field(ge=1, le=4096)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, float, float] = Field(
+        default=IMAGENET_MEAN, description="of pixels scaled to 0..1, in the order of `channels`"
+    )
+    std: tuple[float, float, float] = Field(default=IMAGENET_STD, description="likewise")
     scaled_decoding: bool = Field(
         default=True,
         description="let the JPEG decoder halve the image up to three times, never below `resize`",
     )
+    fit: Literal["crop", "squash", "letterbox", "none"] = Field(
+        default="crop",
+        description="crop: the shorter side becomes `resize`, then a centre crop; squash: both sides are "
+        "resized, whatever the shape; letterbox: all of the image fits in, the rest is `fill`; none: a "
+        "centre crop of the image as it is, `fill` where it is smaller",
+    )
+    fill: tuple[int, int, int] = Field(default=(0, 0, 0), description="RGB colour beside the image")
+    interpolation: Interpolation = Field(
+        default="auto", description="auto is OpenCV's, the fastest; the others are Pillow's"
+    )
+    channels: Literal["RGB", "BGR", "L"] = Field(
+        default="RGB", description="what the network itself takes; L is grey"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_of_no_crop(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("fit", "crop") == "crop" or "resize" in fields:
+            return fields
+        sides = [side for side in (fields.get("height"), fields.get("width")) if isinstance(side, int)]
+        return {**fields, "resize": max(sides)} if sides else fields
 
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
@@ -85,6 +111,8 @@ class Preprocessing(BaseModel):
             raise ValueError(f"resize {self.resize} is smaller than the crop {self.height}x{self.width}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {self.std}")
+        if not all(0 <= value <= 255 for value in self.fill):
+            raise ValueError(f"fill must be three values from 0 to 255, not {self.fill}")
         return self
 
 
@@ -108,7 +136,8 @@ class Plan(NamedTuple):
 
     @property
     def _smallest(self) -> float:
-        return self.spec.resize if self.spec.scaled_decoding else math.inf
+        keeps_size = self.spec.fit == "none"
+        return self.spec.resize if self.spec.scaled_decoding and not keeps_size else math.inf
 
     def load(self, out: Pixels | None = None) -> Pixels:
         """The network's input; see `load_pixels`."""
@@ -169,20 +198,46 @@ def load_pixels(
 
 
 def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
+    if spec.fit == "squash":
+        return _resized(image, spec.height, spec.width, spec)
+    if spec.fit == "letterbox":
+        factor = min(spec.height / image.shape[0], spec.width / image.shape[1])
+        height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+        return _crop(_padded(_resized(image, height, width, spec), spec), spec.height, spec.width)
+    if spec.fit == "none":
+        return _crop(_padded(image, spec), spec.height, spec.width)
     shorter = min(image.shape[:2])
     image = _crop(
         image, min(image.shape[0], _MAX_ASPECT * shorter), min(image.shape[1], _MAX_ASPECT * shorter)
     )
+    # Rounded as torchvision rounds: the longer side is truncated.
+    height, width = (
+        spec.resize if side == shorter else int(spec.resize * side / shorter) for side in image.shape[:2]
+    )
+    return _crop(_resized(image, height, width, spec), spec.height, spec.width)
+
+
+def _resized(image: Pixels, height: int, width: int, spec: Preprocessing) -> Pixels:
+    if image.shape[:2] == (height, width):
+        return image
+    if spec.interpolation != "auto":
+        how = Image.Resampling[spec.interpolation.upper()]
+        return np.array(Image.fromarray(image).resize((width, height), how))  # Pillow's memory is read-only
+    ratios = image.shape[0] / height, image.shape[1] / width
+    factor = max(ratios) if spec.fit == "squash" else min(ratios)  # else they differ by rounding alone
+    fast = cv2.INTER_AREA if factor > _AREA_FROM_FACTOR else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=fast).astype(np.uint8, copy=False)
+
+
+def _padded(image: Pixels, spec: Preprocessing) -> Pixels:
+    """`image` in the middle of a canvas of `spec.fill`, as large as the input where it is smaller."""
     height, width = image.shape[:2]
-    if shorter != spec.resize:
-        factor = shorter / spec.resize
-        # Rounded as torchvision rounds: the longer side is truncated.
-        height, width = (
-            spec.resize if side == shorter else int(spec.resize * side / shorter) for side in (height, width)
-        )
-        how = cv2.INTER_AREA if factor > _AREA_FROM_FACTOR else cv2.INTER_LINEAR
-        image = cv2.resize(image, (width, height), interpolation=how).astype(np.uint8, copy=False)
-    return _crop(image, spec.height, spec.width)
+    if height >= spec.height and width >= spec.width:
+        return image
+    canvas = np.full((max(height, spec.height), max(width, spec.width), 3), spec.fill, np.uint8)
+    top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
+    canvas[top : top + height, left : left + width] = image
+    return canvas
 
 
 def _crop(image: Pixels, height: int, width: int) -> Pixels:

@@ -54,7 +54,7 @@ class Outputs:
 
     Attributes:
         logits: `float32` of shape `(count, classes)`.
-        probabilities: their softmax, same shape and dtype.
+        probabilities: their softmax or sigmoid, as the manifest says, same shape and dtype.
         timings_ms: device stages by name, milliseconds (empty where there is no device to ask).
     """
 

@@ -25,6 +25,7 @@ _NAMED_MISTAKES: Final = 1000
 
 Backend = Literal["tensorrt", "tensorrt-rtx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
+Activation = Literal["softmax", "sigmoid"]
 
 
 class EngineError(TrimRTError):
@@ -113,6 +114,10 @@ class Provenance(_Strict):
     artefact: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="file name inside the package")
     artefact_sha256: str
     calibration: Calibration | None = None
+    int8_share: float | None = Field(
+        default=None, description="share of the multiply-accumulates that run in INT8"
+    )
+    source: str | None = Field(default=None, description="what the network was read from")
     parameters: int | None = None
     macs: int | None = None
 
@@ -122,8 +127,16 @@ class Evidence(_Strict):
 
     image_set: str = Field(description="which images, never the test images")
     images: int
-    reference_top1: float = Field(description="of the FP32 reference, as a share")
-    engine_top1: float
+    originals: int | None = Field(
+        default=None,
+        description="images that are as they are, of which top-1 is said; the others are copies of them, "
+        "shifted by a pixel; None: not recorded, and top-1 is of all",
+    )
+    reference_top1: float | None = Field(
+        description="of the FP32 reference, as a share; None: nobody knows the true labels"
+    )
+    engine_top1: float | None
+    drop: float | None = Field(default=None, description="loss of top-1 over all images, as a share")
     label_agreement: float = Field(description="share of images on which engine and reference agree")
     max_logit_difference: float
     latency_ms: float = Field(description="median of one image alone, milliseconds")
@@ -169,6 +182,11 @@ class Manifest(_Strict):
         default=[], description="TensorRT's optimisation profiles, in their order; `batch` spans them"
     )
     labels: list[str] = Field(min_length=2)
+    activation: Activation = Field(
+        default="softmax",
+        description="what makes probabilities of logits: softmax where one label is true of an image, "
+        "sigmoid where any number may be, each with a probability of its own",
+    )
     preprocessing: Preprocessing
     compatibility: Compatibility
     provenance: Provenance

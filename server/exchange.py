@@ -150,6 +150,7 @@ class PredictCall(HttpCall):
                 "version": manifest.version,
                 "backend": manifest.backend,
                 "precision": manifest.precision,
+                "activation": manifest.activation,
             },
             "results": [
                 {

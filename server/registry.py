@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from runtime.engine import Engine, Options
 from runtime.loading import load_engine
-from runtime.manifest import EngineError, Manifest, read_manifest
+from runtime.manifest import Activation, EngineError, Manifest, read_manifest
 from runtime.packages import Stamp, find_package, find_packages, is_package, stamp_of
 from runtime.threads import run_in_engine_thread
 from server.decoding import DecodePool
@@ -80,6 +80,7 @@ class EngineRow(BaseModel):
     version: str | None = None
     backend: str | None = None
     precision: str | None = None
+    activation: Activation | None = None
     classes: int | None = None
     height: int | None = None
     width: int | None = None
@@ -264,6 +265,7 @@ class Registry:
             version=manifest.version,
             backend=manifest.backend,
             precision=manifest.precision,
+            activation=manifest.activation,
             classes=len(manifest.labels),
             height=manifest.preprocessing.height,
             width=manifest.preprocessing.width,

@@ -80,6 +80,9 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     metavar="X.Y",
     help="tensorrt-rtx: a GPU to compile for; repeatable.  [default: Ampere and later]",
 )
+@click.option(
+    "--replace", is_flag=True, help="Replace packages of the same name that were made of another network."
+)
 @options_of(TensorRTOptions)
 @options_of(PrepareOptions)
 def build(
@@ -92,6 +95,7 @@ def build(
     max_batch: int,
     max_drop: float,
     min_agreement: float,
+    replace: bool,
     **values: Any,
 ) -> None:
     """Compile a student into engine packages, and publish those that pass the accuracy gate.
@@ -111,6 +115,7 @@ def build(
         gate=Gate(max_drop=max_drop / 100, min_agreement=min_agreement / 100),
         tensorrt=take(TensorRTOptions, values),
         prepare=take(PrepareOptions, values),
+        replace=replace,
     )
     with Display() as display:
         try:

@@ -58,6 +58,10 @@ class Display(BuildObserver):
         """Say what `--target auto` chose, and why."""
         self.note(f"target: [bold]{target}[/] ({escape(reason)})")
 
+    def noted(self, finding: str) -> None:
+        """Say what was found."""
+        self.note(escape(finding))
+
     def exported(self, difference: float) -> None:
         """Say how exact the export is."""
         self.note(f"the exported graph's logits differ by {difference:.1e} at most")
@@ -94,20 +98,31 @@ class Display(BuildObserver):
 
 
 def _evidence_table(manifests: Sequence[Manifest]) -> Table:
-    table = Table(box=SIMPLE_HEAD, caption="FP32: PyTorch's top-1. Speed: the engine alone, on this machine.")
-    table.add_column("precision", no_wrap=True)
-    for heading in ("weights", "FP32", "top-1", "agreement", "one image", "images/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    caption = ["MB: of weights. FP32: the original's top-1. ms: of one image, the engine alone."]
+    evidences = [manifest.evidence for manifest in manifests if manifest.evidence is not None]
+    if any(evidence.originals not in (None, evidence.images) for evidence in evidences):
+        caption.append("Top-1 is of the images as they are, agreement of shifted copies, too.")
+    if any(evidence.engine_top1 is None for evidence in evidences):
+        caption.append("The images have no labels: agreement with FP32 alone was judged.")
+    table = Table(box=SIMPLE_HEAD, caption="\n".join(caption))
+    # Short enough for 80 columns.
+    for heading in ("precision", "MB", "in INT8", "FP32", "top-1", "agreed", "ms", "images/s"):
+        table.add_column(heading, justify="left" if heading == "precision" else "right", no_wrap=True)
     for manifest in manifests:
         evidence = manifest.evidence
         if evidence is not None:
             table.add_row(
                 manifest.precision,
-                f"{evidence.weights_bytes / 1e6:.2f} MB",
-                f"{evidence.reference_top1:.2%}",
-                f"{evidence.engine_top1:.2%}",
-                f"{evidence.label_agreement:.2%}",
-                f"{evidence.latency_ms:.2f} ms",
+                f"{evidence.weights_bytes / 1e6:.2f}",
+                _share(manifest.provenance.int8_share),
+                _share(evidence.reference_top1),
+                _share(evidence.engine_top1),
+                _share(evidence.label_agreement),
+                f"{evidence.latency_ms:.2f}",
                 f"{evidence.throughput:,.0f}",
             )
     return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from models.preprocessing import Preprocessing
 from runtime.manifest import Evidence, Manifest, Tensor, read_artefact, read_manifest
 from trimrt.options import HELP
 from trimrt.report.provenance import calibration_text
@@ -54,7 +55,8 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         ("input", _tensor(manifest.input)),
         ("outputs", ", ".join(_tensor(tensor) for tensor in manifest.outputs)),
         ("batch", f"{batch.min} to {batch.max}, best at {batch.opt}"),
-        ("pixels", f"shorter side to {spec.resize}, centre crop {spec.height}x{spec.width}, RGB"),
+        ("pixels", _pixels(spec)),
+        ("activation", manifest.activation),
         ("labels", f"{len(manifest.labels)}: {', '.join(manifest.labels)}"),
     ]
     if origin.parameters is not None:
@@ -63,6 +65,8 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         rows.append(("MACs", f"{origin.macs:,}"))
     if origin.calibration is not None:
         rows.append(("calibration", calibration_text(origin.calibration)))
+    if origin.int8_share is not None:
+        rows.append(("in INT8", f"{origin.int8_share:.1%} of the multiply-accumulates"))
     rows += _evidence(manifest.evidence)
     sizes = [f"{path.name} {path.stat().st_size / 1e6:.2f} MB" for path in sorted(folder.iterdir())]
     return [
@@ -80,13 +84,32 @@ def _evidence(evidence: Evidence | None) -> list[tuple[str, str]]:
         return [("verified", "NO: the engine could not be run where it was built")]
     return [
         ("verified on", f"{evidence.images} images of {evidence.image_set}"),
-        ("top-1", f"{evidence.engine_top1:.2%} (the FP32 network: {evidence.reference_top1:.2%})"),
+        ("top-1", _top1(evidence)),
         ("agreement", f"{evidence.label_agreement:.2%} of the labels"),
         ("logits", f"differ by at most {evidence.max_logit_difference:.3g}"),
         ("latency", f"{evidence.latency_ms:.3f} ms for the smallest batch"),
         ("throughput", f"{evidence.throughput:,.0f} images per second at the largest batch"),
         ("weights", f"{evidence.weights_bytes / 1e6:.2f} MB"),
     ]
+
+
+def _top1(evidence: Evidence) -> str:
+    if evidence.engine_top1 is None or evidence.reference_top1 is None:
+        return "not known: the images have no labels"
+    return (
+        f"{evidence.engine_top1:.2%} of {evidence.originals or evidence.images} images "
+        f"(the FP32 network: {evidence.reference_top1:.2%})"
+    )
+
+
+def _pixels(spec: Preprocessing) -> str:
+    size = f"{spec.height}x{spec.width}"
+    return {
+        "crop": f"shorter side to {spec.resize}, centre crop {size}, {spec.channels}",
+        "squash": f"resized to {size}, whatever the shape, {spec.channels}",
+        "letterbox": f"fitted into {size}, the rest {spec.fill}, {spec.channels}",
+        "none": f"the middle {size}, not resized, {spec.channels}",
+    }[spec.fit]
 
 
 def _tensor(tensor: Tensor) -> str:

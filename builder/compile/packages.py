@@ -9,17 +9,20 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from builder.compile.measurement import measure, measure_in_turns
 from builder.compile.publication import next_version, write_manifest
 from builder.compile.targets.base import INT8_REST, Artefact, Target
 from builder.compile.targets.choice import open_target
-from builder.compile.verification import Gate, GateError, compare
+from builder.compile.verification import Gate, GateError, compare, told_images
 from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph, GraphSource, KitError, Report, VerificationSet
 from models.files import clear_folder, replace_folder
 from runtime.engine import Engine
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
+
+LEAST_INT8: Final = 0.5  # share of the multiply-accumulates of an INT8 engine
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def build_package(
     gate: Gate,
     command: str,
     report: Report,
+    replace: bool = False,
 ) -> Package:
     """Build one engine and publish it, if it passes the gate.
 
@@ -70,20 +74,23 @@ def build_package(
         gate: what the engine may lose.
         command: the command that rebuilds it.
         report: takes lines of progress.
+        replace: whatever network the package of that name was made of.
 
     Raises:
         GateError: every graph failed; nothing was published.
         CompileError: the compiler refused a graph.
         EngineError: the compiled engine does not load or run.
         KitError: the source has no graph of this precision.
-        PublicationError: something else than an engine package is in the way.
+        PublicationError: something else than an earlier package of the same network is in the way.
         BusyError: another process is building this package.
     """
     name = package_name(source, target, precision)
     rejected: list[str] = []
     tried: list[str] = []
     with replace_folder(output / name) as folder:
-        version = next_version(output / name)  # find out now, not after minutes of work
+        version = next_version(
+            output / name, None if replace else source.student
+        )  # find out now, not after minutes of work
         for graph, path in source.graphs(precision, INT8_REST[target.backend]):
             clear_folder(folder)
             artefact = target.compile(path, folder, batch, report)
@@ -92,6 +99,7 @@ def build_package(
             unverified = target.missing_device()
             slower = None
             try:
+                _require_int8(graph)
                 if unverified is None:
                     report("verifying")
                     write_manifest(folder, manifest)
@@ -111,6 +119,20 @@ def build_package(
             write_manifest(folder, manifest)
             return Package(output / name, manifest, tuple(rejected), unverified, slower)
         raise GateError(f"{name} was not published. " + "; ".join(rejected))
+
+
+def _require_int8(graph: Graph) -> None:
+    """Refuse a graph that is INT8 by name only.
+
+    Raises:
+        GateError: most of its work is in floating point, and nobody asked for that.
+    """
+    kept = graph.calibration is not None and graph.calibration.higher_precision_layers
+    if graph.int8_share is not None and graph.int8_share < LEAST_INT8 and not kept:
+        raise GateError(
+            f"only {graph.int8_share:.0%} of its multiply-accumulates run in INT8: the other layers are of a "
+            "kind that is not quantised"
+        )
 
 
 def _label(graph: Graph) -> str:
@@ -143,9 +165,10 @@ def _verify_graph(
     with _trial(source, open_target("openvino"), graph, path, batch, report) as engine:
         comparison = compare(engine, source.verification)
     gate.check(comparison)
+    top1 = "" if comparison.engine_top1 is None else f"top-1 {comparison.engine_top1:.2%}, "
     return (
-        f"Its graph, run with OpenVINO, passes the gate: top-1 {comparison.engine_top1:.2%}, "
-        f"agreement {comparison.label_agreement:.2%} on {comparison.images} images"
+        f"Its graph, run with OpenVINO, passes the gate: {top1}"
+        f"agreement {comparison.label_agreement:.2%} on {told_images(comparison)}"
     )
 
 
@@ -225,6 +248,7 @@ def _describe(
         batch=artefact.batch,
         profiles=list(artefact.profiles),
         labels=student.labels,
+        activation=student.activation,
         preprocessing=spec,
         compatibility=artefact.compatibility,
         provenance=Provenance(
@@ -233,6 +257,8 @@ def _describe(
             artefact=artefact.file,
             artefact_sha256=sha256_of(folder / artefact.file),
             calibration=calibration,
+            int8_share=graph.int8_share,
+            source=student.source,
             parameters=student.parameters,
             macs=student.macs,
         ),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -38,6 +39,7 @@ def build_best(
     gate: Gate,
     command: str,
     report: Report,
+    replace: bool = False,
 ) -> Package:
     """Build INT8 and the best precision beside it, time them in turns, and publish the one with less latency.
 
@@ -71,10 +73,13 @@ def build_best(
         folder = output / best.manifest.name
         with replace_folder(folder) as new:
             shutil.copytree(best.folder, new, dirs_exist_ok=True)
-            found = {"version": next_version(folder), "candidates": candidates}
+            found = {
+                "version": next_version(folder, None if replace else source.student),
+                "candidates": candidates,
+            }
             manifest = best.manifest.model_copy(update=found)
             write_manifest(new, manifest)
-    return replace(best, folder=folder, manifest=manifest)
+    return dataclasses.replace(best, folder=folder, manifest=manifest)
 
 
 def _timed_in_turns(packages: Sequence[Package]) -> list[Package]:
@@ -85,7 +90,9 @@ def _timed_in_turns(packages: Sequence[Package]) -> list[Package]:
     found = []
     for package, speed in zip(packages, speeds, strict=True):
         evidence = _evidence(package).model_copy(update=asdict(speed))
-        found.append(replace(package, manifest=package.manifest.model_copy(update={"evidence": evidence})))
+        found.append(
+            dataclasses.replace(package, manifest=package.manifest.model_copy(update={"evidence": evidence}))
+        )
     return found
 
 

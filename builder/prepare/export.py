@@ -4,7 +4,7 @@ Every other graph is derived from it. Its input is what `models.preprocessing.lo
 so nobody can normalise wrongly, and a quarter of the bytes move to the device:
 
     images uint8 (N, H, W, 3) -> pre/cast -> pre/centre -> pre/scale -> pre/layout -> network
-    -> logits -> post/softmax -> probabilities
+    -> logits -> post/softmax (or post/sigmoid) -> probabilities
 
 The cast comes first because TensorRT lets a UINT8 tensor feed nothing else. The nodes `pre/*` and
 `post/*` are what the precision conversions leave in FP32.
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from builder.kit import INPUT, LOGITS, PROBABILITIES
 from models.errors import TrimRTError
 from models.preprocessing import Pixels, Preprocessing
+from runtime.manifest import Activation
 
 if TYPE_CHECKING:
     import onnx
@@ -41,13 +42,20 @@ class ExportError(TrimRTError):
     """A network that cannot be exported, or whose graph's output differs from PyTorch's."""
 
 
-def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Path) -> float:
+# Nodes that no conversion changes; names as `add_pixels_input` gives them.
+KEPT_IN_FP32: Final = ("pre/.*", "post/.*", "network/normal/head.*")
+
+
+def export_onnx(
+    network: torch.nn.Module, preprocessing: Preprocessing, path: Path, activation: Activation = "softmax"
+) -> float:
     """Write the master graph of `network`, and measure how far it is from it.
 
     Args:
         network: takes normalised float32 NCHW images, gives logits of shape `(N, classes)`.
         preprocessing: input size and normalisation, which become part of the graph.
         path: the `.onnx` file to write.
+        activation: makes its probabilities.
 
     Returns:
         The largest absolute difference between the graph's logits, computed by ONNX Runtime, and
@@ -61,7 +69,7 @@ def export_onnx(network: torch.nn.Module, preprocessing: Preprocessing, path: Pa
     from models.evaluation import predict_logits
 
     network = network.eval()
-    onnx.save(trace_onnx(network, preprocessing), str(path))
+    onnx.save(trace_onnx(network, preprocessing, activation), str(path))
     pixels = random_pixels(preprocessing, 3)
     return require_same(path, pixels, predict_logits(network, pixels, preprocessing).numpy())
 
@@ -87,7 +95,9 @@ def random_pixels(spec: Preprocessing, count: int) -> Pixels:
     return np.random.default_rng(0).integers(0, 256, (count, spec.height, spec.width, 3), dtype=np.uint8)
 
 
-def trace_onnx(network: torch.nn.Module, preprocessing: Preprocessing) -> onnx.ModelProto:
+def trace_onnx(
+    network: torch.nn.Module, preprocessing: Preprocessing, activation: Activation = "softmax"
+) -> onnx.ModelProto:
     """The graph of `network`, in evaluation mode, with pixels as input, not yet compared with it."""
     import onnx
     import torch
@@ -103,17 +113,20 @@ def trace_onnx(network: torch.nn.Module, preprocessing: Preprocessing) -> onnx.M
             verbose=False,
         )
     assert program is not None  # None is what the exporter before dynamo returned
-    model = add_pixels_input(program.model_proto, preprocessing)
+    model = add_pixels_input(program.model_proto, preprocessing, activation)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def add_pixels_input(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+def add_pixels_input(
+    model: onnx.ModelProto, preprocessing: Preprocessing, activation: Activation = "softmax"
+) -> onnx.ModelProto:
     """A network's graph with pixels as input, and probabilities as second output.
 
     Args:
-        model: one input, normalised float32 NCHW images; one output, logits.
+        model: one input, normalised float32 NCHW images of red, green and blue; one output, logits.
         preprocessing: input size and normalisation.
+        activation: makes the probabilities.
 
     Raises:
         ExportError: the model has not exactly one input and one output.
@@ -135,8 +148,8 @@ def add_pixels_input(model: onnx.ModelProto, preprocessing: Preprocessing) -> on
         node.ClearField("metadata_props")  # the exporter's stack traces: paths of the machine it ran on
         node.ClearField("doc_string")
 
-    mean = 255 * np.asarray(preprocessing.mean, dtype=np.float64)
-    scale = 1 / (255 * np.asarray(preprocessing.std, dtype=np.float64))
+    mean, std = (255 * values for values in rgb_normalisation(preprocessing))
+    scale = 1 / std
     pre = [
         helper.make_node("Cast", [INPUT], ["pre/float"], "pre/cast", to=TensorProto.FLOAT),
         helper.make_node("Sub", ["pre/float", "pre/mean"], ["pre/centred"], "pre/centre"),
@@ -145,7 +158,11 @@ def add_pixels_input(model: onnx.ModelProto, preprocessing: Preprocessing) -> on
             "Transpose", ["pre/scaled"], [f"network/{inputs[0]}"], "pre/layout", perm=[0, 3, 1, 2]
         ),
     ]
-    post = helper.make_node("Softmax", [LOGITS], [PROBABILITIES], "post/softmax", axis=1)
+    post = (
+        helper.make_node("Softmax", [LOGITS], [PROBABILITIES], "post/softmax", axis=1)
+        if activation == "softmax"
+        else helper.make_node("Sigmoid", [LOGITS], [PROBABILITIES], "post/sigmoid")
+    )
     nodes = [*pre, *graph.node, post]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -166,6 +183,15 @@ def add_pixels_input(model: onnx.ModelProto, preprocessing: Preprocessing) -> on
         for name in (LOGITS, PROBABILITIES)
     )
     return model
+
+
+def rgb_normalisation(preprocessing: Preprocessing) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation in the order of pixels, for networks of any order of channels."""
+    order = -1 if preprocessing.channels == "BGR" else 1
+    mean, std = (
+        np.asarray(values, np.float64)[::order] for values in (preprocessing.mean, preprocessing.std)
+    )
+    return mean, std
 
 
 def run_onnx(

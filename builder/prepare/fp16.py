@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from builder.kit import INPUT
-from builder.prepare.export import quiet
+from builder.prepare.export import KEPT_IN_FP32, quiet
 from models.preprocessing import Pixels
 
 
@@ -30,7 +30,7 @@ def convert_to_fp16(master: Path, path: Path, pixels: Pixels) -> None:
             str(master),
             low_precision_type="fp16",
             keep_io_types=True,
-            nodes_to_exclude=["pre/.*", "post/.*"],
+            nodes_to_exclude=list(KEPT_IN_FP32),
             calibration_data={INPUT: np.ascontiguousarray(pixels)},
             data_max=65504.0 / 2,
             providers=["cpu"],

@@ -1,15 +1,14 @@
-"""An ONNX classifier from anywhere, brought to the form that TrimRT's own exports have.
+"""An ONNX classifier from anywhere, brought to the form that TrimRT's own exports have, and held against it.
 
-It must take normalised float NCHW images and give one score for each class. What is adapted: a
-batch size fixed at export becomes dynamic, a softmax at the end is taken off (TrimRT adds its own,
-and compares logits), and the opset becomes the newest that TensorRT 10.3 reads.
+The file is run as it is, by ONNX Runtime, on random pixels and on the user's own images. What was made of it
+has to give the same, for single images and for a batch.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,29 +17,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.export import (
-    OPSET,
     ExportError,
     add_pixels_input,
     random_pixels,
     require_same,
+    rgb_normalisation,
     run_onnx,
 )
-from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Pixels, Preprocessing
+from builder.prepare.heads import Head, possible_heads
+from builder.prepare.labels import labels_of_json
+from builder.prepare.mac_share import count_macs
+from builder.prepare.normal_form import LUMA, mix_channels, normalise, slim
+from builder.prepare.normalisations import NORMALISATIONS, Resizing, Taken, find_preprocessing, told_size
+from builder.prepare.onnx_file import Signature, choose_output, first_line, read_model, read_signature
+from builder.prepare.options import PrepareOptions
+from models.preprocessing import Pixels, Preprocessing
+from runtime.manifest import Activation
 
 if TYPE_CHECKING:
     import onnx
 
-METADATA_KEY: Final = "preprocessing"
-LABEL_KEYS: Final = ("labels", "names", "classes")
-
-# name: mean and std of pixels scaled to 0..1
-NORMALISATIONS: Final = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "-1..1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "0..255": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
-}
-RESIZE_RATIO: Final = 256 / 224  # of the shorter side to the crop, as ImageNet classifiers are evaluated
+LABEL_KEYS: Final = ("labels", "names", "classes", "character")  # the last is Paddle's
+_RANDOM_IMAGES: Final = 4
+_EXACT: Final = 1e-3  # of the largest score; FP32 arithmetic in another order stays below it
+_ROUNDED: Final = 5e-2  # the same for a network in FP16 or BF16
+_MATRICES: Final = {"BGR": np.eye(3, dtype=np.float32)[::-1], "L": np.array([LUMA], np.float32)}
+_EXPORT_ADVICE: Final = "Export it with a dynamic batch size"
 
 
 @dataclass(frozen=True)
@@ -48,66 +50,70 @@ class ImportedModel:
     """A classifier read from an ONNX file.
 
     Attributes:
-        model: normalised float NCHW images of any batch size in, logits out.
+        model: normalised float NCHW images of red, green and blue, any batch size, in; logits out.
         preprocessing: how an image becomes its input.
+        activation: what makes probabilities of its logits.
+        single: the file has one score, of the second of two classes.
         labels: of its classes, if the file tells.
         classes: how many there are.
         parameters: numbers in its weights.
+        macs: multiply-accumulates for one image.
+        notes: what was found out about it, for the user.
     """
 
     model: onnx.ModelProto
     preprocessing: Preprocessing
+    activation: Activation
+    single: bool
     labels: list[str] | None
     classes: int
     parameters: int
+    macs: int
+    notes: tuple[str, ...]
 
     def logits(self, pixels: Pixels) -> NDArray[np.float32]:
         """What the model makes of uint8 NHWC `pixels`, normalised here; shape (N, classes)."""
-        spec = self.preprocessing
-        mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
-        images = (pixels.astype(np.float32) / 255 - mean) / std
-        return run_onnx(self.model, np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        return run_onnx(self.model, _normalised(pixels, self.preprocessing))
 
 
-def import_onnx(path: Path, preprocess: str | None) -> ImportedModel:
+def import_onnx(
+    path: Path, options: PrepareOptions, sample: Callable[[Preprocessing], Pixels] | None = None
+) -> ImportedModel:
     """Read and adapt the classifier in an ONNX file.
 
     Args:
         path: the file.
-        preprocess: a name of `NORMALISATIONS`, or a JSON file of `Preprocessing`; None takes what the
-            file's own metadata says under `preprocessing`.
+        options: what it does not say itself.
+        sample: some of the user's images, uint8 NHWC, to hold the result against the file with.
 
     Raises:
-        ExportError: not ONNX, not a classifier of images, or its preprocessing is unknown.
+        ExportError: not ONNX, not a classifier of images, its preprocessing is unknown, or what was made of
+            it does not give what it gives.
     """
-    import onnx
-
-    try:
-        model = onnx.load(str(path))
-        onnx.checker.check_model(model)
-    except Exception as error:  # protobuf and the checker raise types of their own
-        raise ExportError(f"{path} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
+    model = read_model(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    height, width = _free_batch(path, model)
-    _take_softmax_off(model)
-    model = _with_opset(path, model)
-    try:
-        model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise ExportError(
-            f"{path} does not work for batches of any size: {error}. {_EXPORT_ADVICE}"
-        ) from error
-    imported = ImportedModel(
-        model=model,
-        preprocessing=read_preprocessing(preprocess, height, width)
-        if preprocess is not None
-        else _own_preprocessing(path, metadata, height, width),
+    choose_output(path, model, options.output_name)
+    told = told_size(options.preprocess, metadata, path.parent)
+    signature = read_signature(path, model, options.size, told)
+    taken = _preprocessing(path, options, metadata, signature)
+    spec = taken.spec
+    pixels = random_pixels(spec, _RANDOM_IMAGES)
+    if sample is not None:
+        pixels = np.concatenate([pixels, sample(spec)])
+    images = _normalised(pixels, spec)
+    outputs = _own_outputs(path, signature, images, spec)
+    head = _adapt(path, model, signature, spec, images, outputs, options.activation)
+    return ImportedModel(
+        model=head.model,
+        preprocessing=spec,
+        activation=head.activation,
+        single=head.single,
         labels=_labels(metadata),
-        classes=_classes(path, model),
-        parameters=sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.dims),
+        classes=max(outputs.shape[1], 2),
+        parameters=sum(int(np.prod(tensor.dims)) for tensor in head.model.graph.initializer if tensor.dims),
+        macs=count_macs(head.model),
+        notes=(str(taken), str(head)),
     )
-    _check_batches(path, imported)
-    return imported
 
 
 def export_imported(imported: ImportedModel, path: Path) -> float:
@@ -118,157 +124,161 @@ def export_imported(imported: ImportedModel, path: Path) -> float:
     """
     import onnx
 
-    model = add_pixels_input(imported.model, imported.preprocessing)
+    model = add_pixels_input(imported.model, imported.preprocessing, imported.activation)
     onnx.save(model, str(path))
     pixels = random_pixels(imported.preprocessing, 3)
     return require_same(path, pixels, imported.logits(pixels))
 
 
-_EXPORT_ADVICE: Final = "Export it with a dynamic batch size"
+def _session(model: bytes | str) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors are raised as well
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _free_batch(path: Path, model: onnx.ModelProto) -> tuple[int, int]:
-    """Make the batch size dynamic; returns height and width of the images."""
-    from onnx import TensorProto
-
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1 or len(model.graph.output) != 1:
-        names = [value.name for value in inputs], [value.name for value in model.graph.output]
-        raise ExportError(
-            f"{path} has the inputs {names[0]} and outputs {names[1]}; a classifier has one of each"
-        )
-    tensor = inputs[0].type.tensor_type
-    sizes = [dimension.dim_value for dimension in tensor.shape.dim]
-    if tensor.elem_type != TensorProto.FLOAT or len(sizes) != 4:
-        raise ExportError(f"{path} takes no batch of float images of shape (N, 3, H, W)")
-    _, channels, height, width = sizes
-    if channels != 3 and width == 3:
-        raise ExportError(f"{path} takes NHWC images; export it for NCHW, (N, 3, H, W)")
-    if channels != 3 or height < 1 or width < 1:
-        raise ExportError(f"{path} takes images of shape {sizes[1:]}; they must be (3, H, W), H and W fixed")
-    if sizes[0]:
-        _free_reshapes(model, sizes[0])
-    for value in (inputs[0], model.graph.output[0]):
-        if value.type.tensor_type.shape.dim:
-            value.type.tensor_type.shape.dim[0].Clear()
-            value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del model.graph.value_info[:]  # shapes with the old batch size
-    return height, width
-
-
-def _free_reshapes(model: onnx.ModelProto, batch: int) -> None:
-    """Let reshapes that name the batch size of the export keep whatever they get; `_check_batches` judges."""
-    from onnx import numpy_helper
-
-    targets = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
-    for tensor in model.graph.initializer:
-        if tensor.name in targets:
-            shape = numpy_helper.to_array(tensor).copy()
-            if len(shape) > 1 and shape[0] == batch:
-                shape[0] = 0 if -1 in shape else -1  # as in the input; whatever is left over
-                tensor.CopyFrom(numpy_helper.from_array(shape, tensor.name))
-
-
-def _take_softmax_off(model: onnx.ModelProto) -> None:
-    """Make the logits the output, where probabilities are."""
-    graph = model.graph
-    last = next((node for node in graph.node if graph.output[0].name in node.output), None)
-    if last is not None and last.op_type == "Softmax":
-        graph.node.remove(last)
-        graph.output[0].name = last.input[0]
-
-
-def _with_opset(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnx import version_converter
-
-    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if version == OPSET:
-        return model
+def _preprocessing(
+    path: Path, options: PrepareOptions, metadata: dict[str, str], signature: Signature
+) -> Taken:
+    size = signature.height, signature.width
+    asked = options.preprocess
+    takes_pixels = np.issubdtype(signature.type, np.integer)
+    channels: Any = "L" if signature.channels == 1 else "RGB"
+    resizing = Resizing(options.resize, options.interpolation)
     try:
-        return version_converter.convert_version(model, OPSET)
-    except Exception as error:  # the converter raises bare RuntimeErrors and others
-        raise ExportError(
-            f"{path} is of opset {version} and cannot be converted to {OPSET} "
-            f"({str(error).splitlines()[0]}); export it with opset {OPSET}"
-        ) from error
-
-
-def read_preprocessing(asked: str, height: int, width: int) -> Preprocessing:
-    """What `--preprocess` says, for images of that size.
-
-    Args:
-        asked: a name of `NORMALISATIONS`, or a JSON file with fields of `Preprocessing`.
-        height: of the network's input.
-        width: of the network's input.
-
-    Raises:
-        ExportError: it is neither.
-    """
-    if asked in NORMALISATIONS:
-        mean, std = NORMALISATIONS[asked]
-        resize = round(max(height, width) * RESIZE_RATIO)
-        return Preprocessing(resize=resize, height=height, width=width, mean=mean, std=std)
-    try:
-        return _parse_preprocessing(Path(asked).read_text(encoding="utf-8"), height, width)
-    except (OSError, ValueError) as error:
-        names = ", ".join(NORMALISATIONS)
-        raise ExportError(
-            f"--preprocess {asked} is neither one of {names} nor a JSON file of a preprocessing: {error}"
-        ) from error
-
-
-def _own_preprocessing(path: Path, metadata: dict[str, str], height: int, width: int) -> Preprocessing:
-    """What the file's metadata says."""
-    if METADATA_KEY not in metadata:
+        taken = find_preprocessing(asked, resizing, metadata, path.parent, size, channels)
+        if taken is None and takes_pixels:
+            taken = find_preprocessing("0..255", resizing, {}, path.parent, size, channels)
+            assert taken is not None, "it was named"
+            taken = Taken(taken.spec, f"its input is {signature.type}")
+    except ExportError as error:
+        raise ExportError(f"{path}: {error}" if asked is None else str(error)) from error
+    if taken is None:
         raise ExportError(
             f"{path} does not say how its images are normalised; say so with --preprocess: "
             f"{', '.join(NORMALISATIONS)}, or a JSON file such as "
             '{"resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}'
         )
+    if takes_pixels and not (
+        np.allclose(taken.spec.mean, 0) and np.allclose(np.asarray(taken.spec.std) * 255, 1)
+    ):
+        raise ExportError(
+            f"{path} takes pixels as they are, {signature.type}; leave out --preprocess, or give 0..255"
+        )
+    return taken
+
+
+def _own_outputs(
+    path: Path, signature: Signature, images: NDArray[np.float32], spec: Preprocessing
+) -> NDArray[np.float32]:
+    """What the file itself gives for `images`, shape (N, scores)."""
+    matrix = _MATRICES.get(spec.channels)
+    if matrix is not None:
+        images = np.einsum("cr,nrhw->nchw", matrix, images)
+    batch = signature.batch or 1
+    results = []
     try:
-        return _parse_preprocessing(metadata[METADATA_KEY], height, width)
-    except ValueError as error:
-        raise ExportError(f"{path}'s metadata describe no preprocessing: {error}") from error
+        session = _session(str(path))
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+            (output,) = session.run([signature.output], {signature.input: signature.arrange(padded)})
+            results.append(_rows(output, batch)[: len(part)])
+    except ExportError as error:
+        raise ExportError(f"{path} {error}") from error
+    except Exception as error:  # onnxruntime raises types of its own
+        raise ExportError(f"{path} does not run: {first_line(error)}") from error
+    outputs = np.concatenate(results)
+    if not np.isfinite(outputs).all():
+        raise ExportError(f"{path} gives scores that are not numbers; check --preprocess")
+    return outputs
 
 
-def _parse_preprocessing(text: str, height: int, width: int) -> Preprocessing:
-    fields: dict[str, Any] = json.loads(text)
-    return Preprocessing.model_validate({"height": height, "width": width, **fields})
+def _rows(output: NDArray[Any], batch: int) -> NDArray[np.float32]:
+    """Scores of shape (batch, classes), whatever the places of the dimensions of one."""
+    if sum(size > 1 for size in output.shape[output.ndim > 1 :]) > 1 or output.size % batch:
+        raise ExportError(f"gives {output.shape} for {batch} images; a classifier gives (N, classes)")
+    return np.asarray(output, np.float32).reshape(batch, -1)
 
 
-def _labels(metadata: dict[str, str]) -> list[str] | None:
-    """Class labels from the file's metadata, as JSON or as a Python literal; by index if it is a mapping."""
-    for key in LABEL_KEYS:
+def _adapt(
+    path: Path,
+    model: onnx.ModelProto,
+    signature: Signature,
+    spec: Preprocessing,
+    images: NDArray[np.float32],
+    outputs: NDArray[np.float32],
+    asked: Activation | None,
+) -> Head:
+    """The network in normal form, with logits that mean what the file's outputs mean."""
+    bound = _ROUNDED if signature.type.itemsize <= 2 and not _is_integer(signature) else _EXACT
+    bound *= max(1.0, float(np.abs(outputs).max()))
+    fault = ""
+    for fold_first in (False, True) if signature.batch is not None else (False,):
+        normal = normalise(path, model, signature, fold_first=fold_first)
+        matrix = _MATRICES.get(spec.channels)
+        if matrix is not None:
+            mix_channels(normal, matrix)
         try:
-            value = ast.literal_eval(metadata[key])
-        except (KeyError, ValueError, SyntaxError):
-            continue
-        if isinstance(value, dict):
-            value = [value[index] for index in sorted(value, key=int)]
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return [str(label) for label in value]
+            heads = list(possible_heads(normal, outputs, asked))
+        except ExportError as error:
+            raise ExportError(f"{path}: {error}") from error
+        for head in heads:
+            ready = head._replace(model=slim(head.model))
+            difference = _differs(ready, images, outputs, bound)
+            if difference is None:
+                return ready
+            fault = fault or difference
+    raise ExportError(f"{path} {fault}")
+
+
+def _is_integer(signature: Signature) -> bool:
+    return bool(np.issubdtype(signature.type, np.integer))
+
+
+def _differs(
+    head: Head, images: NDArray[np.float32], outputs: NDArray[np.float32], bound: float
+) -> str | None:
+    """How the adapted network differs from the file; None: it gives the same."""
+    ends = [0, len(images) - 1]
+    try:
+        alone = head.own_outputs(np.concatenate([run_onnx(head.model, images[[i]]) for i in ends]))
+    except Exception as error:  # onnxruntime raises types of its own
+        return f"cannot be adapted: {first_line(error)}"
+    same = outputs[ends]
+    if alone.shape != same.shape or not np.abs(alone - same).max() <= bound:
+        return "cannot be adapted: what was made of it gives other scores"
+    try:
+        together = head.own_outputs(run_onnx(head.model, images))
+    except Exception as error:  # onnxruntime raises types of its own
+        return (
+            "does not run with other batch sizes than it was exported with: "
+            f"{first_line(error)}. {_EXPORT_ADVICE}"
+        )
+    if together.shape != outputs.shape or not np.abs(together - outputs).max() <= bound:
+        return f"gives an image other scores in another batch; that cannot be served. {_EXPORT_ADVICE}"
     return None
 
 
-def _classes(path: Path, model: onnx.ModelProto) -> int:
-    shape = model.graph.output[0].type.tensor_type.shape.dim
-    if len(shape) != 2 or shape[1].dim_value < 2:
-        sizes = [dimension.dim_value or dimension.dim_param for dimension in shape]
-        raise ExportError(f"{path} gives {sizes}; a classifier gives (N, classes), at least two classes")
-    return int(shape[1].dim_value)
+def _labels(metadata: dict[str, str]) -> list[str] | None:
+    """Class labels from the file's metadata, as JSON, a Python literal or lines."""
+    for key in LABEL_KEYS:
+        if key not in metadata:
+            continue
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return labels_of_json(read(metadata[key]))
+            except (ValueError, SyntaxError, TypeError):
+                continue
+        lines = [line.strip() for line in metadata[key].splitlines() if line.strip()]
+        if len(lines) > 1:
+            return lines
+    return None
 
 
-def _check_batches(path: Path, imported: ImportedModel) -> None:
-    """Refuse a model that works for the batch size of its export only, or mixes the images of a batch."""
-    pixels = random_pixels(imported.preprocessing, 2)
-    try:
-        together = imported.logits(pixels)
-        alone = np.concatenate([imported.logits(pixels[:1]), imported.logits(pixels[1:])])
-    except Exception as error:  # onnxruntime raises types of its own
-        raise ExportError(
-            f"{path} does not run with other batch sizes than it was exported with: "
-            f"{str(error).splitlines()[0]}. {_EXPORT_ADVICE}"
-        ) from error
-    if together.shape != alone.shape or not np.allclose(together, alone, rtol=1e-3, atol=1e-3):
-        raise ExportError(f"{path} gives an image other scores in another batch; that cannot be served")
+def _normalised(pixels: Pixels, spec: Preprocessing) -> NDArray[np.float32]:
+    """Float32 NCHW images of red, green and blue."""
+    mean, std = (values.astype(np.float32) for values in rgb_normalisation(spec))
+    images = (pixels.astype(np.float32) / 255 - mean) / std
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT
-from builder.prepare.export import quiet
+from builder.prepare.export import KEPT_IN_FP32, quiet
 from builder.weights import LEVELS, quantise
 from models.preprocessing import Pixels
 
@@ -61,7 +61,7 @@ def convert_to_int8(
             high_precision_dtype=rest,
             dq_only=True,  # else the weights are stored in floating point
             # ModelOpt matches these at the start only, and appends to the list.
-            nodes_to_exclude=["pre/.*", "post/.*", *(re.escape(name) + "$" for name in exclude)],
+            nodes_to_exclude=[*KEPT_IN_FP32, *(re.escape(name) + "$" for name in exclude)],
             output_path=str(path),
             log_level="CRITICAL",
         )

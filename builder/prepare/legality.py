@@ -74,7 +74,7 @@ def require_legal(model: onnx.ModelProto) -> list[Finding]:
     findings = check_legality(model)
     if findings.errors:
         lines = "\n".join(f"  {finding}" for finding in findings.errors)
-        raise IllegalGraphError(f"TensorRT does not take this graph:\n{lines}")
+        raise IllegalGraphError(f"no engine can be made of this graph:\n{lines}")
     return findings.warnings
 
 
@@ -141,12 +141,13 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def _label(node: onnx.NodeProto) -> str:
-    return f"{node.name or node.output[0]} ({node.op_type})"
+    name = node.name or node.output[0]
+    return f"{name.removeprefix('network/')} ({node.op_type})"  # as the user's own tools show it
 
 
 def _importable(_: _Graph, node: onnx.NodeProto) -> Iterator[Finding]:
     if node.domain not in STANDARD_DOMAINS:
-        yield Finding(_label(node), f"TensorRT has no operator of the domain {node.domain}")
+        yield Finding(_label(node), f"no target has operators of the domain {node.domain}")
     elif node.op_type in INTEGER_OPERATORS:
         yield Finding(
             _label(node),

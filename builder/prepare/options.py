@@ -8,11 +8,20 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from builder.prepare.import_onnx import NORMALISATIONS
 from builder.prepare.int8 import METHODS, Method
+from builder.prepare.normalisations import NORMALISATIONS
+from models.preprocessing import Interpolation
 from models.recipe import Training
+from runtime.manifest import Activation
 
 QAT: Final = Training(epochs=16, learning_rate=1e-3, weight_decay=0)
+
+
+# Of networks from elsewhere alone.
+FOREIGN: Final = (
+    *("unlabelled", "preprocess", "resize", "interpolation", "image_size", "output_name", "activation"),
+    *("labels", "allow_low_accuracy", "weights"),
+)
 
 
 class PrepareOptions(BaseModel):
@@ -52,20 +61,71 @@ class PrepareOptions(BaseModel):
         gt=0,
         description="Peak of the one-cycle schedule; lower for large networks that took long to train.",
     )
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Of the network, with which the packages' names begin; by default the checkpoint's, or "
+        "the file's.",
+    )
+    unlabelled: bool = Field(
+        default=False,
+        description="The folders of --data are no classes: judge a model from elsewhere by agreement with "
+        "FP32 alone.",
+    )
     preprocess: str | None = Field(
         default=None,
-        description=f"How a model from elsewhere normalises images: {', '.join(NORMALISATIONS)}, or a JSON "
-        "file with resize, mean and std; by default what the model says.",
+        description=f"How a model from elsewhere normalises images: {', '.join(NORMALISATIONS)}; or a file: "
+        "JSON with resize, mean and std, or what timm, Hugging Face or Paddle wrote; by default what the "
+        "model says.",
+    )
+    resize: str | None = Field(
+        default=None,
+        pattern=r"^([1-9][0-9]*|squash|letterbox|none)$",
+        description="How its images get their size: a number of pixels, which the shorter side becomes "
+        "before the middle is cut out, or squash, letterbox or none; by default what --preprocess or the "
+        "model says.",
+    )
+    interpolation: Interpolation | None = Field(
+        default=None,
+        description="How its images are resized: as in its training; by default what --preprocess or the "
+        "model says, else auto, the fastest.",
+    )
+    image_size: str | None = Field(
+        default=None,
+        pattern=r"^[1-9][0-9]*(x[1-9][0-9]*)?$",
+        description="What an ONNX file takes, if it leaves that open: a side, or height and width, such as "
+        "48x192.",
+    )
+    output_name: str | None = Field(
+        default=None, description="Of an ONNX file's scores, if it has several outputs."
+    )
+    activation: Activation | None = Field(
+        default=None,
+        description="What makes probabilities of a model from elsewhere: softmax if one label is true of an "
+        "image, sigmoid if any number may be; by default what the model does, else softmax.",
     )
     labels: Path | None = Field(
         default=None,
-        description="File with the classes of a model from elsewhere, one a line; by default the data's.",
+        description="File with the classes of a model from elsewhere, one a line in the order of its "
+        "outputs; by default what the model says, else the data's folders.",
+    )
+    allow_low_accuracy: bool = Field(
+        default=False,
+        description="Take a model from elsewhere that is hardly ever right about the validation images.",
     )
     weights: str | None = Field(
         default=None,
         description="For torchvision:NAME and timm:NAME: a state dict's file, or `pretrained` for the "
         "library's own.",
     )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of `image_size`."""
+        if self.image_size is None:
+            return None
+        height, _, width = self.image_size.partition("x")
+        return int(height), int(width or height)
 
     @property
     def methods(self) -> Sequence[Method]:

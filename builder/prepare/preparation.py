@@ -32,6 +32,7 @@ from builder.prepare.fp16 import convert_to_fp16
 from builder.prepare.int8 import Method, convert_to_int8
 from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from builder.prepare.legality import require_legal
+from builder.prepare.mac_share import int8_share
 from builder.prepare.options import PrepareOptions
 from builder.prepare.sensitivity import LayerCost, fallback_groups, rank_layers
 from models.card import Card
@@ -67,6 +68,10 @@ class Subject:
         reference: the FP32 logits of uint8 NHWC pixels, shape (N, classes).
         network: to fine-tune; None where there is only a graph.
         augmentation: how its training images are varied.
+        classes: the network's class for each of the data's, shape (folders,); None: they are the same.
+        judge: raises unless the network, given validation logits and classes, can be right about the images;
+            None for networks that were trained here.
+        notes: what was found out about it, for the user.
     """
 
     path: Path
@@ -76,6 +81,9 @@ class Subject:
     reference: Callable[[Pixels], NDArray[np.float32]]
     network: nn.Module | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
+    classes: NDArray[np.int64] | None = None
+    judge: Callable[[NDArray[np.float32], NDArray[np.int64]], None] | None = None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class Preparation:
             self.options.seed,
             self.progress,
         )
-        qat.export_quantised(quantised, spec, path)
+        qat.export_quantised(quantised, spec, path, self.student.activation)
 
     def _calibration(self, method: Literal["entropy", "max", "qat"]) -> Calibration:
         return Calibration(
@@ -214,11 +222,17 @@ class Preparation:
             weights_bytes=sum(
                 onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer
             ),
+            int8_share=int8_share(model) if precision.startswith("int8") else None,
         )
 
 
-def open_checkpoint(path: Path, data: str | None) -> Subject:
+def open_checkpoint(path: Path, data: str | None, name: str | None = None) -> Subject:
     """The checkpoint in a folder, with the data it was trained on or the data named.
+
+    Args:
+        path: the folder.
+        data: a data set; None: what it was trained on.
+        name: of the student; None: the card's.
 
     Raises:
         CheckpointError: no valid checkpoint there.
@@ -229,7 +243,8 @@ def open_checkpoint(path: Path, data: str | None) -> Subject:
     return Subject(
         path=path,
         student=Student(
-            name=card.name,
+            name=name or card.name,
+            source=str(path.resolve()),
             labels=card.labels,
             preprocessing=spec,
             checkpoint_sha256=card.weights_sha256,
@@ -281,13 +296,20 @@ def prepare(
     master = workspace / "fp32.onnx"
     difference = subject.export(master)
     report("computing the FP32 reference")
+    logits, targets = subject.reference(pixels), validation.targets
+    if subject.classes is not None:
+        targets = subject.classes[targets]
+    originals = len(validation)
+    if subject.judge is not None:
+        subject.judge(logits[:originals], targets)
     return Preparation(
         subject=subject,
         verification=VerificationSet(
             name=validation.name if positions == 1 else f"{validation.name} in {positions} positions",
             pixels=pixels,
-            targets=np.tile(validation.targets, positions),
-            logits=subject.reference(pixels),
+            targets=np.tile(targets, positions),
+            logits=logits,
+            originals=originals,
         ),
         workspace=workspace,
         master=master,
@@ -329,6 +351,7 @@ def write_kit(
             graphs=list(graphs.values()),
             verification_sha256=sha256_of(new / VERIFICATION_NAME),
             verification_images=preparation.verification.name,
+            verification_originals=preparation.verification.originals,
             export_difference=preparation.export_difference,
             command=command,
         )

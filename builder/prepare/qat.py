@@ -29,6 +29,7 @@ from models.inputs import PHOTO_SIDE
 from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Distillation, Training
 from models.training import Images, derive_seed, reproducible, train
+from runtime.manifest import Activation
 
 DISTILLATION: Final = Distillation(alpha=0.1)  # weight agreement with the original above the labels
 
@@ -121,13 +122,16 @@ def fine_tune(
     return quantised.to("cpu")
 
 
-def export_quantised(quantised: nn.Module, spec: Preprocessing, path: Path) -> None:
+def export_quantised(
+    quantised: nn.Module, spec: Preprocessing, path: Path, activation: Activation = "softmax"
+) -> None:
     """Write the INT8 graph of a fine-tuned network, with the rest in FP32, in the form of `int8`'s.
 
     Args:
         quantised: from `fine_tune`; used up, for its quantisers become ONNX operators.
         spec: input size and normalisation, which become part of the graph.
         path: the `.onnx` file to write.
+        activation: makes its probabilities.
     """
     import onnx
     from modelopt.torch.quantization.nn import TensorQuantizer
@@ -145,7 +149,7 @@ def export_quantised(quantised: nn.Module, spec: Preprocessing, path: Path) -> N
             else:
                 operators = _Activation(quantizer.amax)
             setattr(module, name, operators)
-    onnx.save(trace_onnx(quantised, spec), str(path))
+    onnx.save(trace_onnx(quantised, spec, activation), str(path))
 
 
 def convert_rest_to_fp16(graph: Path, path: Path) -> None:

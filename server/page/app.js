@@ -197,7 +197,7 @@ function element(tag, properties = {}, ...children) {
 function show({ engine, results: [result] }) {
   $("nothing").hidden = true;
   $("timing").hidden = false;
-  $("answered-by").textContent = `${engine.name} · ${engine.precision} · ${engine.backend}`;
+  $("answered-by").textContent = `${engine.name} · ${engine.precision} · ${engine.backend}${engine.activation === "sigmoid" ? " · several labels may be true" : ""}`;
   $("labels").replaceChildren(
     ...result.predictions.map(({ label, probability }) => {
       const fill = element("i");

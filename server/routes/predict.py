@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from models.preprocessing import MEDIA_TYPES
+from runtime.manifest import Activation
 from server.exchange import DEFAULT_TOP_K, PredictCall, answer_over_asgi
 from server.problems import documented
 
@@ -54,6 +55,10 @@ class EngineIdentity(BaseModel):
     version: str
     backend: str
     precision: str
+    activation: Activation = Field(
+        description="softmax: one label is true, and all probabilities add up to one; sigmoid: any number of "
+        "labels may be true, each with a probability of its own"
+    )
 
 
 class PredictResponse(BaseModel):

@@ -244,7 +244,7 @@ class TestSizes:
             {"resize": 20, "height": 24, "width": 16},
             {"resize": 0, "height": 0, "width": 0},
             {"resize": 24, "height": 24, "width": 24, "std": (0.2, 0.0, 0.2)},
-            {"resize": 24, "height": 24, "width": 24, "interpolation": "lanczos"},
+            {"resize": 24, "height": 24, "width": 24, "antialias": True},
         ],
     )
     def test_sizes_that_make_no_sense_are_refused(self, wrong: dict[str, Any]) -> None:
@@ -352,3 +352,63 @@ def _check(data: bytes) -> None:
         return
     assert pixels.shape == (SIDE, SIDE, 3)
     assert pixels.dtype == np.uint8
+
+
+# How an image gets the network's size
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _blocks(height: int, width: int) -> np.ndarray:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("how", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_squash_is_pillows_resize_of_both_sides(how: str) -> None:
+    image = _blocks(60, 90)
+    spec = Preprocessing(height=32, width=48, fit="squash", interpolation=how)
+    expected = Image.fromarray(image).resize((48, 32), Image.Resampling[how.upper()])
+    np.testing.assert_array_equal(load_pixels(_png(image), spec), np.asarray(expected))
+
+
+def test_squash_looks_at_all_of_a_very_long_image() -> None:
+    image = np.zeros((10, 400, 3), np.uint8)
+    image[:, 200:] = 255
+    pixels = load_pixels(_png(image), Preprocessing(height=16, width=64, fit="squash"))
+    assert pixels[:, :30].max() == 0
+    assert pixels[:, 34:].min() == 255
+
+
+def test_letterbox_keeps_all_of_the_image_and_its_shape() -> None:
+    image = _blocks(60, 120)
+    spec = Preprocessing(height=32, width=32, fit="letterbox", fill=(1, 2, 3), interpolation="bilinear")
+    pixels = load_pixels(_png(image), spec)
+    inner = Image.fromarray(image).resize((32, 16), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(pixels[8:24], np.asarray(inner))
+    assert (np.concatenate([pixels[:8], pixels[24:]]) == (1, 2, 3)).all()
+
+
+def test_none_takes_the_middle_and_fills_up_what_is_missing() -> None:
+    image = _blocks(20, 50)
+    pixels = load_pixels(_png(image), Preprocessing(height=30, width=40, fit="none", fill=(9, 9, 9)))
+    np.testing.assert_array_equal(pixels[5:25], image[:, 5:45])
+    assert (pixels[:5] == 9).all()
+
+
+def test_a_jpeg_that_is_not_to_be_resized_is_not_decoded_at_a_smaller_scale() -> None:
+    file = io.BytesIO()
+    Image.fromarray(_blocks(400, 400)).save(file, "JPEG", quality=95)
+    spec = Preprocessing(height=40, width=40, fit="none")
+    whole = load_pixels(file.getvalue(), spec.model_copy(update={"height": 400, "width": 400}))
+    np.testing.assert_array_equal(load_pixels(file.getvalue(), spec), whole[180:220, 180:220])
+
+
+@pytest.mark.parametrize("fields", [{"fit": "stretch"}, {"fill": (0, 0, 256)}, {"interpolation": "cubic"}])
+def test_a_preprocessing_that_does_not_exist_is_refused(fields: dict) -> None:
+    with pytest.raises(ValueError, match=r"fit|fill|interpolation"):
+        Preprocessing(resize=32, height=32, width=32, **fields)

@@ -51,6 +51,7 @@ def test_the_list_tells_what_is_loaded_and_what_could_be(served: Running) -> Non
         "version": "1",
         "backend": "openvino",
         "precision": "fp32",
+        "activation": "softmax",
         "classes": 10,
         "height": 32,
         "width": 32,

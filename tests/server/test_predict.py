@@ -32,7 +32,13 @@ def test_a_raw_body_is_answered_with_labels_engine_and_latency(
     assert response.status_code == 200
     answer = response.json()
     assert answer["request_id"] == response.headers["x-request-id"]
-    assert answer["engine"] == {"name": "tiny", "version": "1", "backend": "openvino", "precision": "fp32"}
+    assert answer["engine"] == {
+        "name": "tiny",
+        "version": "1",
+        "backend": "openvino",
+        "precision": "fp32",
+        "activation": "softmax",
+    }
     (result,) = answer["results"]
     np.testing.assert_array_equal(_probabilities(result), reference(image))
     assert [LABELS[p["index"]] for p in result["predictions"]] == [p["label"] for p in result["predictions"]]

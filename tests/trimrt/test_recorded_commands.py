@@ -25,7 +25,15 @@ EVERY_PREPARE_OPTION = PrepareOptions(
     qat=True,
     qat_epochs=2,
     qat_learning_rate=1e-4,
+    name="mine",
+    unlabelled=True,
     preprocess="imagenet",
+    resize="squash",
+    interpolation="bicubic",
+    image_size="48x192",
+    output_name="scores",
+    activation="sigmoid",
+    allow_low_accuracy=True,
     labels=Path("labels.txt"),
     weights="pretrained",
 )
@@ -49,10 +57,11 @@ EVERY_TENSORRT_OPTION = TensorRTOptions(
     [
         BuildOptions(),
         BuildOptions(batch=BatchSizes(min=2, opt=4, max=64), gate=Gate(max_drop=0.007, min_agreement=0.9)),
+        BuildOptions(replace=True),
         BuildOptions(tensorrt=EVERY_TENSORRT_OPTION),
         BuildOptions(prepare=EVERY_PREPARE_OPTION),
     ],
-    ids=["defaults", "batch and gate", "TensorRT", "preparation"],
+    ids=["defaults", "batch and gate", "replacing", "TensorRT", "preparation"],
 )
 def test_a_package_is_built_again_with_the_same_options(
     options: BuildOptions, trimrt: Callable[..., Result], monkeypatch: pytest.MonkeyPatch

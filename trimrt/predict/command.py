@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trimrt.predict.sources import Source
 
 _PART_SIZE: Final = 1024
+_TOP_K: Final = 3
 _INTERRUPTED: Final = 130  # as shells have it
 
 
@@ -58,7 +59,11 @@ class _Cluster(NamedTuple):
     type=OutputFile(),
     help="Parquet file to write; CSV if its suffix says so.",
 )
-@click.option("--top-k", default=3, show_default=True, type=click.IntRange(min=1), help="Labels per image.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    help=f"Labels per image.  [default: {_TOP_K}, or all of fewer]",
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="Images in a batch; the engine's most if not given."
 )
@@ -114,7 +119,7 @@ def predict(
     engine: str,
     engine_dir: Path,
     output: Path,
-    top_k: int,
+    top_k: int | None,
     batch_size: int | None,
     column: str | None,
     id_column: str | None,
@@ -146,6 +151,7 @@ def predict(
     if not (folder / MANIFEST_NAME).is_file():
         folder = find_package(engine_dir, engine)
     manifest = read_manifest(folder)
+    top_k = top_k or min(_TOP_K, len(manifest.labels))
     batch_size = _checked_sizes(manifest, batch_size, top_k)
     source = sources.open_source(inputs, column, id_column)
     plan = parts.Plan(

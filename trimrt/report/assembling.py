@@ -147,8 +147,12 @@ def _model(entry: Entry, label: str, group: int) -> Model:
         macs=manifest.provenance.macs,
         size_bytes=_size(item.folder / manifest.provenance.artefact),
         claim=None
-        if evidence is None
-        else Claim(top1=evidence.engine_top1, images=evidence.images, image_set=evidence.image_set),
+        if evidence is None or evidence.engine_top1 is None
+        else Claim(
+            top1=evidence.engine_top1,
+            images=evidence.originals or evidence.images,
+            image_set=evidence.image_set,
+        ),
         evidence=evidence,
         provenance=facts_of_package(manifest),
         **common,

@@ -36,6 +36,7 @@ def facts_of_package(manifest: Manifest) -> list[Fact]:
         f"by TrimRT {manifest.builder_version}",
         "compiled with": f"{manifest.backend} {manifest.backend_version}",
         "compiled for": _machine(manifest.compatibility),
+        "activation": "" if manifest.activation == "softmax" else "sigmoid: any number of labels may be true",
         "batch": f"{manifest.batch.min} to {manifest.batch.max}, best at {manifest.batch.opt}",
         "calibration": calibration_text(origin.calibration) if origin.calibration else "",
         "chosen from": "; ".join(_candidate(candidate) for candidate in manifest.candidates),

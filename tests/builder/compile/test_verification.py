@@ -19,7 +19,15 @@ from runtime.loading import load_engine
 
 
 def comparison(right: int, engine_right: int, agreeing: int, images: int) -> Comparison:
-    return Comparison(images, right / images, engine_right / images, agreeing / images, 0.0)
+    return Comparison(
+        images=images,
+        originals=images,
+        reference_top1=right / images,
+        engine_top1=engine_right / images,
+        drop=(right - engine_right) / images,
+        label_agreement=agreeing / images,
+        max_logit_difference=0.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,7 @@ def test_gate_is_half_a_point_and_98_percent(result: Comparison, passes: bool) -
 def test_gate_refuses_what_is_not_a_number() -> None:
     nan = float("nan")
     with pytest.raises(GateError):
-        Gate().check(Comparison(10, 1.0, nan, nan, nan))
+        Gate().check(Comparison(10, 10, 1.0, nan, nan, nan, nan))
 
 
 @settings(deadline=None)  # a busy machine is no failure

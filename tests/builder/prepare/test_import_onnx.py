@@ -17,8 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from small_student import SPEC
 
 from builder.prepare.export import ExportError, quiet, run_onnx
-from builder.prepare.import_onnx import NORMALISATIONS, export_imported, import_onnx
+from builder.prepare.import_onnx import export_imported, import_onnx
 from builder.prepare.legality import require_legal
+from builder.prepare.normalisations import NORMALISATIONS
+from builder.prepare.options import PrepareOptions
 from models.checkpoint import load_checkpoint
 from models.datasets import DataSplit
 from runtime.loading import load_engine
@@ -76,15 +78,18 @@ def pixels(count: int) -> np.ndarray:
 
 def expected_logits(images: np.ndarray, normalisation: str) -> np.ndarray:
     """The classifier in plain NumPy."""
-    mean, std = (np.asarray(values) for values in NORMALISATIONS[normalisation])
+    mean, std, channels = NORMALISATIONS[normalisation]
+    images = images[..., ::-1] if channels == "BGR" else images
     weights = numpy_helper.to_array(classifier().graph.initializer[0])
-    normalised = ((images / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(len(images), -1)
+    normalised = (
+        ((images / 255 - np.asarray(mean)) / np.asarray(std)).transpose(0, 3, 1, 2).reshape(len(images), -1)
+    )
     return normalised @ weights
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_the_master_graph_takes_pixels_and_gives_the_models_logits(save, tmp_path, normalisation):
-    imported = import_onnx(save(classifier()), normalisation)
+    imported = import_onnx(save(classifier()), PrepareOptions(preprocess=normalisation))
     difference = export_imported(imported, tmp_path / "master.onnx")
     images = pixels(5)
     logits = run_onnx(tmp_path / "master.onnx", images)
@@ -98,7 +103,10 @@ def test_the_master_graph_takes_pixels_and_gives_the_models_logits(save, tmp_pat
     [{"softmax": True}, {"batch": 1}, {"batch": 4, "reshape": [4, -1]}, {"opset": 13}],
 )
 def test_a_softmax_a_fixed_batch_and_an_older_opset_are_adapted(save, tmp_path, changes):
-    export_imported(import_onnx(save(classifier(**changes)), "imagenet"), tmp_path / "master.onnx")
+    export_imported(
+        import_onnx(save(classifier(**changes)), PrepareOptions(preprocess="imagenet")),
+        tmp_path / "master.onnx",
+    )
     images = pixels(7)
     logits = run_onnx(tmp_path / "master.onnx", images)
     np.testing.assert_allclose(logits, expected_logits(images, "imagenet"), rtol=1e-3, atol=1e-3)
@@ -109,7 +117,7 @@ def test_preprocessing_and_labels_are_read_from_the_files_metadata(save):
     spec = {"resize": 10, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
     names = str(dict(enumerate(labels)))  # as Ultralytics writes them
     imported = import_onnx(
-        save(classifier(metadata={"preprocessing": json.dumps(spec), "names": names})), None
+        save(classifier(metadata={"preprocessing": json.dumps(spec), "names": names})), PrepareOptions()
     )
     assert (imported.preprocessing.resize, imported.preprocessing.height) == (10, SIZE)
     assert imported.preprocessing.mean == (0.1, 0.2, 0.3)
@@ -120,7 +128,7 @@ def test_preprocessing_and_labels_are_read_from_the_files_metadata(save):
 def test_preprocessing_is_read_from_a_file(save, tmp_path):
     file = tmp_path / "preprocessing.json"
     file.write_text(json.dumps({"resize": 9, "mean": [0, 0, 0], "std": [1, 1, 1]}))
-    assert import_onnx(save(classifier()), str(file)).preprocessing.resize == 9
+    assert import_onnx(save(classifier()), PrepareOptions(preprocess=str(file))).preprocessing.resize == 9
 
 
 @pytest.mark.parametrize(
@@ -131,25 +139,31 @@ def test_preprocessing_is_read_from_a_file(save, tmp_path):
             None,
             "does not say how its images are normalised; say so with --preprocess: imagenet",
         ),
-        (classifier(), "caffe", r"--preprocess caffe is neither one of imagenet, .* nor a JSON file"),
+        (classifier(), "keras", r"--preprocess keras is neither one of imagenet, .* nor a file"),
         (classifier(metadata={"preprocessing": "{"}), None, "metadata describe no preprocessing"),
-        (classifier(shape=(SIZE, SIZE, 3)), "imagenet", "takes NHWC images; export it for NCHW"),
-        (classifier(shape=(1, SIZE, SIZE)), "imagenet", r"must be \(3, H, W\)"),
-        (classifier(shape=(3, "height", "width")), "imagenet", "H and W fixed"),
-        (classifier(kind=TensorProto.DOUBLE), "imagenet", "not a valid ONNX model|no batch of float images"),
-        (classifier(reshape=[2, 192]), "imagenet", "Export it with a dynamic batch size"),
+        (classifier(shape=(4, SIZE, SIZE)), "imagenet", r"\(batch, 4, 8, 8\); images have 1 or 3 channels"),
+        (classifier(shape=(3, "height", "width")), "imagenet", "say which with --image-size"),
+        (classifier(shape=(3 * SIZE * SIZE,)), "imagenet", r"takes input \(batch, 192\), no batch of images"),
+        (classifier(kind=TensorProto.DOUBLE), "imagenet", "model.onnx does not run"),
+        (classifier(reshape=[2, 192]), "imagenet", "model.onnx does not run|dynamic batch size"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_with_what_to_do(save, model, preprocess, message):
     with pytest.raises(ExportError, match=message):
-        import_onnx(save(model), preprocess)
+        import_onnx(save(model), PrepareOptions(preprocess=preprocess))
 
 
-def test_two_outputs_are_refused(save):
+def test_two_outputs_are_told_apart_by_name(save):
     model = classifier()
     model.graph.output.append(helper.make_tensor_value_info("flat", TensorProto.FLOAT, ["batch", 192]))
-    with pytest.raises(ExportError, match=r"outputs \['scores', 'flat'\]; a classifier has one of each"):
-        import_onnx(save(model), "imagenet")
+    with pytest.raises(ExportError, match=r"2 outputs: scores \(batch, 5\), flat \(batch, 192\); name"):
+        import_onnx(save(model), PrepareOptions(preprocess="imagenet"))
+    assert (
+        import_onnx(save(model), PrepareOptions(preprocess="imagenet", output_name="scores")).classes
+        == CLASSES
+    )
+    with pytest.raises(ExportError, match="has no output 'other'; it has scores, flat"):
+        import_onnx(save(model), PrepareOptions(preprocess="imagenet", output_name="other"))
 
 
 def test_a_model_that_mixes_the_images_of_a_batch_is_refused(save):
@@ -160,7 +174,7 @@ def test_a_model_that_mixes_the_images_of_a_batch_is_refused(save):
     model.graph.node.append(helper.make_node("ReduceMean", ["own", "axes"], ["mean"], keepdims=1))
     model.graph.node.append(helper.make_node("Sub", ["own", "mean"], ["scores"]))
     with pytest.raises(ExportError, match="other scores in another batch"):
-        import_onnx(save(model), "imagenet")
+        import_onnx(save(model), PrepareOptions(preprocess="imagenet"))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -172,7 +186,7 @@ def test_a_damaged_file_is_refused_or_read_but_never_crashes(tmp_path, position,
     path = tmp_path / "damaged.onnx"
     path.write_bytes(bytes(data))
     try:
-        assert import_onnx(path, "imagenet").preprocessing.height > 0
+        assert import_onnx(path, PrepareOptions(preprocess="imagenet")).preprocessing.height > 0
     except ExportError as error:
         assert str(path) in str(error)  # noqa: PT017  # refused is as good as read
 

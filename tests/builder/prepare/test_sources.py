@@ -54,6 +54,7 @@ def test_a_timm_model_by_name_has_timms_preprocessing(data: DataSplit, tmp_path:
     assert (student.preprocessing.height, student.preprocessing.width) == config["input_size"][1:]
     assert student.preprocessing.mean == pytest.approx(config["mean"])
     assert student.preprocessing.resize >= student.preprocessing.height
+    assert student.preprocessing.interpolation == config["interpolation"]
 
 
 @pytest.mark.parametrize(

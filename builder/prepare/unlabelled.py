@@ -1,0 +1,72 @@
+"""Photographs that nobody has sorted: they calibrate, and show whether an engine agrees with its network."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from builder.kit import UNKNOWN
+from models.datasets import DatasetError, DataSplit, ImageSet, default_cache_dir
+from runtime.manifest import sha256_of
+
+SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+_JUDGING_SHARE: Final = 0.25
+_FEWEST: Final = 8  # images
+_SEED: Final = 0
+
+
+def has_no_classes(source: str) -> bool:
+    """Whether a folder holds images themselves, and no folders."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return False
+    entries = [path for path in folder.iterdir() if not path.name.startswith((".", "_"))]
+    return any(_is_image(path) for path in entries) and not any(path.is_dir() for path in entries)
+
+
+def open_unlabelled(source: str) -> DataSplit:
+    """The images under a folder, three quarters to calibrate with and a quarter to judge by.
+
+    Raises:
+        DatasetError: no such folder, or hardly any images.
+    """
+    root = Path(source).expanduser().resolve()
+    if not root.is_dir():
+        raise DatasetError(f"no folder {source!r}")
+    paths = tuple(sorted(path for path in root.rglob("*") if _is_image(path)))
+    if len(paths) < _FEWEST:
+        raise DatasetError(f"{root} has {len(paths)} images; calibrating and judging take at least {_FEWEST}")
+    digests = tuple(sha256_of(path) for path in paths)
+    everything = ImageSet(
+        name=root.name,
+        root=root,
+        paths=paths,
+        digests=digests,
+        targets=np.full(len(paths), UNKNOWN, np.int64),
+        labels=(),
+        cache_dir=default_cache_dir(),
+    )
+    # Photographs in a row are alike, and copies of one file must not be in both parts.
+    keys = [hashlib.sha256(f"{_SEED}{digest}".encode()).digest() for digest in digests]
+    order = np.array(sorted(range(len(paths)), key=keys.__getitem__), np.int64)
+    judging = max(1, round(_JUDGING_SHARE * len(paths)))
+    while judging < len(paths) - 1 and digests[order[judging - 1]] == digests[order[judging]]:
+        judging += 1
+    return DataSplit(
+        name=root.name,
+        source=str(root),
+        fold=None,
+        folds=None,
+        description=f"no labels; {_JUDGING_SHARE:.0%} judge, chosen by content",
+        sha256=everything.sha256,
+        train=everything.subset(np.sort(order[judging:]), f"{root.name}-unlabelled"),
+        validation=everything.subset(np.sort(order[:judging]), f"{root.name}-unlabelled-held-out"),
+        test=everything.subset(np.arange(0), f"{root.name}-none"),
+    )
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
