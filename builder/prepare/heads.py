@@ -40,12 +40,14 @@ class Head(NamedTuple):
         activation: turns the logits into probabilities.
         found: what the network's own outputs are.
         single: it has one score, of the second of two classes; the first has the logit 0.
+        total: of a row of its own outputs, where they are probabilities; 100 for percentages.
     """
 
     model: onnx.ModelProto
     activation: Activation
     found: Found
     single: bool
+    total: float = 1.0
 
     def own_outputs(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the network as it was gives where this one gives `logits`; shape (N, its own scores)."""
@@ -54,7 +56,7 @@ class Head(NamedTuple):
         if self.found in _SHARES:
             return probabilities(logits, "sigmoid")
         if self.found in ("softmax", "probabilities"):
-            return probabilities(logits, "softmax")
+            return self.total * probabilities(logits, "softmax")
         if self.found in ("log-softmax", "log-probabilities"):
             shifted = logits - logits.max(axis=1, keepdims=True)
             own: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -92,7 +94,7 @@ def possible_heads(
         ExportError: the outputs are not what was asked for, or say nothing.
     """
     classes = outputs.shape[1]
-    by_value = _by_value(outputs)
+    by_value, total = _by_value(outputs)
     if classes == 1 and by_value == "probabilities":
         raise ExportError("its one output is always 1; export the network without its softmax")
     found: list[Found] = []
@@ -111,24 +113,23 @@ def possible_heads(
             activation = "softmax"
         elif asked is not None:
             activation = asked
-        yield Head(_with_logits(model, kind, classes), activation, kind, classes == 1)
+        sum_of_row = total if kind == "probabilities" else 1.0
+        yield Head(_with_logits(model, kind, classes), activation, kind, classes == 1, sum_of_row)
 
 
-def _by_value(outputs: NDArray[np.float32]) -> Found:
-    """What the numbers themselves say."""
+def _by_value(outputs: NDArray[np.float32]) -> tuple[Found, float]:
+    """What the numbers themselves say, and what a row of probabilities adds up to."""
+    totals = outputs.sum(axis=1)
+    several = outputs.shape[1] > 1
+    alike = totals.min() > 0 and np.ptp(totals) <= _TOLERANCE * totals.max()
+    if (outputs >= 0).all() and alike and (several or np.isclose(totals.max(), 1, atol=_TOLERANCE)):
+        return "probabilities", float(totals.mean())
     with np.errstate(over="ignore"):
-        logs = bool((outputs <= _TOLERANCE).all()) and _add_up(np.exp(outputs))
-    if (outputs >= 0).all() and _add_up(outputs):
-        return "probabilities"
-    if logs and outputs.shape[1] > 1:
-        return "log-probabilities"
+        if several and np.allclose(np.exp(outputs).sum(axis=1), 1, atol=_TOLERANCE):
+            return "log-probabilities", 1.0
     if ((outputs >= 0) & (outputs <= 1)).all():
-        return "shares"
-    return "scores"
-
-
-def _add_up(rows: NDArray[np.float32]) -> bool:
-    return bool(np.allclose(rows.sum(axis=1), 1, atol=_TOLERANCE))
+        return "shares", 1.0
+    return "scores", 1.0
 
 
 def _activation_of(model: onnx.ModelProto) -> tuple[Found, str, str] | None:

@@ -297,6 +297,7 @@ FORMS = {
         tail(lambda y: (lambda e: e / e.sum(1, keepdim=True))((y - y.amax(1, keepdim=True)).exp())), plain
     ),
     "softmax twice": Form(tail(lambda y: y.softmax(1).softmax(1)), lambda x: plain(x).softmax(1)),
+    "percentages": Form(tail(lambda y: y.softmax(1) * 100), plain),
     "log-softmax": Form(tail(lambda y: y.log_softmax(1)), plain),
     "mean of two softmaxes": Form(
         tail(lambda y: (y.softmax(1) + (y * 2).softmax(1)) / 2),
