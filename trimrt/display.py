@@ -98,7 +98,7 @@ class Display(BuildObserver):
 
 
 def _evidence_table(manifests: Sequence[Manifest]) -> Table:
-    caption = ["MB: of weights. FP32: the original's top-1. ms: of one image, the engine alone."]
+    caption = ["MB: weights. INT8: of the work. FP32: the original's top-1. ms: one image."]
     evidences = [manifest.evidence for manifest in manifests if manifest.evidence is not None]
     if any(evidence.originals not in (None, evidence.images) for evidence in evidences):
         caption.append("Top-1 is of the images as they are, agreement of shifted copies, too.")
@@ -106,15 +106,15 @@ def _evidence_table(manifests: Sequence[Manifest]) -> Table:
         caption.append("The images have no labels: agreement with FP32 alone was judged.")
     table = Table(box=SIMPLE_HEAD, caption="\n".join(caption))
     # Short enough for 80 columns.
-    for heading in ("precision", "MB", "in INT8", "FP32", "top-1", "agreed", "ms", "images/s"):
+    for heading in ("precision", "MB", "INT8", "FP32", "top-1", "agreed", "ms", "images/s"):
         table.add_column(heading, justify="left" if heading == "precision" else "right", no_wrap=True)
     for manifest in manifests:
-        evidence = manifest.evidence
+        evidence, int8_share = manifest.evidence, manifest.provenance.int8_share
         if evidence is not None:
             table.add_row(
                 manifest.precision,
                 f"{evidence.weights_bytes / 1e6:.2f}",
-                _share(manifest.provenance.int8_share),
+                "-" if int8_share is None else f"{int8_share:.0%}",
                 _share(evidence.reference_top1),
                 _share(evidence.engine_top1),
                 _share(evidence.label_agreement),
