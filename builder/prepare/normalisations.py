@@ -128,7 +128,10 @@ def told_size(asked: str | None, metadata: Mapping[str, str], folder: Path) -> t
     paths = [folder / name for name in NEIGHBOURS] if asked is None else [Path(asked)]
     for path in paths:
         if asked not in NORMALISATIONS and path.is_file():
-            fields = _read_file(path, (1, 1)) or {}
+            try:
+                fields = _read_file(path, (1, 1)) or {}
+            except (OSError, ValueError):
+                continue  # `find_preprocessing` says what is wrong with it
             if isinstance(fields.get("height"), int) and isinstance(fields.get("width"), int):
                 return fields["height"], fields["width"]
     return None

@@ -21,6 +21,7 @@ from builder.prepare.normalisations import (
     Taken,
     read_preprocessing,
     timm_preprocessing,
+    told_size,
 )
 from builder.prepare.options import PrepareOptions
 from builder.prepare.plausibility import Alternative, require_plausible
@@ -110,8 +111,7 @@ def open_named(source: str, options: PrepareOptions) -> Subject:
         taken = read_preprocessing(
             options.preprocess,
             Resizing(options.resize, options.interpolation),
-            spec.height,
-            spec.width,
+            *(told_size(options.preprocess, {}, Path()) or (spec.height, spec.width)),
         )
         spec = taken.spec
     if spec.channels != "RGB":
