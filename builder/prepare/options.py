@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from builder.kit import LONGEST_NAME
 from builder.prepare.int8 import METHODS, Method
 from builder.prepare.normalisations import NORMALISATIONS
 from models.preprocessing import Interpolation
@@ -64,6 +65,7 @@ class PrepareOptions(BaseModel):
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=LONGEST_NAME,
         description="Of the network, with which the packages' names begin; by default the checkpoint's, or "
         "the file's.",
     )
