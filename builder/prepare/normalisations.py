@@ -129,7 +129,7 @@ def told_size(asked: str | None, metadata: Mapping[str, str], folder: Path) -> t
     for path in paths:
         if asked not in NORMALISATIONS and path.is_file():
             try:
-                fields = _read_file(path, (1, 1)) or {}
+                fields = _read_file(path, (1, 1), ours=asked is not None) or {}
             except (OSError, ValueError):
                 continue  # `find_preprocessing` says what is wrong with it
             if isinstance(fields.get("height"), int) and isinstance(fields.get("width"), int):
@@ -153,7 +153,7 @@ def _asked(asked: str, size: tuple[int, int]) -> tuple[dict[str, Any], str]:
         return NORMALISATIONS[asked]._asdict() | _usual_fit(size), f"--preprocess {asked}"
     names = ", ".join(NORMALISATIONS)
     try:
-        fields = _read_file(Path(asked), size)
+        fields = _read_file(Path(asked), size, ours=True)
     except (OSError, ValueError) as error:
         raise ExportError(
             f"--preprocess {asked} is neither one of {names} nor a file of a preprocessing: "
@@ -172,7 +172,7 @@ def _told(
             fields = json.loads(metadata[METADATA_KEY])
         except ValueError as error:
             raise ExportError(f"the file's metadata describe no preprocessing: {error}") from error
-        return _understand(fields, size) or fields, "the file's metadata"
+        return _understand(fields, size, ours=True) or fields, "the file's metadata"
     if metadata.get("task") == "classify":  # Ultralytics
         return NORMALISATIONS["0..1"]._asdict() | {"resize": max(size), "interpolation": "bilinear"}, (
             "the file's metadata, by Ultralytics"
@@ -195,20 +195,23 @@ def _usual_fit(size: tuple[int, int]) -> dict[str, Any]:
     return {"resize": height if height < _CROPPED_FROM else round(height * RESIZE_RATIO)}
 
 
-def _read_file(path: Path, size: tuple[int, int]) -> dict[str, Any] | None:
+def _read_file(path: Path, size: tuple[int, int], *, ours: bool = False) -> dict[str, Any] | None:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix in (".yml", ".yaml"):
         import yaml
 
         try:
-            return _understand(yaml.safe_load(text), size)
+            return _understand(yaml.safe_load(text), size, ours=ours)
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from error
-    return _understand(json.loads(text), size)
+    return _understand(json.loads(text), size, ours=ours)
 
 
-def _understand(found: Any, size: tuple[int, int]) -> dict[str, Any] | None:
-    """The fields of `Preprocessing` that a file of any known form means; None: it has no such form."""
+def _understand(found: Any, size: tuple[int, int], *, ours: bool) -> dict[str, Any] | None:
+    """The fields of `Preprocessing` that a file of any known form means; None: it has no such form.
+
+    TrimRT's own form has no mark of its own, so it is one only where `ours` says that it is meant.
+    """
     if not isinstance(found, dict):
         raise ValueError("it is no mapping of names to values")  # of a file, not of Python
     if "image_processor_type" in found or "image_mean" in found or "do_normalize" in found:
@@ -220,7 +223,7 @@ def _understand(found: Any, size: tuple[int, int]) -> dict[str, Any] | None:
         return _from_paddle(found["PreProcess"])
     if "architectures" in found or "model_type" in found:  # Hugging Face's other config.json
         return None
-    return _own(found)
+    return _own(found) if ours else None
 
 
 def _own(found: dict[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def test_a_file_beside_the_model_is_found_and_named(tmp_path: Path) -> None:
     assert str(path) in str(taken)
     assert told_size(None, {}, tmp_path) == (32, 40)
     assert find_preprocessing(None, Resizing(), {}, tmp_path / "elsewhere", (32, 40), "RGB") is None
+    path.rename(tmp_path / "config.json").write_text('{"learning_rate": 0.1}')  # of anything
+    assert find_preprocessing(None, Resizing(), {}, tmp_path, (32, 40), "RGB") is None
 
 
 @pytest.mark.parametrize(
