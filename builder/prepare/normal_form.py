@@ -46,6 +46,7 @@ def normalise(
     if fold_first:
         model = slim(_with_sizes(model, signature, signature.batch or 1))
     if signature.batch is not None:
+        _free_strides(model, signature.batch)
         _free_reshapes(model, signature.batch)
         _free_tokens(model)
     model = slim(_with_sizes(model, signature, "batch"))
@@ -195,6 +196,27 @@ def slim(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
 
 
+def _free_strides(model: onnx.ModelProto, batch: int) -> None:
+    """Reshape where PyTorch's exporter flattens a whole batch and gathers its elements in their own order."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        flat = producers.get(node.input[0]) if node.op_type == "Gather" else None
+        if flat is None or flat.op_type != "Reshape" or node.input[1] not in weights:
+            continue
+        order = numpy_helper.to_array(weights[node.input[1]])
+        target = weights.get(flat.input[1])
+        is_flat = target is not None and numpy_helper.to_array(target).tolist() == [-1]
+        if is_flat and order.shape[:1] == (batch,) and (order.ravel() == np.arange(order.size)).all():
+            name = f"normal/shape_{node.output[0]}"
+            shape = np.array([-1, *order.shape[1:]], np.int64)
+            graph.initializer.append(numpy_helper.from_array(shape, name))
+            node.CopyFrom(helper.make_node("Reshape", [flat.input[0], name], list(node.output), node.name))
+
+
 def _free_reshapes(model: onnx.ModelProto, batch: int) -> None:
     """Let reshapes that name the batch size of the export keep whatever they get."""
     from onnx import numpy_helper
@@ -211,7 +233,10 @@ def _free_reshapes(model: onnx.ModelProto, batch: int) -> None:
         if -1 not in shape:
             shape[0] = -1  # whatever is left over: the batch, or heads of the whole batch
         elif len(shape) > 1 and shape[0] == batch:
-            shape[0] = 0  # as in the input
+            shape[0] = 0  # as in the input, which `allowzero` would mean literally
+            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
         name = f"normal/shape_{node.output[0]}"
         graph.initializer.append(numpy_helper.from_array(shape, name))
         node.input[1] = name

@@ -222,6 +222,30 @@ def two_outputs(path: Path) -> None:
         )
 
 
+class Pooled(Network):
+    """The same, with the layer that PyTorch's exporter flattens a whole batch for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.relu(self.second(x) + x)
+        return self.last(nn.AdaptiveAvgPool2d(1)(x).flatten(1))
+
+
+def dynamo_pooled(path: Path) -> None:
+    """PyTorch's newer exporter, of a fixed batch, with a pooling layer."""
+    module = Pooled()
+    module.load_state_dict(network().state_dict())
+    with quiet():
+        torch.onnx.export(module.eval(), (torch.zeros(1, 3, SIDE, SIDE),), str(path), dynamo=True)
+
+
+def dynamo_token(path: Path) -> None:
+    """The same exporter, of attention."""
+    with quiet():
+        torch.onnx.export(Token().eval(), (torch.zeros(1, 3, SIDE, SIDE),), str(path), dynamo=True)
+
+
 def dynamo(path: Path) -> None:
     """PyTorch's newer exporter, of a fixed batch."""
     with quiet():
@@ -286,6 +310,8 @@ FORMS = {
     "open sizes": Form(open_sizes, plain, PrepareOptions(preprocess="imagenet", image_size=str(SIDE))),
     "two outputs": Form(two_outputs, plain, PrepareOptions(preprocess="imagenet", output_name="scores")),
     "dynamo": Form(dynamo, plain),
+    "dynamo, pooled": Form(dynamo_pooled, plain),
+    "dynamo, class token": Form(dynamo_token, lambda x: Token().eval()(x)),
     "n c 1 1": Form(tail(lambda y: y[:, :, None, None]), plain),
     "n 1 1 c": Form(tail(lambda y: y[:, None, None]), plain),
     "softmax": Form(tail(lambda y: y.softmax(1)), plain),
