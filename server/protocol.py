@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import re
+import time
 from typing import Any, Final
 
 import httptools
@@ -38,6 +39,7 @@ _LARGE_PIECE: Final = 64 << 10  # of a body
 # A head of so many bytes and headers is within the limit.
 _SMALL: Final = HEAD_LIMIT // 2
 _FEW: Final = HEAD_LIMIT // 2 // 32
+_TURN_S: Final = 0.002  # how long what one connection received is parsed before others get their turn
 _PROBE_S: Final = 1.0
 _TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
@@ -98,14 +100,17 @@ class HardenedProtocol(HttpToolsProtocol):
         else:
             self._parse_in_pieces(memoryview(data))
         if self.cycle is None or self.cycle.response_complete or self._closing:
-            self.await_client(size)
+            self.await_client(size - len(self._held))
 
     def _parse_in_pieces(self, data: memoryview) -> None:
-        """Parse `data`, but hold back what follows a request that has to wait for an earlier one."""
+        """Parse `data`, but hold back what follows a request that waits for an earlier one, or its turn."""
+        end = time.monotonic() + _TURN_S
         while data:
-            if self.pipeline and not self._deaf:
+            if not self._deaf and (self.pipeline or time.monotonic() > end):
                 self._held = data
                 self.flow.hold()
+                if not self.pipeline:
+                    self.loop.call_soon(self._parse_held)
                 return
             size = _LARGE_PIECE if self._phase == _BODY else _PIECE
             self._parse(data[:size])
@@ -113,7 +118,7 @@ class HardenedProtocol(HttpToolsProtocol):
 
     def _parse_held(self) -> None:
         held, self._held = self._held, memoryview(b"")
-        if not self._closing:
+        if held and not self._closing:
             self.flow.release()
             self.data_received(held)
 

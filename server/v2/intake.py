@@ -14,10 +14,11 @@ from typing import Final
 from server.bodies import BodyMemory
 from server.problems import Problem
 
-_MESSAGE: Final = 16  # part of the bodies' memory that one message may take
+_MESSAGE: Final = 32  # part of the bodies' memory that one message may take
 _PLACES: Final = 4  # of such messages
 _LEAST: Final = 4 << 20  # bytes that a message may always have: gRPC's own default
-_PATIENCE_S: Final = 2.0
+_PATIENCE_S: Final = 2.0  # for a message that others wait for; the more of them, the less
+_LEAST_PATIENCE_S: Final = 0.1
 
 
 class Intake:
@@ -37,6 +38,7 @@ class Intake:
         self._memory = memory
         # One message at a time is handed over by gRPC and one is parsed, which takes eight of its size.
         self._each = max(1, memory.limit * 3 // 4 // places)
+        self._most = places
         self._places = asyncio.Semaphore(places)
         self._waiting = 0
 
@@ -58,12 +60,9 @@ class Intake:
         try:
             held = self._memory.reserve_up_to(self._each)
             reading = asyncio.ensure_future(read())
-            while not (await asyncio.wait([reading], timeout=_PATIENCE_S))[0]:
+            while not (await asyncio.wait([reading], timeout=self._patience()))[0]:
                 if self._waiting:
-                    raise Problem(
-                        "body-timeout",
-                        f"the message had not arrived after {_PATIENCE_S:g} s, and others wait",
-                    )
+                    raise Problem("body-timeout", "the message takes long to arrive, and others wait")
             message = reading.result()
         finally:
             if reading is not None:
@@ -73,3 +72,7 @@ class Intake:
         if not isinstance(message, bytes):
             raise Problem("malformed-request", "the call ended without a message")
         return message
+
+    def _patience(self) -> float:
+        """Seconds that a message may take which others wait for."""
+        return max(_LEAST_PATIENCE_S, _PATIENCE_S / (1 + self._waiting / self._most))

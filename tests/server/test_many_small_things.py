@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from processes import Started, start_process
 
 STALL_S = 1.0  # the bar is 50 ms, on a machine that does nothing else; without limits these take seconds
+TURN_S = 0.3  # the same for what one connection sends, which was parsed as it came
 MEMORY_MIB = 300
 
 FORM = "multipart/form-data; boundary=b"
@@ -140,3 +142,33 @@ def test_very_many(what: str, process: Started) -> None:
     print(f"/health/live took up to {1e3 * prober.slowest:.0f} ms")
     assert prober.slowest < STALL_S
     assert process.resident_mib() - before < MEMORY_MIB
+
+
+_TO_NO_ENGINE = b"POST /predict?engine=none HTTP/1.1\r\nHost: x\r\n"
+FLOODS = {
+    "requests, each answered at once": (_TO_NO_ENGINE + b"\r\n") * 40_000,
+    "chunks of a body that is not wanted": _TO_NO_ENGINE
+    + b"Transfer-Encoding: chunked\r\n\r\n"
+    + b"1\r\nx\r\n" * 3_000_000
+    + b"0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", FLOODS)
+def test_others_have_their_turn_while_one_connection_sends_very_many(what: str, process: Started) -> None:
+    url = httpx.URL(process.url)
+    ended = threading.Event()
+
+    def drain(client: socket.socket) -> None:
+        while client.recv(1 << 20):
+            pass
+        ended.set()
+
+    with socket.create_connection((url.host, url.port), timeout=60) as client, Prober(process.url) as prober:
+        reader = threading.Thread(target=drain, args=(client,))
+        reader.start()
+        client.sendall(FLOODS[what] + b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        reader.join()
+    assert ended.is_set()
+    print(f"/health/live took up to {1e3 * prober.slowest:.0f} ms")
+    assert prober.slowest < TURN_S
