@@ -234,8 +234,7 @@ class HardenedProtocol(HttpToolsProtocol):
         if self._phase == _HEAD:
             return False  # see `begins`
         self._phase = _IDLE
-        if self._closing:
-            self.transport.close()
+        self._deaf = self._closing  # what follows it is not read as requests, but read
         return not self._closing
 
     # --- the end of a request --------------------------------------------------------------------------
@@ -267,9 +266,10 @@ class HardenedProtocol(HttpToolsProtocol):
             return
         self._closing = True
         self.pipeline.clear()
-        if self._eof or (self._phase == _IDLE and not self._deaf):
+        if self._eof or (self._phase == _IDLE and self.service.lifecycle.draining):
             self.transport.close()
             return
+        self._deaf = self._deaf or self._phase == _IDLE
         self._held = memoryview(b"")
         self.flow.release()
         self.transport.write_eof()

@@ -192,7 +192,8 @@ class Registry:
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(f"{folder} cannot be loaded: {error}") from error
+            reason = str(error) or type(error).__name__  # as of MemoryError
+            raise EngineError(f"{folder} cannot be loaded: {reason}") from error
 
     def set_default(self, name: str) -> None:
         """Let `name` answer the requests that name no engine, from the next one on.

@@ -125,6 +125,22 @@ def test_a_client_that_is_refused_and_then_silent_is_cut_off(
     assert wire.closed_by_server()
 
 
+@pytest.mark.parametrize("path", [STRAIGHT, APPLICATION, "/predict?engine=none", "/nowhere"])
+def test_requests_after_the_last_one_do_not_cost_the_answers_before(
+    connect: Callable[..., Wire], encode: Encode, path: str
+) -> None:
+    """To close with them unread resets the connection."""
+    image = encode(0)
+    for _ in range(10):
+        wire = connect()
+        wire.send(head(len(image), path=path), image, head(len(image), CLOSE, path=path), image)
+        wire.send(*[head(1 << 18, path=path) + bytes(1 << 18)] * 4)
+        first, last = wire.answer(), wire.answer()
+        assert first[0] == last[0] == (200 if path in (STRAIGHT, APPLICATION) else 404)
+        assert last[1]["connection"] == "close"
+        assert wire.closed_by_server()
+
+
 @pytest.mark.parametrize("limit", ["LINGER_S", "LINGER_BYTES"])
 @pytest.mark.parametrize("path", ["/predict?engine=none", "/nowhere"])
 def test_what_follows_a_refusal_is_read_for_so_long_and_so_much(
