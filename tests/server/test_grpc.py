@@ -33,7 +33,7 @@ BODY = 8 << 20
 @pytest.fixture(scope="module")
 def process(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     options = ["--engine-dir", str(engine_dir), "--engine", "tiny", "--grpc-port", "0"]
-    limits = ["--max-body-bytes", str(BODY), "--max-body-memory-bytes", str(16 * BODY)]
+    limits = ["--max-body-bytes", str(BODY), "--max-body-memory-bytes", str(32 * BODY)]
     with start_process([*options, *limits], tmp_path_factory.mktemp("grpc") / "log") as started:
         yield started
 
