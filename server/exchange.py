@@ -74,8 +74,8 @@ class HttpCall(Call[HttpAnswer]):
 
     def announced_bytes(self) -> int:
         """See `Call`."""
-        encoding = self._headers.get(b"content-encoding", b"identity")
-        if encoding.strip().lower() != b"identity":
+        encoding = self._headers.get(b"content-encoding", b"")
+        if encoding.strip().lower() not in (b"", b"identity"):
             raise Problem(
                 "unsupported-media-type",
                 "a body with a Content-Encoding is not accepted; send it as it is (images are compressed)",

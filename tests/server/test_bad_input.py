@@ -151,6 +151,12 @@ def test_a_compressed_body_is_refused_in_words(server: Running, encode: Encode, 
     assert response.headers["accept-encoding"] == "identity"
 
 
+@pytest.mark.parametrize("encoding", ["", "identity", " Identity "])
+def test_an_encoding_that_changes_nothing_is_none(server: Running, encode: Encode, encoding: str) -> None:
+    headers = {"Content-Type": "image/png", "Content-Encoding": encoding}
+    assert server.client.post("/predict", content=encode(0), headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize("query", ["a" * 5000, "&".join(f"a{n}=1" for n in range(100))], ids=["long", "many"])
 def test_a_query_beyond_its_limits_is_refused(server: Running, encode: Encode, query: str) -> None:
     _problem(server.predict(encode(0), params=query), 422, "invalid-parameter")
