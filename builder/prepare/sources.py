@@ -185,7 +185,7 @@ def _data(options: PrepareOptions) -> DataSplit:
         )
     if options.unlabelled or has_no_classes(options.data):
         return open_unlabelled(options.data)
-    return open_dataset(options.data)
+    return open_dataset(options.data, on_damaged=options.on_damaged)
 
 
 def _labels(
