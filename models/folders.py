@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -21,10 +22,13 @@ OnDamaged = Literal["stop", "skip"]
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
 )
+# Cameras' own formats. Most are TIFF files to look at, but their first image is a thumbnail.
+RAW_SUFFIXES: Final = frozenset(
+    {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}
+)
 # Pictures that cannot be read; they are looked at, so that nobody loses half of a class without a word.
 _OTHER_PICTURES: Final = frozenset(
-    {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".ico", ".svg"}
-    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
+    {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".ico", ".svg"} | RAW_SUFFIXES
 )
 _LEFT_BY_SYSTEMS: Final = frozenset(
     {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@__thumb", "#recycle"}
@@ -88,28 +92,35 @@ def read_contents(root: Path) -> Contents:
         DatasetError: there are fewer than two classes, a training part without another, or several of a kind.
     """
     contents = Contents()
-    root = _unwrapped(root)
+    root = _unwrapped(root, contents, within_part=False)
     folders = _folders(root)
     parts = [
         path for path in folders if _rank(path.name, (*_TRAIN, *_HELD_OUT)) is not None and _is_part(path)
     ]
     train, held_out = _chosen(root, parts, _TRAIN), _chosen(root, parts, _HELD_OUT)
     if train is None:
-        contents.train = _read_part(root, contents)
+        if parts and parts == folders:
+            raise DatasetError(
+                f"{root} has {', '.join(f'{shown(p.name)}/' for p in parts)} but no train/; add it"
+            )
+        contents.train = Part("", _read_classes(root, contents))
         return contents
     if held_out is None:
         raise DatasetError(f"{root} has {shown(train.name)}/ but neither test/ nor val/ beside it; add one")
-    contents.train, contents.held_out = _read_part(train, contents), _read_part(held_out, contents)
+    contents.train, contents.held_out = (
+        Part(part.name, _read_classes(_unwrapped(part, contents, within_part=True), contents))
+        for part in (train, held_out)
+    )
     for path in sorted(root.iterdir()):
         if path not in (train, held_out):
             _skip(path, UNUSED_PARTS if path.is_dir() else _reason(path), contents)
     return contents
 
 
-def shown(name: str | Path) -> str:
+def shown(name: str | Path, longest: int = 60) -> str:
     """A name to print: text whatever its encoding, in one line, shortened in the middle if it is long."""
     text = "".join(letter if letter.isprintable() else "?" for letter in _text(str(name)))
-    return text if len(text) <= 60 else f"{text[:28]}…{text[-31:]}"
+    return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-longest // 2 :]}"
 
 
 def _text(name: str) -> str:
@@ -140,23 +151,23 @@ def _has_loose_pictures(folder: Path) -> bool:
     )
 
 
-def _unwrapped(folder: Path) -> Path:
+def _unwrapped(folder: Path, contents: Contents, *, within_part: bool) -> Path:
     """The only folder in `folder`, if that is nothing but a wrapping around class folders or parts."""
     inner = _folders(folder)
-    if len(inner) == 1 and not _has_loose_pictures(folder):
-        single = inner[0]
-        is_train = _rank(single.name, _TRAIN) is not None and len(_folders(single)) > 1
-        if (
-            _folders(single)
-            and not _has_loose_pictures(single)
-            and (not is_train or _same_name(single, folder))
-        ):
-            return _unwrapped(single)
-    return folder
-
-
-def _same_name(inner: Path, outer: Path) -> bool:
-    return inner.name.lower() == outer.name.lower()
+    if (
+        len(inner) != 1
+        or _has_loose_pictures(folder)
+        or _has_loose_pictures(inner[0])
+        or not _folders(inner[0])
+    ):
+        return folder
+    # A lone part has no other beside it; the lone folder in a part is a class unless its name says otherwise.
+    if (_rank(inner[0].name, (*_TRAIN, *_HELD_OUT)) is not None) != within_part:
+        return folder
+    for path in sorted(folder.iterdir()):
+        if path != inner[0]:
+            _skip(path, OTHER_FILES, contents)
+    return _unwrapped(inner[0], contents, within_part=within_part)
 
 
 def _is_part(folder: Path) -> bool:
@@ -186,8 +197,7 @@ def _chosen(root: Path, parts: list[Path], spellings: tuple[str, ...]) -> Path |
     return root / best[0]
 
 
-def _read_part(folder: Path, contents: Contents) -> Part:
-    name, folder = folder.name, _unwrapped(folder)
+def _read_classes(folder: Path, contents: Contents) -> dict[str, list[Path]]:
     classes: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not _is_left_by_a_system(path.name):
@@ -203,7 +213,7 @@ def _read_part(folder: Path, contents: Contents) -> Part:
             _skip(path, _reason(path), contents)
     if len(classes) < 2:
         raise DatasetError(_too_few(folder, classes, contents))
-    return Part(name, dict(sorted(classes.items())))
+    return dict(sorted(classes.items()))
 
 
 def _too_few(folder: Path, classes: dict[str, list[Path]], contents: Contents) -> str:
@@ -212,17 +222,19 @@ def _too_few(folder: Path, classes: dict[str, list[Path]], contents: Contents) -
         text += f" ({shown(next(iter(classes)))})"
     text += "; a classifier needs at least two"
     if empty := contents.skipped.get(EMPTY_FOLDERS):
-        text += f". Without images: {few(empty, folder)}"
+        text += f". Without images: {few(_within(folder, empty))}"
     if loose := contents.skipped.get(LOOSE_IMAGES):
-        text += f". Put the images of each class in a folder of its own: {few(loose, folder)}"
+        text += f". Put the images of each class in a folder of its own: {few(_within(folder, loose))}"
     return text
 
 
-def few(paths: list[Path], root: Path, most: int = 3) -> str:
+def _within(root: Path, paths: Iterable[Path]) -> list[str]:
+    return [shown(path.relative_to(root)) for path in paths]
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
     """The first names of many, and how many more there are."""
-    names = [shown(path.relative_to(root)) for path in paths[:most]]
-    more = [f"{len(paths) - most:,} more"] if len(paths) > most else []
-    return ", ".join([*names, *more])
+    return ", ".join([*names[:most], *([f"{len(names) - most:,} more"] if len(names) > most else [])])
 
 
 def is_utf8(name: str) -> bool:
@@ -238,7 +250,7 @@ def _images_in(folder: Path, contents: Contents) -> list[Path]:
     """All images in a class folder and the folders in it, linked ones too."""
     found: list[Path] = []
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_fail, followlinks=True):
         here = Path(place)
         real = os.path.realpath(place)
         if real in seen:  # a link to a folder above it
@@ -256,6 +268,10 @@ def _images_in(folder: Path, contents: Contents) -> list[Path]:
             else:
                 _skip(path, _reason(path, within_class=True), contents)
     return found
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _reason(path: Path, *, within_class: bool = False) -> str:

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.folders import Contents, DatasetError, OnDamaged, few, read_contents, shown
+from models.folders import RAW_SUFFIXES, Contents, DatasetError, OnDamaged, few, read_contents, shown
 from models.images.wholeness import looks_whole
 from models.preprocessing import ImageError, Preprocessing, plan_loading
 
@@ -30,7 +30,8 @@ MAX_PIXELS: Final = 178_000_000  # Pillow reads no more
 _PROBE: Final = Preprocessing(resize=32, height=32, width=32)
 _WIDTH: Final = 79
 _SILENT_SECONDS: Final = 2.0
-_MOST_NAMED: Final = 100
+_MOST_NAMED: Final = 1000
+_FEW: Final = 3
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -108,7 +109,9 @@ def scan_folder(
     problems += _small_classes(contents, train, smallest(contents.held_out is not None))
     found = [] if trusted else list(_summary(root, contents, train, held_out, faults, on_damaged))
     if problems:
-        raise DatasetError("\n".join([f"{shown(root)} cannot be used as it is:", *problems, *_also(found)]))
+        raise DatasetError(
+            "\n".join([f"{shown(root, 500)} cannot be used as it is:", *problems, *_also(found)])
+        )
     names = tuple(part.name for part in parts) if contents.held_out else ()
     return Scan(train, held_out, names, faults, tuple(found))
 
@@ -151,6 +154,8 @@ def _hash(path: Path) -> _File:
 
 
 def _examine(path: Path, *, decode: bool = False) -> _File:
+    if path.suffix.lower() in RAW_SUFFIXES:
+        return _File(path, "", "a camera's raw format; export it as JPEG")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -171,22 +176,25 @@ def _examine_all(path: Path) -> _File:
     return _examine(path, decode=True)
 
 
-def listed(faults: dict[Path, str], root: Path) -> list[str]:
-    """The files of each fault: one line for each, or for several with the same fault."""
-    by_fault: dict[str, list[Path]] = defaultdict(list)
-    for path, fault in faults.items():
-        by_fault[fault].append(path)
+def listed(faults: dict[Path, str], root: Path, most: int = _MOST_NAMED) -> list[str]:
+    """Lines that say each fault and the files that have it."""
+    by_fault: dict[str, list[str]] = defaultdict(list)
+    for path, fault in sorted(faults.items()):
+        by_fault[fault].append(_name(path, root))
     lines = []
-    for fault, paths in sorted(by_fault.items(), key=lambda item: -len(item[1])):
-        names = few(sorted(paths), root, _MOST_NAMED)
-        lines += _wrapped(f"  {names}: {fault}", 4)
+    for fault, names in sorted(by_fault.items(), key=lambda item: -len(item[1])):
+        lines += _wrapped(f"  {fault} ({len(names):,}): {few(names, most)}", 4)
     return lines
 
 
 def _listed_faults(faults: dict[Path, str], root: Path) -> str:
     count = f"{len(faults):,} file{'s' * (len(faults) != 1)} cannot be read"
     advice = "replace or remove, or leave out with --on-damaged skip:"
-    return "\n".join([*_wrapped(f"- {count}; {advice}", 2), *listed(faults, root)])
+    return "\n".join([*_wrapped(f"- {count}; {advice}"), *listed(faults, root)])
+
+
+def _name(path: Path, root: Path) -> str:
+    return shown(path.relative_to(root))
 
 
 def _missing_classes(contents: Contents, train: list[Image], held_out: list[Image]) -> Iterator[str]:
@@ -241,10 +249,11 @@ def _summary(
             f"the smallest is {shown(least)} ({counts[least]:,})"
         )
     for reason, paths in contents.skipped.items():
-        yield from _wrapped(f"not used: {len(paths):,} {reason}: {few(paths, root)}")
+        names = [_name(path, root) for path in paths]
+        yield from _wrapped(f"not used: {reason} ({len(paths):,}): {few(names, _FEW)}")
     if faults and on_damaged == "skip":
-        yield from _wrapped(f"not used: {len(faults):,} files that cannot be read:")
-        yield from listed(faults, root)[:10]
+        yield f"not used: files that cannot be read ({len(faults):,}):"
+        yield from listed(faults, root, _FEW)
     for label in contents.renamed:
         yield from _wrapped(f"the name of a class folder is not UTF-8; read as {shown(label)}")
     yield from _duplicates(root, train, held_out)
@@ -276,9 +285,8 @@ def _duplicates(root: Path, train: list[Image], held_out: list[Image]) -> Iterat
         (within, "copies of an image in the same class"),
     ):
         if pairs:
-            names = [f"{shown(b.relative_to(root))} = {shown(a.relative_to(root))}" for a, b in pairs[:3]]
-            more = [f"{len(pairs) - 3:,} more"] if len(pairs) > 3 else []
-            yield from _wrapped(f"{text} ({len(pairs):,}): {', '.join([*names, *more])}")
+            names = [f"{_name(b, root)} = {_name(a, root)}" for a, b in pairs]
+            yield from _wrapped(f"{text} ({len(pairs):,}): {few(names, _FEW)}")
 
 
 def _wrapped(text: str, indent: int = 2) -> list[str]:
