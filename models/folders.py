@@ -117,6 +117,14 @@ def read_contents(root: Path) -> Contents:
     return contents
 
 
+def read_unlabelled(root: Path) -> Contents:
+    """Find images in a folder and the folders in it, all of the class with the empty label."""
+    contents = Contents()
+    images = _images_in(root, contents)
+    contents.train = Part("", {"": images} if images else {})
+    return contents
+
+
 def shown(name: str | Path, longest: int = 60) -> str:
     """A name to print: text whatever its encoding, in one line, shortened in the middle if it is long."""
     text = "".join(letter if letter.isprintable() else "?" for letter in _text(str(name)))

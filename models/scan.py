@@ -21,7 +21,16 @@ from typing import Final, NamedTuple, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.folders import RAW_SUFFIXES, Contents, DatasetError, OnDamaged, few, read_contents, shown
+from models.folders import (
+    RAW_SUFFIXES,
+    Contents,
+    DatasetError,
+    OnDamaged,
+    few,
+    read_contents,
+    read_unlabelled,
+    shown,
+)
 from models.images.wholeness import looks_whole
 from models.preprocessing import ImageError, Preprocessing, plan_loading
 
@@ -30,6 +39,7 @@ MAX_PIXELS: Final = 178_000_000  # Pillow reads no more
 _PROBE: Final = Preprocessing(resize=32, height=32, width=32)
 _WIDTH: Final = 79
 _SILENT_SECONDS: Final = 2.0
+_COPIES: Final = "WARNING: copies of an image, of which some may train and others test"
 _MOST_NAMED: Final = 1000
 _FEW: Final = 3
 
@@ -91,6 +101,20 @@ def scan_folder(
         DatasetError: it cannot be used; the message names everything that is in the way.
     """
     contents = read_contents(root)
+    return _scan(root, contents, smallest(contents.held_out is not None), on_damaged, trusted)
+
+
+def scan_unlabelled(root: Path, *, on_damaged: OnDamaged = "stop") -> Scan:
+    """Find all images under a folder, whatever folders they are in; their labels are empty.
+
+    Raises:
+        DatasetError: files cannot be read and are not to be left out; the message names all.
+    """
+    contents = read_unlabelled(root)
+    return _scan(root, contents, 1, on_damaged, trusted=False)
+
+
+def _scan(root: Path, contents: Contents, smallest: int, on_damaged: OnDamaged, trusted: bool) -> Scan:
     parts = [contents.train] + ([contents.held_out] if contents.held_out else [])
     labelled = [[(path, label) for label in part.classes for path in part.classes[label]] for part in parts]
     paths = [path for part in labelled for path, _ in part]
@@ -106,7 +130,7 @@ def scan_folder(
     if faults and on_damaged == "stop":
         problems.append(_listed_faults(faults, root))
     problems += _missing_classes(contents, train, held_out)
-    problems += _small_classes(contents, train, smallest(contents.held_out is not None))
+    problems += _small_classes(contents, train, smallest)
     found = [] if trusted else list(_summary(root, contents, train, held_out, faults, on_damaged))
     if problems:
         raise DatasetError(
@@ -244,9 +268,10 @@ def _summary(
             if contents.held_out
             else ""
         )
+        classes = f"of {len(counts):,} classes; the smallest is {shown(least)} ({counts[least]:,})"
         yield from _wrapped(
-            f"{shown(root.name)}: {len(train) + len(held_out):,} images, {parts}of {len(counts):,} classes; "
-            f"the smallest is {shown(least)} ({counts[least]:,})"
+            f"{shown(root.name)}: {len(train) + len(held_out):,} images, {parts}"
+            f"{classes if least else 'without labels'}"
         )
     for reason, paths in contents.skipped.items():
         names = [_name(path, root) for path in paths]
@@ -282,7 +307,7 @@ def _duplicates(root: Path, train: list[Image], held_out: list[Image]) -> Iterat
             "WARNING: test images that are training images too, so accuracy will look better than it is",
         ),
         (across, "WARNING: images that are in two classes"),
-        (within, "copies of an image in the same class"),
+        (within, "copies of an image in the same class" if held_out else _COPIES),
     ):
         if pairs:
             names = [f"{_name(b, root)} = {_name(a, root)}" for a, b in pairs]
