@@ -31,7 +31,7 @@ def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
     """The images under a folder, three quarters to calibrate with and a quarter to judge by.
 
     Raises:
-        DatasetError: no such folder, hardly any images, or some that cannot be read and are not to be left out.
+        DatasetError: no such folder, hardly any images, or some that cannot be read and may not be left out.
     """
     root = Path(source).expanduser().resolve()
     if not root.is_dir():
