@@ -44,8 +44,8 @@ class TiffHeader(Header):
 
     Attributes:
         bits: of a sample.
-        black_is_zero: where in the file to write what instead, so that Pillow, which ignores or refuses it here,
-            reads an image whose white is zero as its negative; None: as it is.
+        black_is_zero: where in the file to write what, so that Pillow reads an image whose white is zero as
+            its negative; None where it reads the image itself.
     """
 
     bits: int
@@ -135,6 +135,6 @@ def _header(data: bytes, directories: Directories, tags: dict[int, Tag], everyth
     white_is_zero = number(_PHOTOMETRIC, _BLACK_IS_ZERO) == _WHITE_IS_ZERO
     black = None
     if white_is_zero and (bits > 8 or samples > 1):
-        tag, order = tags[_PHOTOMETRIC], "little" if data[:1] == b"I" else "big"
-        black = tag.position, _BLACK_IS_ZERO.to_bytes(tag.size, order)
+        tag = tags[_PHOTOMETRIC]
+        black = tag.position, _BLACK_IS_ZERO.to_bytes(tag.size, "little" if data[:1] == b"I" else "big")
     return TiffHeader("TIFF", width, height, Cost(seconds, memory), bits, black)

@@ -200,9 +200,8 @@ class TestImages:
         shutil.copy(tmp_path / "cat/IMG_0.jpg", tmp_path / "cat/copy.jpg")
         shutil.copy(tmp_path / "cat/IMG_1.jpg", tmp_path / "dog/wrong.jpg")
         text = told(opened(tmp_path))
-        assert (
-            "WARNING: copies of an image, of which some may train and others test (1): cat/copy.jpg =" in text
-        )
+        assert "WARNING: copies of an image, of which some may train and others test (1)" in text
+        assert "cat/copy.jpg = cat/IMG_0.jpg" in text
         assert "WARNING: images that are in two classes (1): dog/wrong.jpg = cat/IMG_1.jpg" in text
 
     def test_larger_than_a_server_takes_are_used(self, tmp_path: Path) -> None:
