@@ -159,7 +159,7 @@ def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserv
         ) from error
     observer.report(f"reading {source}")
     subject = _open(str(source), options)
-    for note in subject.notes:
+    for note in (*subject.data.summary, *subject.notes):
         observer.noted(note)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
         graphs = prepare(subject, Path(workspace), options, observer.report, observer.progress)
@@ -177,7 +177,7 @@ def _open(source: str, options: PrepareOptions) -> Subject:
         return open_named(source, options)
     if Path(source).is_file():
         return open_onnx(Path(source), options)
-    return open_checkpoint(Path(source), options.data, options.name)
+    return open_checkpoint(Path(source), options.data, options.name, on_damaged=options.on_damaged)
 
 
 def _remedies(source: GraphSource, options: PrepareOptions) -> Iterator[str]:

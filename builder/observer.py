@@ -29,7 +29,7 @@ class BuildObserver:
         """The target `auto` became `target`."""
 
     def noted(self, finding: str) -> None:
-        """Something was found out about the network, such as how its images are normalised."""
+        """Something was found out about the network or its images, such as how they are normalised."""
 
     def exported(self, difference: float) -> None:
         """The network is a graph now, whose logits differ from PyTorch's by `difference` at most."""

@@ -43,6 +43,7 @@ class Dataset(_Strict):
     train_images: int
     validation_images: int
     test_images: int
+    damaged_files: int = Field(default=0, description="files that could not be read, and were left out")
 
 
 class Metrics(_Strict):

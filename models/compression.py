@@ -20,7 +20,7 @@ from torch import nn
 
 from models.card import Ancestor, Card, CheckpointError, Metrics
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
-from models.datasets import open_dataset
+from models.datasets import OnDamaged, open_dataset
 from models.evaluation import count_macs, count_parameters, evaluate
 from models.files import restore
 from models.networks import NetworkError, build_network, channel_plan, draw_weights, load_pretrained
@@ -62,6 +62,7 @@ def compress(
     fold: int = 0,
     until: Role = "pruned",
     reuse: str | Path | None = None,
+    on_damaged: OnDamaged = "stop",
     console: Console | None = None,
     command: str | None = None,
 ) -> CompressionRun:
@@ -76,6 +77,7 @@ def compress(
         fold: part held out for testing, 0 to 4, where the data has no test part.
         until: the last stage to make.
         reuse: another run's folder, whose stages are copied where this run would make the same.
+        on_damaged: what to do about images that cannot be read: stop and name all, or leave them out.
         console: for messages and progress; None: silent.
         command: recorded in the cards; None: the `trimrt compress` command that does the same.
 
@@ -86,13 +88,16 @@ def compress(
         CheckpointError: a damaged checkpoint.
     """
     recipe = recipe or Recipe()
-    data = open_dataset(str(source), fold=fold)
+    data = open_dataset(str(source), fold=fold, on_damaged=on_damaged)
     name = data.name if data.fold is None else f"{data.name}-fold{data.fold}"
     folder = Path(out) if out else Path("runs") / name
     if command is None:
         words = ["trimrt", "compress", str(source), "--out", str(folder), "--fold", str(fold)]
-        command = shlex.join([*words, "--until", until, *as_options(recipe, Recipe())])
+        words += ["--until", until, *(["--on-damaged", on_damaged] if on_damaged != "stop" else [])]
+        command = shlex.join([*words, *as_options(recipe, Recipe())])
     setup = Setup(data, recipe, folder, Path(reuse) if reuse else None, console or Console(quiet=True))
+    for line in data.summary:
+        setup.say(line, "yellow" if line.startswith("WARNING") else None)
     return CompressionRun(folder, _Compression(setup, command, until).run())
 
 

@@ -11,22 +11,32 @@ import gzip
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from models.card import Card, Dataset
-from models.errors import TrimRTError
 from models.files import replace_file, replace_folder
+from models.folders import DatasetError, OnDamaged, is_utf8, shown
 from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
+from models.scan import MAX_PIXELS, Scan, for_each, listed, scan_folder
+from models.scan import Image as FoundImage
+
+__all__ = [
+    "DataSplit",
+    "DatasetError",
+    "ImageSet",
+    "OnDamaged",
+    "default_cache_dir",
+    "open_dataset",
+    "reopen_dataset",
+    "require_data_of",
+]
 
 FOLDS: Final = 5
 SPLIT_SEED: Final = 42
@@ -34,20 +44,10 @@ VALIDATION_SHARE: Final = 0.1
 UNSHUFFLED_DIGITS: Final = "digits-unshuffled"
 FASHION_MNIST_FOLDER: Final = Path("/usr/share/datasets/fashion-mnist")
 
-_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-_HELD_OUT_FOLDERS: Final = ("test", "val", "valid", "validation")
 _FASHION_LABELS: Final = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 _IN_MEMORY_BYTES: Final = 1 << 29  # larger sets of pixels are memory-mapped from the cache
-_PROGRESS_FROM: Final = 5000  # images; fewer are read in a moment
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
-
-class DatasetError(TrimRTError):
-    """A data set that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ImageSet:
             f"{path.relative_to(self.root).as_posix()}\0{digest}\n"
             for path, digest in zip(self.paths, self.digests, strict=True)
         )
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return _sha256_of("".join(lines))
 
     def subset(self, indices: NDArray[np.int64], name: str) -> ImageSet:
         """The images at `indices`, in that order."""
@@ -104,7 +104,7 @@ class ImageSet:
             `uint8` array of shape (N, spec.height, spec.width, 3), RGB.
 
         Raises:
-            DatasetError: an image cannot be read; the message names the file.
+            DatasetError: images cannot be read; the message names all those files.
         """
         shape = (len(self), spec.height, spec.width, 3)
         if int(np.prod(shape)) <= _IN_MEMORY_BYTES:
@@ -112,7 +112,7 @@ class ImageSet:
             self._fill(pixels, spec, progress)
             return pixels
         order = "\n".join(path.relative_to(self.root).as_posix() for path in self.paths)
-        key = hashlib.sha256(f"{self.sha256}{order}{spec.model_dump_json()}".encode()).hexdigest()[:32]
+        key = _sha256_of(f"{self.sha256}{order}{spec.model_dump_json()}")[:32]
         path = self.cache_dir / "pixels" / f"{key}.npy"
         if not path.exists():
             with replace_file(path) as new:
@@ -123,19 +123,32 @@ class ImageSet:
         return mapped_pixels
 
     def _fill(self, pixels: Pixels, spec: Preprocessing, progress: bool) -> None:
+        faults: dict[Path, str] = {}
+
         def load(item: tuple[int, Path]) -> None:
             index, path = item
             try:
-                pixels[index] = load_pixels(path.read_bytes(), spec)
+                pixels[index] = load_pixels(path.read_bytes(), spec, max_pixels=MAX_PIXELS)
             except (ImageError, OSError) as error:
-                raise DatasetError(f"cannot read {path}: {error}; remove or replace it") from error
+                faults[path] = str(error)
 
-        _for_each(load, list(enumerate(self.paths)), f"Reading {self.name}", progress)
+        for_each(load, list(enumerate(self.paths)), f"Reading {self.name}", progress)
+        if faults:
+            advice = "remove or replace, or leave out with --on-damaged skip:"
+            count = f"{len(faults):,} file{'s' * (len(faults) != 1)}"
+            raise DatasetError(
+                "\n".join([f"{self.root}: cannot read {count}; {advice}", *listed(faults, self.root)])
+            )
 
 
 @dataclass(frozen=True)
 class DataSplit:
-    """A data set parted into training, validation and test images; no image is in two parts."""
+    """A data set parted into training, validation and test images; no file is in two parts.
+
+    Attributes:
+        damaged: how many files were left out because they cannot be read.
+        summary: what the scan found, to print, in lines of less than 80 columns; empty for named data sets.
+    """
 
     name: str
     source: str
@@ -146,6 +159,8 @@ class DataSplit:
     train: ImageSet
     validation: ImageSet
     test: ImageSet
+    damaged: int = 0
+    summary: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -164,6 +179,7 @@ class DataSplit:
             train_images=len(self.train),
             validation_images=len(self.validation),
             test_images=len(self.test),
+            damaged_files=self.damaged,
         )
 
 
@@ -173,7 +189,9 @@ def default_cache_dir() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "trimrt"
 
 
-def open_dataset(source: str, *, fold: int = 0, cache_dir: Path | None = None) -> DataSplit:
+def open_dataset(
+    source: str, *, fold: int = 0, cache_dir: Path | None = None, on_damaged: OnDamaged = "stop"
+) -> DataSplit:
     """Find a data set and part it.
 
     Data that comes with a test part keeps it, and `fold` is not used. Other data is cut into five
@@ -184,9 +202,10 @@ def open_dataset(source: str, *, fold: int = 0, cache_dir: Path | None = None) -
         source: `digits` (scikit-learn's, 1797 grey 8x8 images), `digits-unshuffled` (the same, with folds
             that keep the file's order, which goes by writer: a harder split), `fashion-mnist` (Debian's
             package dataset-fashion-mnist), or a folder: `train/` and `test/` (or `val/`) with a folder of
-            images for each class, or the class folders themselves.
+            images for each class, or the class folders themselves; see `models.folders`.
         fold: 0 to 4.
         cache_dir: where data sets are unpacked; `default_cache_dir()` if None.
+        on_damaged: what to do about files that cannot be read: stop and name all, or leave them out.
 
     Raises:
         DatasetError: no such data, or data that cannot be parted.
@@ -204,12 +223,26 @@ def open_dataset(source: str, *, fold: int = 0, cache_dir: Path | None = None) -
                 f"no data set {source!r}: "
                 f"give {', '.join(_NAMED)}, or a folder with a folder of images for each class"
             )
-    held_out = next((part for part in _HELD_OUT_FOLDERS if (root / part).is_dir()), None)
-    if (root / "train").is_dir():
-        if held_out is None:
-            raise DatasetError(f"{root} has train/ but neither test/ nor val/ beside it; add one")
-        return _presplit(name, source, root, held_out, cache_dir)
-    return _cross_validation(name, source, root, fold, cache_dir)
+        if not is_utf8(source):
+            raise DatasetError(f"{shown(source)}: the name of this folder is not UTF-8; rename it")
+    found = scan_folder(
+        root,
+        smallest=lambda parted: 2 if parted else FOLDS,
+        on_damaged=on_damaged,
+        trusted=source in _NAMED,
+    )
+    if found.part_names:
+        return _presplit(name, source, root, found, cache_dir)
+    return _cross_validation(name, source, root, fold, found, cache_dir)
+
+
+def reopen_dataset(card: Dataset) -> DataSplit:
+    """The data that a model card names, without what was left out then.
+
+    Raises:
+        DatasetError: it is not here any more, or has new faults.
+    """
+    return open_dataset(card.source, fold=card.fold or 0, on_damaged="skip" if card.damaged_files else "stop")
 
 
 def require_data_of(card: Card, split: DataSplit, *, named: bool) -> None:
@@ -236,12 +269,9 @@ def require_data_of(card: Card, split: DataSplit, *, named: bool) -> None:
         )
 
 
-def _presplit(name: str, source: str, root: Path, held_out: str, cache_dir: Path) -> DataSplit:
-    train = _scan(root / "train", root, f"{name}-train", cache_dir)
-    test = _scan(root / held_out, root, f"{name}-test", cache_dir)
-    if train.labels != test.labels:
-        differing = sorted(set(train.labels) ^ set(test.labels))
-        raise DatasetError(f"{root}: train/ and {held_out}/ have different classes: {', '.join(differing)}")
+def _presplit(name: str, source: str, root: Path, found: Scan, cache_dir: Path) -> DataSplit:
+    train = _image_set(found.train, root, f"{name}-train", cache_dir)
+    test = _image_set(found.held_out, root, f"{name}-test", cache_dir)
     shuffled_train, validation = _split_validation(train, name)
     whole = hashlib.sha256((train.sha256 + test.sha256).encode()).hexdigest()
     return DataSplit(
@@ -249,23 +279,23 @@ def _presplit(name: str, source: str, root: Path, held_out: str, cache_dir: Path
         source=source,
         fold=None,
         folds=None,
-        description=f"train/ and {held_out}/ as they came; validation: {_VALIDATION_TEXT}",
+        description=f"{' and '.join(f'{shown(part)}/' for part in found.part_names)} as they came; "
+        f"validation: {_VALIDATION_TEXT}",
         sha256=whole,
         train=shuffled_train,
         validation=validation,
         test=test,
+        damaged=len(found.faults),
+        summary=found.summary,
     )
 
 
-def _cross_validation(name: str, source: str, root: Path, fold: int, cache_dir: Path) -> DataSplit:
+def _cross_validation(
+    name: str, source: str, root: Path, fold: int, found: Scan, cache_dir: Path
+) -> DataSplit:
     from sklearn.model_selection import StratifiedKFold
 
-    everything = _scan(root, root, name, cache_dir)
-    smallest = int(np.bincount(everything.targets).min())
-    if smallest < FOLDS:
-        raise DatasetError(
-            f"{root}: {FOLDS} folds need {FOLDS} images of every class; one class has {smallest}"
-        )
+    everything = _image_set(found.train, root, name, cache_dir)
     shuffle = source != UNSHUFFLED_DIGITS
     folds = StratifiedKFold(FOLDS, shuffle=shuffle, random_state=SPLIT_SEED if shuffle else None)
     rest, test = list(folds.split(everything.paths, everything.targets))[fold]
@@ -283,6 +313,8 @@ def _cross_validation(name: str, source: str, root: Path, fold: int, cache_dir: 
         train=train,
         validation=validation,
         test=everything.subset(test, f"{name_and_fold}-test"),
+        damaged=len(found.faults),
+        summary=found.summary,
     )
 
 
@@ -308,59 +340,25 @@ def _split_validation(images: ImageSet, name: str) -> tuple[ImageSet, ImageSet]:
     )
 
 
-def _scan(folder: Path, root: Path, name: str, cache_dir: Path) -> ImageSet:
-    """The images under `folder`, which has one folder for each class."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(classes) < 2:
-        raise DatasetError(f"{folder} has {len(classes)} class folders; a classifier needs at least two")
-    for directory in classes:
-        try:
-            directory.name.encode()
-        except UnicodeEncodeError:
-            shown = directory.name.encode(errors="replace").decode()
-            raise DatasetError(f"{folder} has a class folder {shown}, whose name is not UTF-8") from None
-    found: list[tuple[Path, int]] = []
-    for target, directory in enumerate(classes):
-        images = [
-            path for path in directory.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
-        ]
-        if not images:
-            raise DatasetError(f"{directory} has no images ({', '.join(sorted(_SUFFIXES))})")
-        found += [(path, target) for path in images]
+def _image_set(images: list[FoundImage], root: Path, name: str, cache_dir: Path) -> ImageSet:
     # By file name first: the folds of `digits` are then those of scikit-learn's own array.
-    found.sort(key=lambda item: (item[0].name, item[0].relative_to(root).as_posix()))
-    paths = [path for path, _ in found]
+    images = sorted(images, key=lambda image: (image.path.name, image.path.relative_to(root).as_posix()))
+    labels = tuple(sorted({image.label for image in images}))
+    index = {label: number for number, label in enumerate(labels)}
     return ImageSet(
         name=name,
         root=root,
-        paths=tuple(paths),
-        digests=tuple(_for_each(_sha256, paths, f"Hashing {name}")),
-        targets=np.array([target for _, target in found], np.int64),
-        labels=tuple(path.name for path in classes),
+        paths=tuple(image.path for image in images),
+        digests=tuple(image.digest for image in images),
+        targets=np.array([index[image.label] for image in images], np.int64),
+        labels=labels,
         cache_dir=cache_dir,
     )
 
 
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _for_each(function: Callable[[_T], _R], items: list[_T], text: str, progress: bool = True) -> list[_R]:
-    """`function` of all `items` by a few threads, with a progress bar where it takes a while."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results: Iterable[_R] = pool.map(function, items)
-        if progress and len(items) >= _PROGRESS_FROM:
-            console = Console(stderr=True)
-            hidden = not console.is_terminal
-            results = track(results, text, total=len(items), console=console, transient=True, disable=hidden)
-        try:
-            return list(results)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _sha256_of(text: str) -> str:
+    """The hash of `text`, in which names of files may be in any encoding."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
 def _slug(text: str) -> str:
@@ -417,7 +415,7 @@ def _write_images(
     def write(index: int) -> None:
         Image.fromarray(images[index]).save(directories[targets[index]] / f"{index:0{digits}d}.png")
 
-    _for_each(write, list(range(len(images))), "Writing images")
+    for_each(write, list(range(len(images))), "Writing images")
 
 
 _NAMED: Final[dict[str, Callable[[Path], Path]]] = {

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from models.folders import OnDamaged
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
-from trimrt.options import FOLDER, HELP, options_of
+from trimrt.options import FOLDER, HELP, ON_DAMAGED, options_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,6 +91,12 @@ def _overrides(values: dict[str, Any]) -> Settings:
     help="another run's folder, to take its stages where the recipe is the same",
 )
 @click.option(
+    "--on-damaged",
+    type=ON_DAMAGED,
+    default="stop",
+    help="images that cannot be read: stop and name all of them, or leave them out",
+)
+@click.option(
     "--until",
     type=click.Choice(["teacher", "student", "pruned"]),
     default="pruned",
@@ -103,6 +110,7 @@ def compress(
     preset: str,
     config: Path | None,
     reuse: Path | None,
+    on_damaged: OnDamaged,
     until: Role,
     **values: Any,
 ) -> None:
@@ -110,7 +118,7 @@ def compress(
 
     SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, or a folder of
     images: train/ and test/ (or val/) with a folder for each class, or the class folders themselves, which
-    are then split into five folds.
+    are then split into five folds. All files are looked at first; what is not used, and why, is printed.
 
     Finished stages are reused and an interrupted one continues where it stopped.
     """
@@ -131,6 +139,7 @@ def compress(
             recipe,
             fold=fold,
             until=until,
+            on_damaged=on_damaged,
             reuse=reuse,
             console=console,
             command=click.get_current_context().meta[_AS_TYPED],

@@ -6,11 +6,13 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 import click
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
+
+from models.folders import OnDamaged
 
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -18,6 +20,8 @@ COUNT: Final = click.IntRange(min=1)
 POSITIVE: Final = click.FloatRange(min=0, min_open=True)
 FILE: Final = click.Path(path_type=Path, dir_okay=False)
 FOLDER: Final = click.Path(path_type=Path, file_okay=False)
+
+ON_DAMAGED: Final = click.Choice(get_args(OnDamaged))
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Model = TypeVar("_Model", bound=BaseModel)

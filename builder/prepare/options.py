@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from builder.kit import LONGEST_NAME
 from builder.prepare.int8 import METHODS, Method
 from builder.prepare.normalisations import NORMALISATIONS
+from models.folders import OnDamaged
 from models.preprocessing import Interpolation
 from models.recipe import Training
 from runtime.manifest import Activation
@@ -35,6 +36,10 @@ class PrepareOptions(BaseModel):
         description="Data set whose training images calibrate INT8 and whose validation images judge the "
         "engines: digits, fashion-mnist, or an ImageFolder directory; by default what the checkpoint was "
         "trained on.",
+    )
+    on_damaged: OnDamaged = Field(
+        default="stop",
+        description="Images of --data that cannot be read: stop and name all, or leave them out.",
     )
     calibration: Literal["auto", "entropy", "max"] = Field(
         default="auto", description="How INT8 activation ranges are found; auto tries entropy, then max."

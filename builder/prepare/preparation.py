@@ -37,7 +37,14 @@ from builder.prepare.options import PrepareOptions
 from builder.prepare.sensitivity import LayerCost, fallback_groups, rank_layers
 from models.card import Card
 from models.checkpoint import load_checkpoint
-from models.datasets import DataSplit, ImageSet, open_dataset, require_data_of
+from models.datasets import (
+    DataSplit,
+    ImageSet,
+    OnDamaged,
+    open_dataset,
+    reopen_dataset,
+    require_data_of,
+)
 from models.evaluation import predict_logits
 from models.files import replace_folder
 from models.preprocessing import Pixels
@@ -226,13 +233,16 @@ class Preparation:
         )
 
 
-def open_checkpoint(path: Path, data: str | None, name: str | None = None) -> Subject:
+def open_checkpoint(
+    path: Path, data: str | None, name: str | None = None, *, on_damaged: OnDamaged = "stop"
+) -> Subject:
     """The checkpoint in a folder, with the data it was trained on or the data named.
 
     Args:
         path: the folder.
         data: a data set; None: what it was trained on.
         name: of the student; None: the card's.
+        on_damaged: what to do about images of `data` that cannot be read.
 
     Raises:
         CheckpointError: no valid checkpoint there.
@@ -251,7 +261,7 @@ def open_checkpoint(path: Path, data: str | None, name: str | None = None) -> Su
             parameters=card.metrics.parameters,
             macs=card.metrics.macs,
         ),
-        data=_open_data(card, data),
+        data=_open_data(card, data, on_damaged),
         export=lambda master: export_onnx(network, spec, master),
         reference=lambda pixels: predict_logits(network, pixels, spec).numpy(),
         network=network,
@@ -359,8 +369,11 @@ def write_kit(
     return manifest
 
 
-def _open_data(card: Card, data: str | None) -> DataSplit:
-    split = open_dataset(data or card.dataset.source, fold=card.dataset.fold or 0)
+def _open_data(card: Card, data: str | None, on_damaged: OnDamaged) -> DataSplit:
+    if data is None:
+        split = reopen_dataset(card.dataset)
+    else:
+        split = open_dataset(data, fold=card.dataset.fold or 0, on_damaged=on_damaged)
     require_data_of(card, split, named=data is not None)
     return split
 

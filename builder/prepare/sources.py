@@ -184,8 +184,8 @@ def _data(options: PrepareOptions) -> DataSplit:
             "calibrate INT8 and whose validation images judge the engines"
         )
     if options.unlabelled or has_no_classes(options.data):
-        return open_unlabelled(options.data)
-    return open_dataset(options.data)
+        return open_unlabelled(options.data, options.on_damaged)
+    return open_dataset(options.data, on_damaged=options.on_damaged)
 
 
 def _labels(

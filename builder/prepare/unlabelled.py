@@ -9,10 +9,10 @@ from typing import Final
 import numpy as np
 
 from builder.kit import UNKNOWN
-from models.datasets import DatasetError, DataSplit, ImageSet, default_cache_dir
-from runtime.manifest import sha256_of
+from models.datasets import DatasetError, DataSplit, ImageSet, OnDamaged, default_cache_dir
+from models.folders import SUFFIXES
+from models.scan import scan_unlabelled
 
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 _JUDGING_SHARE: Final = 0.25
 _FEWEST: Final = 8  # images
 _SEED: Final = 0
@@ -27,19 +27,20 @@ def has_no_classes(source: str) -> bool:
     return any(_is_image(path) for path in entries) and not any(path.is_dir() for path in entries)
 
 
-def open_unlabelled(source: str) -> DataSplit:
+def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
     """The images under a folder, three quarters to calibrate with and a quarter to judge by.
 
     Raises:
-        DatasetError: no such folder, or hardly any images.
+        DatasetError: no such folder, hardly any images, or some that cannot be read and may not be left out.
     """
     root = Path(source).expanduser().resolve()
     if not root.is_dir():
         raise DatasetError(f"no folder {source!r}")
-    paths = tuple(sorted(path for path in root.rglob("*") if _is_image(path)))
+    found = scan_unlabelled(root, on_damaged=on_damaged)
+    images = sorted(found.train)
+    paths, digests = tuple(image.path for image in images), tuple(image.digest for image in images)
     if len(paths) < _FEWEST:
         raise DatasetError(f"{root} has {len(paths)} images; calibrating and judging take at least {_FEWEST}")
-    digests = tuple(sha256_of(path) for path in paths)
     everything = ImageSet(
         name=root.name,
         root=root,
@@ -65,8 +66,10 @@ def open_unlabelled(source: str) -> DataSplit:
         train=everything.subset(np.sort(order[judging:]), f"{root.name}-unlabelled"),
         validation=everything.subset(np.sort(order[:judging]), f"{root.name}-unlabelled-held-out"),
         test=everything.subset(np.arange(0), f"{root.name}-none"),
+        damaged=len(found.faults),
+        summary=found.summary,
     )
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in SUFFIXES and path.is_file()

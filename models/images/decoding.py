@@ -21,6 +21,7 @@ from models.images.errors import DamagedImageError, ImageTooLargeError, Unsuppor
 from models.images.header import Header
 from models.images.jpeg import JpegHeader
 from models.images.metadata import orientation
+from models.images.tiff import TiffHeader
 from models.images.webp import WebpHeader
 
 Pixels = NDArray[np.uint8]
@@ -55,6 +56,8 @@ def decode(data: bytes, header: Header, smallest: float = math.inf) -> Pixels:
         return _decode_jpeg(data, header, smallest)
     if isinstance(header, WebpHeader) and not header.animated:
         return _decode_webp(data, header)
+    if isinstance(header, TiffHeader):
+        return _decode_tiff(data, header)
     return _decode_with_pillow(data, header)
 
 
@@ -65,6 +68,15 @@ def _decode_webp(data: bytes, header: WebpHeader) -> Pixels:
     pixels = image.astype(np.uint8, copy=False)
     cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
     return _upright(pixels, header.orientation)
+
+
+def _decode_tiff(data: bytes, header: TiffHeader) -> Pixels:
+    if header.black_is_zero is None:
+        return _decode_with_pillow(data, header, bits=header.bits)
+    place, value = header.black_is_zero
+    negative = data[:place] + value + data[place + len(value) :]
+    pixels = _decode_with_pillow(negative, header, bits=header.bits)
+    return np.bitwise_not(pixels, out=pixels)
 
 
 def _decode_jpeg(data: bytes, header: JpegHeader, smallest: float) -> Pixels:
@@ -85,13 +97,13 @@ def _decode_jpeg(data: bytes, header: JpegHeader, smallest: float) -> Pixels:
     return _upright(image, header.orientation)
 
 
-def _decode_with_pillow(data: bytes, header: Header, divisor: int = 1) -> Pixels:
+def _decode_with_pillow(data: bytes, header: Header, divisor: int = 1, bits: int = 16) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=(header.format,)) as image:
             if divisor > 1:
                 image.draft("RGB", (math.ceil(header.width / divisor), math.ceil(header.height / divisor)))
             image.load()
-            pixels, turned = _rgb(image), _orientation(image)
+            pixels, turned = _rgb(image, bits), _orientation(image)
     except UnsupportedImageError:
         raise
     except UnidentifiedImageError:
@@ -103,24 +115,24 @@ def _decode_with_pillow(data: bytes, header: Header, divisor: int = 1) -> Pixels
     return _upright(pixels, turned)
 
 
-def _rgb(image: Image.Image) -> Pixels:
-    """All pixels of `image`, converted a strip at a time."""
+def _rgb(image: Image.Image, bits: int) -> Pixels:
+    """All pixels of `image`, whose grey samples have `bits`, converted a strip at a time."""
     width, height = image.size
     rows = max(1, _STRIP_PIXELS // width)
     if rows >= height:
-        return _strip_to_rgb(image)
+        return _strip_to_rgb(image, bits)
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        pixels[top:bottom] = _strip_to_rgb(image.crop((0, top, width, bottom)))
+        pixels[top:bottom] = _strip_to_rgb(image.crop((0, top, width, bottom)), bits)
     return pixels
 
 
-def _strip_to_rgb(image: Image.Image) -> Pixels:
+def _strip_to_rgb(image: Image.Image, bits: int) -> Pixels:
     if image.mode in ("F", "I"):
         raise UnsupportedImageError("32-bit images are not supported; convert it to 8 or 16 bits a channel")
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips instead of scaling
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -23,9 +23,11 @@ _READERS: Final[dict[str, Callable[[bytes], Header]]] = {
     "BMP": bmp.read,
     "TIFF": tiff.read,
 }
+# ISO media files, by their major brands (ISO/IEC 23008-12, AVIF).
+_HEIC: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_AVIF: Final = (b"avif", b"avis")
 # Formats that people do send, told from damaged files by their first bytes (offset, magic).
 _UNSUPPORTED: Final = {
-    "HEIC, AVIF or another ISO media file": (4, b"ftyp"),
     "JPEG XL": (0, b"\xff\x0a"),
     "JPEG XL file": (4, b"JXL \r\n"),
     "JPEG 2000": (4, b"jP  \r\n"),
@@ -77,10 +79,22 @@ def _format_of(data: bytes) -> str | None:
 
 
 def _refuse(data: bytes, formats: Collection[str]) -> NoReturn:
-    for kind, (offset, magic) in _UNSUPPORTED.items():
-        if data[offset : offset + len(magic)] == magic:
-            raise UnsupportedImageError(f"a {kind}; convert it to one of {_listed(formats)}")
+    if kind := _unsupported_kind(data):
+        raise UnsupportedImageError(f"{kind}; convert it to one of {_listed(formats)}")
     raise DamagedImageError(f"not an image of a known format ({_listed(formats)})")
+
+
+def _unsupported_kind(data: bytes) -> str | None:
+    if data[4:8] == b"ftyp":
+        brand = data[8:12]
+        heic, avif = brand in _HEIC, brand in _AVIF
+        return (
+            "a HEIC photograph" if heic else "an AVIF image" if avif else "a video or another ISO media file"
+        )
+    return next(
+        (f"a {kind}" for kind, (at, magic) in _UNSUPPORTED.items() if data[at : at + len(magic)] == magic),
+        None,
+    )
 
 
 def _listed(formats: Collection[str]) -> str:

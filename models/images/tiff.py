@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Final
 
 from models.images.directory import Directories, Tag
@@ -11,6 +12,9 @@ from models.images.header import Cost, Header
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES = 256, 257, 258, 259, 277
 _STRIP_OFFSETS, _ROWS_PER_STRIP, _PLANAR = 273, 278, 284
+_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339
+_WHITE_IS_ZERO, _BLACK_IS_ZERO = 0, 1  # of `_PHOTOMETRIC`
+_SIGNED, _FLOAT = 2, 3  # of `_SAMPLE_FORMAT`
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS = 322, 323, 324
 _DEPTHS: Final = (32997, 32998)  # of an image and of a tile, in voxels
 _SUBDIRECTORIES: Final = (34665, 34853, 40965)  # EXIF, GPS, interoperability: Pillow reads them all
@@ -34,7 +38,21 @@ _OTHER_RATE: Final = (200e-9, 100e-9)
 _OTHER_MEMORY: Final = 100 << 20  # libtiff lets libjpeg take that much
 
 
-def read(data: bytes) -> Header:
+@dataclass(slots=True)
+class TiffHeader(Header):
+    """A TIFF's header.
+
+    Attributes:
+        bits: of a sample.
+        black_is_zero: where in the file to write what, so that Pillow reads an image whose white is zero as
+            its negative; None where it reads the image itself.
+    """
+
+    bits: int
+    black_is_zero: tuple[int, bytes] | None
+
+
+def read(data: bytes) -> TiffHeader:
     """See `models.images.formats.read_header`."""
     try:
         directories = Directories(data)
@@ -63,7 +81,7 @@ def _subtags(directories: Directories, tags: dict[int, Tag]) -> list[Tag]:
     return found
 
 
-def _header(data: bytes, directories: Directories, tags: dict[int, Tag], everything: list[Tag]) -> Header:
+def _header(data: bytes, directories: Directories, tags: dict[int, Tag], everything: list[Tag]) -> TiffHeader:
     def number(tag: int, default: int | None = None) -> int:
         if tag not in tags:
             if default is None:
@@ -76,9 +94,11 @@ def _header(data: bytes, directories: Directories, tags: dict[int, Tag], everyth
 
     width, height, samples = number(_WIDTH), number(_HEIGHT), number(_SAMPLES, 1)
     bits = max(directories.integers(tags[_BITS], 16), default=1) if _BITS in tags else 1
-    if bits > 16:
+    kind = number(_SAMPLE_FORMAT, 1)
+    if bits > 16 or kind in (_SIGNED, _FLOAT):
+        name = f"{bits}-bit {'floating-point ' if kind == _FLOAT else 'signed ' if kind == _SIGNED else ''}"
         raise UnsupportedImageError(
-            f"{bits}-bit images are not supported; convert it to 8 or 16 bits a channel"
+            f"{name}images are not supported; convert it to 8 or 16 unsigned bits a channel"
         )
     if any(number(tag, 1) != 1 for tag in _DEPTHS):
         raise UnsupportedImageError("three-dimensional TIFF files are not supported")
@@ -89,6 +109,8 @@ def _header(data: bytes, directories: Directories, tags: dict[int, Tag], everyth
     if min(width, height, samples, tile_width, tile_height) < 1:
         raise ValueError("a size is zero")
     planes = samples if number(_PLANAR, 1) == 2 else 1
+    if planes > 1 and bits > 8:
+        raise UnsupportedImageError("TIFFs of more than 8 bits in separate planes are not supported")
     across, down = math.ceil(width / tile_width), math.ceil(height / tile_height)
     # Pillow decodes every tile that is listed, libtiff every one that there should be.
     tiles = max(across * down * planes, tags[offsets].values if offsets in tags else 0)
@@ -110,4 +132,9 @@ def _header(data: bytes, directories: Directories, tags: dict[int, Tag], everyth
         + sum(40 * tag.values for tag in everything if tag.seconds > 15e-6)
         + (0 if compression in _RATES else _OTHER_MEMORY)
     )
-    return Header("TIFF", width, height, Cost(seconds, memory))
+    white_is_zero = number(_PHOTOMETRIC, _BLACK_IS_ZERO) == _WHITE_IS_ZERO
+    black = None
+    if white_is_zero and (bits > 8 or samples > 1):
+        tag = tags[_PHOTOMETRIC]
+        black = tag.position, _BLACK_IS_ZERO.to_bytes(tag.size, "little" if data[:1] == b"I" else "big")
+    return TiffHeader("TIFF", width, height, Cost(seconds, memory), bits, black)

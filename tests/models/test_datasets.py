@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 from pathlib import Path
 
@@ -150,24 +149,6 @@ class TestFolders:
             np.testing.assert_array_equal(mapped, in_memory)
         assert len(list((cache_dir / "pixels").iterdir())) == 1
 
-    def test_an_unreadable_image_is_named(self, tmp_path: Path) -> None:
-        write_images(tmp_path / "pets", {"cat": 10, "dog": 10})
-        (tmp_path / "pets" / "dog" / "dog3.png").write_bytes(b"not a picture")
-        data = open_dataset(str(tmp_path / "pets"))
-        part = next(
-            part
-            for part in (data.train, data.validation, data.test)
-            if "dog3.png" in {p.name for p in part.paths}
-        )
-        with pytest.raises(DatasetError, match=r"dog3\.png: not an image"):
-            part.load_pixels(SPEC)
-
-    def test_a_class_whose_name_is_no_text_is_named(self, tmp_path: Path) -> None:
-        write_images(tmp_path / "pets", {"cat": 10, "dog": 10})
-        (tmp_path / "pets/dog").rename(os.fsdecode(os.fsencode(tmp_path) + b"/pets/dog\xff"))
-        with pytest.raises(DatasetError, match=r"class folder dog\?, whose name is not UTF-8"):
-            open_dataset(str(tmp_path / "pets"), cache_dir=tmp_path / "cache")
-
     def test_errors_say_what_to_do(self, tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="give digits, digits-unshuffled, fashion-mnist, or a folder"):
             open_dataset(str(tmp_path / "nowhere"))
@@ -179,11 +160,11 @@ class TestFolders:
             open_dataset(str(tmp_path / "one"))
 
         write_images(tmp_path / "empty", {"cat": 10, "dog": 0})
-        with pytest.raises(DatasetError, match=r"dog has no images"):
+        with pytest.raises(DatasetError, match=r"needs at least two\. Without images: dog"):
             open_dataset(str(tmp_path / "empty"))
 
         write_images(tmp_path / "few", {"cat": 10, "dog": 4})
-        with pytest.raises(DatasetError, match="need 5 images of every class; one class has 4"):
+        with pytest.raises(DatasetError, match=r"a class needs 5: dog \(4\)"):
             open_dataset(str(tmp_path / "few"))
 
         write_images(tmp_path / "untested" / "train", {"cat": 10, "dog": 10})
@@ -196,5 +177,5 @@ class TestFolders:
 
         write_images(tmp_path / "single" / "train", {"cat": 10, "dog": 1})
         write_images(tmp_path / "single" / "test", {"cat": 1, "dog": 1})
-        with pytest.raises(DatasetError, match="too few training images"):
+        with pytest.raises(DatasetError, match=r"a class needs 2: dog \(1\)"):
             open_dataset(str(tmp_path / "single"))

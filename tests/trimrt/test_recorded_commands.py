@@ -27,6 +27,7 @@ EVERY_PREPARE_OPTION = PrepareOptions(
     qat_learning_rate=1e-4,
     name="mine",
     unlabelled=True,
+    on_damaged="skip",
     preprocess="imagenet",
     resize="squash",
     interpolation="bicubic",

@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 
 from models.card import Card, read_card
-from models.datasets import ImageSet, open_dataset
+from models.datasets import ImageSet, reopen_dataset
 from models.pretrained import DIGITS_STUDENT
 from runtime.loading import load_engine
 from runtime.manifest import EngineError, read_manifest
@@ -40,7 +40,7 @@ def demo(engine_dir: Path) -> None:
 
     console = Console()
     card = read_card(DIGITS_STUDENT)
-    test = open_dataset(card.dataset.source, fold=card.dataset.fold or 0).test
+    test = reopen_dataset(card.dataset).test
     _heading(console, "1  The student", f"{card.name} ships with TrimRT; it was made by")
     _show_command(console, card.command)
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from trimrt.options import HELP, POSITIVE
+from models.folders import OnDamaged
+from trimrt.options import HELP, ON_DAMAGED, POSITIVE
 from trimrt.output import OutputFile, write_output
 from trimrt.report.discovery import discover
 
@@ -38,6 +39,12 @@ class _Command(click.Command):
     help="Measure all on the test part of this data set: digits, fashion-mnist, or an ImageFolder "
     "directory.  [default: of what each was trained on]",
 )
+@click.option(
+    "--on-damaged",
+    type=ON_DAMAGED,
+    default="stop",
+    help="Images of --data that cannot be read: stop and name all, or leave them out.",
+)
 @click.option("--json", "json_file", type=OutputFile(), help="Write the same figures as JSON here.")
 @click.option("--seconds", default=10.0, type=POSITIVE, help="Time all models in turns for so long.")
 @click.option(
@@ -51,6 +58,7 @@ def report(
     paths: tuple[Path, ...],
     out: Path,
     data: str | None,
+    on_damaged: OnDamaged,
     json_file: Path | None,
     seconds: float,
     sensitivity: bool,
@@ -74,6 +82,7 @@ def report(
         measured = measure(
             found,
             data=data,
+            on_damaged=on_damaged,
             seconds=seconds,
             sensitivity=sensitivity,
             command=context.meta[__name__],

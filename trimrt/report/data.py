@@ -10,8 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from models.card import Card, CheckpointError, read_card
-from models.datasets import DatasetError, DataSplit, open_dataset, require_data_of
+from models.card import Card, CheckpointError, Dataset, read_card
+from models.datasets import (
+    DatasetError,
+    DataSplit,
+    OnDamaged,
+    open_dataset,
+    reopen_dataset,
+    require_data_of,
+)
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Manifest
 from trimrt.report.discovery import Checkpoint, EnginePackage
@@ -24,12 +31,33 @@ class DataSets:
 
     Args:
         source: what `--data` names, for all models; None: what each was trained on.
+        on_damaged: what to do about images of `source` that cannot be read.
     """
 
-    def __init__(self, source: str | None) -> None:
+    def __init__(self, source: str | None, on_damaged: OnDamaged = "stop") -> None:
         self.source = source
-        self.open = lru_cache(maxsize=None)(lambda source, fold: open_dataset(source, fold=fold))
+        self._on_damaged: OnDamaged = on_damaged
+        self._open = lru_cache(maxsize=None)(open_dataset)
+        self._reopen = lru_cache(maxsize=None)(reopen_dataset)
         self._pixels: dict[tuple[str, int | None, str], Pixels] = {}
+
+    def named(self, source: str, fold: int) -> DataSplit:
+        """What `--data` names.
+
+        Raises:
+            DatasetError: there is none, or it cannot be used.
+        """
+        return self._open(source, fold=fold, on_damaged=self._on_damaged)
+
+    def of(self, trained_on: Dataset) -> DataSplit:
+        """What `--data` names, in the fold of `trained_on`; without it `trained_on` itself.
+
+        Raises:
+            DatasetError: it is not here, or cannot be used.
+        """
+        if self.source is None:
+            return self._reopen(trained_on)
+        return self.named(self.source, trained_on.fold or 0)
 
     def test_pixels(self, split: DataSplit, spec: Preprocessing) -> Pixels:
         """The test images as a network with that preprocessing gets them, uint8 NHWC.
@@ -63,7 +91,7 @@ class Choice:
 def data_of_checkpoint(card: Card, data: DataSets) -> Choice:
     """The data that `card` names, if it is here and unchanged, or `--data`."""
     try:
-        split = data.open(data.source or card.dataset.source, card.dataset.fold or 0)
+        split = data.of(card.dataset)
     except DatasetError as error:
         return Choice(None, f"its test images are not here: {error}", card)
     try:
@@ -91,7 +119,7 @@ def data_of_package(manifest: Manifest, checkpoints: Sequence[Checkpoint], data:
     judged_by = manifest.evidence.image_set if manifest.evidence else ""
     fold = _FOLD.search(judged_by)
     try:
-        split = data.open(data.source, int(fold[1]) if fold else 0)
+        split = data.named(data.source, int(fold[1]) if fold else 0)
     except DatasetError as error:
         return Choice(None, f"its test images are not here: {error}")
     if list(split.labels) != manifest.labels:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.compile.measurement import time_in_turns
-from models.datasets import DatasetError
+from models.datasets import DatasetError, OnDamaged
 from runtime.profiling import profile_layers
 from trimrt.report.assembling import assemble
 from trimrt.report.data import Choice, DataSets, checkpoint_of, data_of_checkpoint, data_of_package
@@ -35,13 +35,21 @@ class Progress(Protocol):
 
 
 def measure(
-    found: Found, *, data: str | None, seconds: float, sensitivity: bool, command: str, progress: Progress
+    found: Found,
+    *,
+    data: str | None,
+    on_damaged: OnDamaged,
+    seconds: float,
+    sensitivity: bool,
+    command: str,
+    progress: Progress,
 ) -> Report:
     """Run all that was found and can run here.
 
     Args:
         found: checkpoints and packages.
         data: data set to measure all on; None: each on its own.
+        on_damaged: what to do about images of `data` that cannot be read.
         seconds: to time all models in turns for.
         sensitivity: rank the layers of INT8 packages.
         command: what the user typed.
@@ -52,10 +60,10 @@ def measure(
         ReportError: there is no such data.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    data_sets = DataSets(data)
+    data_sets = DataSets(data, on_damaged)
     if data is not None:
         try:
-            data_sets.open(data, 0)
+            data_sets.named(data, 0)
         except DatasetError as error:
             raise ReportError(str(error)) from error
     entries = _enter(found, data_sets)

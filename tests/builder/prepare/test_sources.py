@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 
 from builder.prepare.export import ExportError, run_onnx
 from builder.prepare.options import PrepareOptions
 from builder.prepare.sources import open_named
+from builder.prepare.unlabelled import open_unlabelled
 from models.datasets import DatasetError, DataSplit
 
 
@@ -83,3 +85,39 @@ def test_weights_and_data_are_asked_for():
         open_named("torchvision:resnet18", PrepareOptions(data="digits"))
     with pytest.raises(DatasetError, match="needs --data"):
         open_named("torchvision:resnet18", PrepareOptions(weights="file"))
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Two classes of ten images, one damaged image and one file that is none."""
+    for label, grey in (("dark", 0), ("light", 100)):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(10):
+            Image.new("L", (40, 40), grey + index).save(tmp_path / "photos" / label / f"{index}.png")
+    (tmp_path / "photos" / "dark" / "damaged.png").write_bytes(b"")
+    (tmp_path / "photos" / "Thumbs.db").write_bytes(b"")
+    return tmp_path / "photos"
+
+
+def test_damaged_photographs_are_named_or_left_out(small_images: str, photographs: Path, tmp_path: Path):
+    network = torchvision.models.squeezenet1_1(num_classes=2)
+    options = PrepareOptions(
+        data=str(photographs),
+        preprocess=small_images,
+        weights=weights_of(network, tmp_path),
+        allow_low_accuracy=True,
+    )
+    with pytest.raises(DatasetError, match=r"an empty file \(1\): dark/damaged.png"):
+        open_named("torchvision:squeezenet1_1", options)
+    data = open_named("torchvision:squeezenet1_1", options.model_copy(update={"on_damaged": "skip"})).data
+    assert data.damaged == 1
+    assert data.summary[0] == "photos: 20 images, of 2 classes; the smallest is dark (10)"
+
+
+def test_unsorted_photographs_are_looked_through_too(photographs: Path):
+    with pytest.raises(DatasetError, match=r"an empty file \(1\): dark/damaged.png"):
+        open_unlabelled(str(photographs))
+    data = open_unlabelled(str(photographs), "skip")
+    assert (len(data.train), len(data.validation), data.damaged) == (15, 5, 1)
+    assert data.summary[0] == "photos: 20 images, without labels"
+    assert any("Thumbs.db" in line for line in data.summary)

@@ -1,0 +1,198 @@
+"""Every form of the formats that people's programs write gives the picture that was put in."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from models.preprocessing import Preprocessing, UnsupportedImageError, load_pixels
+
+WIDTH, HEIGHT = 45, 34
+WHOLE = Preprocessing(resize=HEIGHT, height=HEIGHT, width=HEIGHT)
+
+ORIENTATIONS = range(1, 9)
+FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{f"JPEG {s}": ("JPEG", "RGB", {"subsampling": s}) for s in ("4:4:4", "4:2:2", "4:2:0")},
+    "JPEG progressive": ("JPEG", "RGB", {"progressive": True}),
+    "JPEG restarts": ("JPEG", "RGB", {"restart_marker_blocks": 2}),
+    "JPEG RGB": ("JPEG", "RGB", {"keep_rgb": True}),
+    "JPEG grey": ("JPEG", "L", {}),
+    **{f"JPEG CMYK {s}": ("JPEG", "CMYK", {"subsampling": s}) for s in ("4:4:4", "4:2:0")},
+    **{f"PNG {mode}": ("PNG", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")},
+    "PNG palette of 4": ("PNG", "P", {"bits": 2}),
+    **{f"TIFF {mode}": ("TIFF", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")},
+    **{
+        f"TIFF {mode} {how}": ("TIFF", mode, {"compression": how})
+        for mode in ("L", "RGB")
+        for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma")
+    },
+    "TIFF JPEG": ("TIFF", "RGB", {"compression": "jpeg"}),
+    "TIFF facsimile": ("TIFF", "1", {"compression": "group4"}),
+    "TIFF big": ("TIFF", "RGB", {"big_tiff": True}),
+    **{f"BMP {mode}": ("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")},
+    "GIF": ("GIF", "P", {}),
+    "GIF interlaced": ("GIF", "P", {"interlace": True}),
+    "WebP": ("WEBP", "RGB", {}),
+    "WebP lossless": ("WEBP", "RGB", {"lossless": True}),
+    "WebP alpha": ("WEBP", "RGBA", {"lossless": True, "exact": True}),
+}
+TURNED = [name for name, (form, _, _) in FORMS.items() if form in ("JPEG", "PNG", "TIFF", "WEBP")]
+
+
+def scene() -> NDArray[np.uint8]:
+    """A smooth picture without any symmetry."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH] / WIDTH
+    return np.stack([250 * y, 250 * x, 120 * (x + y * y)], axis=2).astype(np.uint8)
+
+
+def file(form: str, orientation: int = 1) -> bytes:
+    image_format, mode, options = FORMS[form]
+    image = Image.fromarray(scene())
+    image = image.quantize(4 if "bits" in options else 64) if mode == "P" else image.convert(mode)
+    if orientation > 1:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = options | {"exif": exif}
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def by_pillow(data: bytes) -> NDArray[np.uint8]:
+    """The middle square of the image, decoded whole and turned upright by Pillow."""
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    # torchvision rounds halves to even, and so do we.
+    top, left = (round((side - HEIGHT) / 2) for side in pixels.shape[:2])
+    return pixels[top : top + HEIGHT, left : left + HEIGHT]
+
+
+@pytest.mark.parametrize(
+    ("form", "orientation"),
+    [*((form, 1) for form in FORMS), *((form, turned) for form in TURNED for turned in ORIENTATIONS[1:])],
+)
+def test_what_pillow_shows_is_what_the_network_gets(form: str, orientation: int) -> None:
+    data = file(form, orientation)
+    difference = np.abs(load_pixels(data, WHOLE).astype(int) - by_pillow(data))
+    lossy = form.startswith("JPEG") or form == "WebP"
+    assert difference.max() <= (3 if lossy else 0)  # other builds of the same decoders round differently
+
+
+GREY = (np.arange(16 * 16) % 256).reshape(16, 16)
+SMALL = Preprocessing(resize=16, height=16, width=16)
+BLACK_IS_ZERO, WHITE_IS_ZERO, RGB, CMYK = 1, 0, 2, 5
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+
+
+def tiff(
+    order: str,
+    bits: int,
+    photometric: int,
+    data: bytes,
+    *,
+    samples: int = 1,
+    kind: int = UNSIGNED,
+    planes: bool = False,
+) -> bytes:
+    """A TIFF of 16x16 pixels in one strip, written here, for few programs write all kinds."""
+    values: dict[int, tuple[str, list[int]]] = {
+        256: ("H", [16]),
+        257: ("H", [16]),
+        258: ("H", [bits] * samples),
+        259: ("H", [1]),
+        262: ("H", [photometric]),
+        273: ("I", [0]),
+        277: ("H", [samples]),
+        278: ("H", [16]),
+        279: ("I", [len(data)]),
+        284: ("H", [2 if planes else 1]),
+        338: ("H", [2]),
+        339: ("H", [kind] * samples),
+    }
+    if samples not in (2, 4) or photometric == CMYK:
+        del values[338]  # alpha
+    behind = 8 + 2 + 12 * len(values) + 4
+    outside = sum(
+        struct.calcsize(f"{len(v)}{t}") for t, v in values.values() if struct.calcsize(f"{len(v)}{t}") > 4
+    )
+    values[273] = ("I", [behind + outside])
+    entries = rest = b""
+    for number, (kind_of_value, numbers) in values.items():
+        packed = struct.pack(f"{order}{len(numbers)}{kind_of_value}", *numbers)
+        if len(packed) > 4:
+            packed, rest = struct.pack(f"{order}I", behind + len(rest)), rest + packed
+        type_number = 3 if kind_of_value == "H" else 4
+        entries += struct.pack(f"{order}HHI", number, type_number, len(numbers)) + packed.ljust(4, b"\0")
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    return head + struct.pack(f"{order}IH", 8, len(values)) + entries + bytes(4) + rest + data
+
+
+def deep(order: str, channels: int = 1) -> bytes:
+    """`GREY` in 16 bits, with something in the lower half."""
+    return np.repeat((GREY * 256 + 17)[:, :, None], channels, axis=2).astype(f"{order}u2").tobytes()
+
+
+def packed_12_bits() -> bytes:
+    first, second = GREY[:, ::2] << 4 | 3, GREY[:, 1::2] << 4 | 3
+    return (
+        np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2)
+        .astype(np.uint8)
+        .tobytes()
+    )
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
+class TestTiff:
+    @pytest.mark.parametrize("white", [False, True], ids=["black is zero", "white is zero"])
+    def test_grey_of_any_depth_has_its_zero_where_the_file_says(self, order: str, white: bool) -> None:
+        photometric = WHITE_IS_ZERO if white else BLACK_IS_ZERO
+        files = {
+            1: (np.packbits(GREY > 99, axis=1).tobytes(), np.where(GREY > 99, 255, 0)),
+            4: ((GREY[:, ::2] >> 4 << 4 | GREY[:, 1::2] >> 4).astype(np.uint8).tobytes(), (GREY >> 4) * 17),
+            8: (GREY.astype(np.uint8).tobytes(), GREY),
+            16: (deep(order), GREY),
+        }
+        if order == "<":
+            files[12] = packed_12_bits(), GREY
+        for bits, (data, expected) in files.items():
+            pixels = load_pixels(tiff(order, bits, photometric, data), SMALL)
+            np.testing.assert_array_equal(pixels[:, :, 0], 255 - expected if white else expected)
+
+    @pytest.mark.parametrize("white", [False, True], ids=["black is zero", "white is zero"])
+    def test_alpha_is_dropped_from_grey(self, order: str, white: bool) -> None:
+        data = np.dstack([GREY, np.full_like(GREY, 9)]).astype(np.uint8).tobytes()
+        pixels = load_pixels(
+            tiff(order, 8, WHITE_IS_ZERO if white else BLACK_IS_ZERO, data, samples=2), SMALL
+        )
+        np.testing.assert_array_equal(pixels[:, :, 2], 255 - GREY if white else GREY)
+
+    @pytest.mark.parametrize("samples", [3, 4])
+    def test_16_bit_colour_keeps_its_upper_half(self, order: str, samples: int) -> None:
+        pixels = load_pixels(tiff(order, 16, RGB, deep(order, samples), samples=samples), SMALL)
+        np.testing.assert_array_equal(pixels, np.repeat(GREY[:, :, None], 3, axis=2))
+
+    @pytest.mark.parametrize(
+        ("bits", "kind", "name"),
+        [
+            (16, FLOAT, "16-bit floating-point"),
+            (32, FLOAT, "32-bit floating-point"),
+            (64, FLOAT, "64-bit floating-point"),
+            (16, SIGNED, "16-bit signed"),
+            (32, UNSIGNED, "32-bit"),
+        ],
+    )
+    def test_what_has_no_8_bits_to_show_is_named(self, order: str, bits: int, kind: int, name: str) -> None:
+        data = tiff(order, bits, BLACK_IS_ZERO, bytes(16 * 16 * bits // 8), kind=kind)
+        with pytest.raises(UnsupportedImageError, match=f"{name} images are not supported; convert"):
+            load_pixels(data, SMALL)
+
+    def test_deep_planes_are_refused_for_pillow_mixes_them_up(self, order: str) -> None:
+        data = tiff(order, 16, RGB, deep(order, 3), samples=3, planes=True)
+        with pytest.raises(UnsupportedImageError, match="more than 8 bits in separate planes"):
+            load_pixels(data, SMALL)
