@@ -36,8 +36,7 @@ LINGER_BYTES: Final = 1 << 30
 # Bytes parsed at once. The shortest requests that fit in a piece are parsed in a few milliseconds.
 _PIECE: Final = 4 << 10
 _LARGE_PIECE: Final = 64 << 10  # of a body
-# A head of so many bytes and headers is within the limit.
-_SMALL: Final = HEAD_LIMIT // 2
+_SMALL: Final = HEAD_LIMIT // 2  # a head of so many bytes and `_FEW` headers is within the limit
 _FEW: Final = HEAD_LIMIT // 2 // 32
 _TURN_S: Final = 0.002  # how long what one connection received is parsed before others get their turn
 _PROBE_S: Final = 1.0
@@ -118,7 +117,7 @@ class HardenedProtocol(HttpToolsProtocol):
 
     def _parse_held(self) -> None:
         held, self._held = self._held, memoryview(b"")
-        if held and not self._closing:
+        if held and not self.transport.is_closing():
             self.flow.release()
             self.data_received(held)
 
