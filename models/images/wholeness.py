@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import Final
 
-_END: int = 32  # bytes; behind the end of an image some programs add a few of their own
+_END: Final = 32  # bytes; behind the end of an image some programs add a few of their own
 
 
 def looks_whole(data: bytes, image_format: str) -> bool:
