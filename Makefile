@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-load soak test-gpu mutants test-python310 audit bench reproduce tables images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-long test-load soak test-gpu mutants test-python310 audit bench reproduce tables images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -43,8 +43,12 @@ test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
 		--max-worker-restart 0 --cov
 
-test-load: $(VENV)/.install-dev  ## Run the long tests: overload, abuse, thousands of requests, killed writers.
-	@$(BIN)/python -m pytest -m slow tests/load tests/builder
+test-long: $(VENV)/.install-dev  ## Run the long tests: whole trainings, QAT, examples, killed writers.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile \
+		tests/builder tests/docs tests/examples tests/experiments
+
+test-load: $(VENV)/.install-dev  ## Load a server: overload, abuse, thousands of requests, packages that change.
+	@$(BIN)/python -m pytest -m slow tests/load
 
 soak: $(VENV)/.install-dev  ## Good and hostile clients at one server for SOAK_MINUTES, memory limited where we may.
 	@PYTHONPATH=tests/support $(BIN)/python tests/load/soak.py --minutes $(SOAK_MINUTES)

@@ -26,10 +26,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Whoever takes the last file of all is soon done with it, so that pytest-xdist's workers end together.
 LONGEST_FIRST = (
     "builder/compile/test_instruction_sets.py",
-    "builder/prepare/test_qat.py",
     "e2e/test_main_job.py",
     "models/test_compress.py",
-    "experiments/test_reproduce.py",
+    "builder/test_build_kit.py",
     "builder/prepare/test_sensitivity.py",
     "trimrt/cluster/test_cluster.py",
     "server/test_scheduling.py",

@@ -21,6 +21,8 @@ EXAMPLES = ROOT / "examples"
 SEVEN = ROOT / "docs/images/7.png"
 
 
+pytestmark = pytest.mark.slow
+
 Completed = subprocess.CompletedProcess[str]
 
 

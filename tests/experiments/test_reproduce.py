@@ -60,6 +60,7 @@ def finished(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         return runs, run_fold(study, 0, seed=0, threads=1, runs=runs, console=Console(quiet=True))
 
 
+@pytest.mark.slow
 class TestFold:
     def test_every_network_is_measured_as_its_card_says(self, finished: tuple[Path, Fold]) -> None:
         runs, fold = finished

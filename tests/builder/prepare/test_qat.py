@@ -42,6 +42,8 @@ from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, read_manifest
 from runtime.profiling import profile_layers
 
+pytestmark = pytest.mark.slow
+
 TRAINING = Training(epochs=6, learning_rate=2e-3, weight_decay=0)
 BLOCKS = ("layer2.0",)
 SPEC = Preprocessing(resize=16, height=16, width=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
