@@ -43,9 +43,10 @@ test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
 		--max-worker-restart 0 --cov
 
-test-long: $(VENV)/.install-dev  ## Run the long tests: whole trainings, QAT, examples, killed writers.
+test-long: $(VENV)/.install-dev  ## Run the long tests: whole trainings, QAT, examples, Ray, a soak.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile \
-		tests/builder tests/docs tests/examples tests/experiments
+		tests/benchmarks tests/builder tests/docs tests/examples tests/experiments tests/trimrt/cluster \
+		tests/load/test_soak.py
 
 test-load: $(VENV)/.install-dev  ## Load a server: overload, abuse, thousands of requests, packages that change.
 	@$(BIN)/python -m pytest -m slow tests/load

@@ -30,7 +30,6 @@ LONGEST_FIRST = (
     "models/test_compress.py",
     "builder/test_build_kit.py",
     "builder/prepare/test_sensitivity.py",
-    "trimrt/cluster/test_cluster.py",
     "server/test_scheduling.py",
     "trimrt/predict/test_predict_command.py",
     "trimrt/report/test_report_command.py",

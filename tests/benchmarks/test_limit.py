@@ -89,6 +89,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return store("small", photographs(0.05), tmp_path_factory.mktemp("photographs"))
 
 
+@pytest.mark.slow
 def test_its_process_works_when_told_to_until_it_ends(
     package: Path, files: list[Path], tmp_path: Path
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from soak import faults, report, soak
 
 SECONDS = 10
 
 
+@pytest.mark.slow
 def test_good_clients_get_right_answers_beside_hostile_ones(tmp_path: Path) -> None:
     outcome = soak(tmp_path, SECONDS, limit=False)
     print(report(outcome))

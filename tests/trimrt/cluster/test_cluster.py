@@ -25,7 +25,8 @@ from tiny_engine import write_package
 from trimrt.cli import main
 from trimrt.cluster.arguments import Arguments, on_share
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's code warns, in this process too
+# Ray's code warns, in this process too.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 Encode = Callable[..., bytes]
 Reference = Callable[..., np.ndarray]
