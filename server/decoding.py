@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 import cv2
 from PIL import Image as PillowImage
@@ -95,7 +95,9 @@ def configure_decoders() -> None:
     # What they say about damaged files would let anyone fill the log, and Python remembers each warning.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    # JetPack 6's OpenCV 4.11 has the function elsewhere.
+    logs: Any = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2
+    logs.setLogLevel(0)  # silent
     with suppress(OSError, AttributeError):  # Pillow was built without libtiff
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
     # glibc raises this threshold by itself, and then keeps up to 64 MiB of each thread's images for good.
