@@ -34,6 +34,19 @@ def gate() -> Gate:
 
 
 @pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is decoded from now on."""
+    files: list[bytes] = []
+
+    def noted(data: bytes, *arguments: Any, **options: Any) -> Any:
+        files.append(data)
+        return plan_loading(data, *arguments, **options)
+
+    monkeypatch.setattr("server.decoding.plan_loading", noted)
+    return files
+
+
+@pytest.fixture
 def start(engine_dir: Path, gate: Gate) -> Callable[..., Any]:
     """A scheduler behind a closed gate; at the end of the block the gate is open and the engine closed."""
 
@@ -151,14 +164,8 @@ def test_a_job_whose_deadline_passed_is_not_computed_even_before_it_is_dropped(
 
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "device"])
 def test_a_job_that_was_dropped_is_neither_decoded_nor_computed(
-    start: Callable[..., Any], gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch, on_cpu: bool
+    start: Callable[..., Any], gate: Gate, encode: Encode, decoded: list[bytes], on_cpu: bool
 ) -> None:
-    decoded: list[bytes] = []
-
-    def noted(data: bytes, *arguments: Any, **options: Any) -> Any:
-        decoded.append(data)
-        return plan_loading(data, *arguments, **options)
-
     async def main() -> None:
         async with start(on_cpu=on_cpu) as scheduler:
             running = submit(scheduler, encode(0))
@@ -178,7 +185,6 @@ def test_a_job_that_was_dropped_is_neither_decoded_nor_computed(
             gate.open()
             assert [await batch_of(running), await batch_of(next_one)] == [1, 1]
 
-    monkeypatch.setattr("server.decoding.plan_loading", noted)
     asyncio.run(main())
     assert decoded == [encode(0), encode(2)]
 
@@ -222,14 +228,8 @@ def test_a_request_that_ends_early_gives_its_room_back(
 
 
 def test_requests_take_turns_at_being_decoded_ahead_too(
-    start: Callable[..., Any], gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Any], gate: Gate, encode: Encode, decoded: list[bytes]
 ) -> None:
-    decoded: list[bytes] = []
-
-    def noted(data: bytes, *arguments: Any, **options: Any) -> Any:
-        decoded.append(data)
-        return plan_loading(data, *arguments, **options)
-
     async def main() -> None:
         async with start(on_cpu=False) as scheduler:
             may_go_on = threading.Event()
@@ -240,7 +240,6 @@ def test_requests_take_turns_at_being_decoded_ahead_too(
             for answer in answers:
                 await answered(answer)
 
-    monkeypatch.setattr("server.decoding.plan_loading", noted)
     asyncio.run(main())
     assert decoded == [encode(n) for n in (0, 3, 5, 1, 4, 2)]
 
