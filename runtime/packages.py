@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-from models.files import restore, restore_in
+from models.files import restore_in
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...] | str"
@@ -15,7 +15,6 @@ Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...] | str"
 
 def is_package(folder: Path) -> bool:
     """Whether `folder` holds an engine package, or what might be one but may not be looked into."""
-    restore(folder)
     try:
         (folder / MANIFEST_NAME).lstat()
     except (FileNotFoundError, NotADirectoryError):

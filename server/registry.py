@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from models.files import restore
 from runtime.engine import Engine, Options
 from runtime.loading import load_engine
 from runtime.manifest import Activation, EngineError, Manifest, read_manifest
@@ -65,6 +66,7 @@ def resolve_engines(settings: Settings) -> list[Path]:
 
 def _named(directory: Path, name: str) -> Path:
     folder = Path(name)
+    restore(folder)
     if not is_package(folder):
         return find_package(directory, name)
     read_manifest(folder)
