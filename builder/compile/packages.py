@@ -88,18 +88,17 @@ def build_package(
     rejected: list[str] = []
     tried: list[str] = []
     with replace_folder(output / name) as folder:
-        version = next_version(
-            output / name, None if replace else source.student
-        )  # find out now, not after minutes of work
+        # Find out now, not after minutes of work.
+        version = next_version(output / name, None if replace else source.student)
         for graph, path in source.graphs(precision, INT8_REST[target.backend]):
             clear_folder(folder)
-            artefact = target.compile(path, folder, batch, report)
-            manifest = _describe(name, source, target, graph, artefact, folder, tried, command)
-            manifest = manifest.model_copy(update={"version": version})
             unverified = target.missing_device()
             slower = None
             try:
                 _require_int8(graph)
+                artefact = target.compile(path, folder, batch, report)
+                manifest = _describe(name, source, target, graph, artefact, folder, tried, command)
+                manifest = manifest.model_copy(update={"version": version})
                 if unverified is None:
                     report("verifying")
                     write_manifest(folder, manifest)

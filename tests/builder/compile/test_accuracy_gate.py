@@ -59,6 +59,23 @@ def badly_calibrated(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
+@pytest.mark.parametrize(("share", "exit_code"), [(0.49, 1), (0.5, 0)])
+def test_an_engine_that_is_int8_by_name_only_is_not_published(
+    trimrt: Callable[..., Result], kit: Kit, tmp_path: Path, share: float, exit_code: int
+) -> None:
+    folder = shutil.copytree(kit.path, tmp_path / "kit")
+    graphs = [graph.model_copy(update={"int8_share": share}) for graph in kit.manifest.graphs]
+    (folder / KIT_NAME).write_text(kit.manifest.model_copy(update={"graphs": graphs}).model_dump_json())
+    result = trimrt(
+        "build", folder, "--precision", "int8", "--target", "openvino", "-o", tmp_path / "engines"
+    )
+    assert result.exit_code == exit_code
+    assert ("only 49% of its multiply-accumulates run in INT8" in " ".join(result.output.split())) == (
+        exit_code == 1
+    )
+    assert len(list((tmp_path / "engines").glob("*int8*"))) == 1 - exit_code
+
+
 def _kit_with(kit: Kit, folder: Path, replacements: dict[str, Path]) -> Path:
     """A copy of `kit` in which some graphs are other files."""
     shutil.copytree(kit.path, folder)
