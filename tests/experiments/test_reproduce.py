@@ -171,6 +171,7 @@ def _typed(arguments: list[str]) -> Recipe:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_result_file_of_finished_folds(
         self, study: Study, finished: tuple[Path, Fold], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

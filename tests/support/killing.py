@@ -48,6 +48,13 @@ def kill_after(seconds: float, action: Callable[[], object]) -> bool:
     return _end_of(child)
 
 
+def seconds_of(action: Callable[[], object]) -> float:
+    """How long a child takes for `action`, from before it is born until after it ended."""
+    began = time.perf_counter()
+    assert not _end_of(_fork(action)), "it was killed"
+    return time.perf_counter() - began
+
+
 def _fork(action: Callable[[], object]) -> int:
     child = os.fork()
     if child:

@@ -53,6 +53,8 @@ LEVELS: Final = {
     "AVX512_CORE_FP16": "avx512_fp16",
     "DEFAULT": "sse4_1",
 }
+# Those whose kernels no other has, and the machine as it is; the long tests run them all.
+DISTINCT: Final = ("SSE41", "AVX2", "AVX512_CORE", "DEFAULT")
 FLAGS: Final = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
 
 pytestmark = pytest.mark.skipif("sse4_1" not in FLAGS, reason="the instruction sets are those of x86")
@@ -226,7 +228,14 @@ def run_at(level: str, graphs: Graphs, folder: Path) -> dict[str, Found]:
     return {name: Found(arrays[name], arrays[f"{name}-weights"], **of) for name, of in said.items()}
 
 
-@pytest.fixture(scope="module", params=[level for level, flag in LEVELS.items() if flag in FLAGS])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(level, marks=[] if level in DISTINCT else [pytest.mark.slow])
+        for level, flag in LEVELS.items()
+        if flag in FLAGS
+    ],
+)
 def level(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
