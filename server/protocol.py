@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 import httptools
@@ -41,6 +42,7 @@ _FEW: Final = HEAD_LIMIT // 2 // 32
 _TURN_S: Final = 0.002  # how long what one connection received is parsed before others get their turn
 _PROBE_S: Final = 1.0
 _TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
+_CHECKED: Final = frozenset({b"host", b"transfer-encoding", b"expect"})
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
 
 
@@ -144,7 +146,12 @@ class HardenedProtocol(HttpToolsProtocol):
                 self._check_unfinished(size)
             return None
         # llhttp takes what follows for the other protocol's. RFC 9110, 7.8: an offer may be ignored.
-        self._parse_to_offer(self._head_without_offer())
+        head = self._head_without_offer()
+        # After a request that is the connection's last, the old one takes no more.
+        self.parser = httptools.HttpRequestParser(self)
+        with suppress(AttributeError):  # httptools before 0.6.3
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+        self._parse_to_offer(head)
         return memoryview(data)[offer:]
 
     def _check_unfinished(self, size: int) -> None:
@@ -175,6 +182,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
+        self._host = self._chunked = False  # whether the head has such a header
         self._phase = _HEAD
         self._latest = 0.0
 
@@ -182,9 +190,22 @@ class HardenedProtocol(HttpToolsProtocol):
         """One header; or a trailer, which says nothing that counts."""
         if self._phase == _HEAD:
             name = name.lower()
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
+            if name in _CHECKED:
+                self._check_header(name, value)
             self.headers.append((name, value))
+
+    def _check_header(self, name: bytes, value: bytes) -> None:
+        """Note what a header says of the request's framing; refuse what leaves room for two opinions."""
+        if name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        elif name == b"host":
+            if self._host:
+                raise Problem("malformed-request", "the request has two Host headers")
+            self._host = True
+        elif value.strip().lower() != b"chunked":
+            raise Problem("coding-not-supported", "the only Transfer-Encoding that is accepted is chunked")
+        else:
+            self._chunked = True  # the parser refuses it twice, and beside a Content-Length
 
     def on_headers_complete(self) -> None:
         """The head is there."""
@@ -201,10 +222,22 @@ class HardenedProtocol(HttpToolsProtocol):
             size = len(self.url) + sum(len(name) + len(value) + 32 for name, value in self.headers)
             if size > HEAD_LIMIT:
                 raise _head_too_large()
+        version = self.parser.get_http_version()
+        if version != "1.1" or not self._host:
+            self._check_version(version)
         self._phase = _BODY
         self._latest = 0.0
         self.progress = True
         return not self._closing
+
+    def _check_version(self, version: str) -> None:
+        """Refuse a head that its version does not allow (RFC 9112, sections 2.3, 3.2 and 6.1)."""
+        if version not in ("1.0", "1.1"):
+            raise Problem("version-not-supported", f"HTTP/{version} is not supported; send HTTP/1.1")
+        if version == "1.1":
+            raise Problem("malformed-request", "the request has no Host header")
+        if self._chunked:
+            raise Problem("malformed-request", "HTTP/1.0 has no Transfer-Encoding")
 
     def hand_to_application(self) -> None:
         """Let uvicorn make of the head what the application needs."""

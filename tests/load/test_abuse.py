@@ -58,7 +58,7 @@ _CONTENT_TYPES = [
 
 
 def _head(length: int) -> bytes:
-    return f"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n".encode()
+    return f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 def _garbage(random: random.Random, image: bytes) -> bytes:

@@ -80,6 +80,19 @@ def test_an_offer_to_upgrade_is_ignored_on_every_path(connect: Callable[..., Wir
     assert wire.answer()[0] == 200
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("path", [STRAIGHT, APPLICATION])
+def test_an_offer_in_the_last_request_of_a_connection_is_ignored(
+    connect: Callable[..., Wire], encode: Encode, path: str, version: str
+) -> None:
+    image = encode(1)
+    wire = connect()
+    offer = ["Connection: close, Upgrade", "Upgrade: h2c"]
+    wire.send(head(len(image), *offer, path=path, version=version) + image)
+    assert wire.answer()[0] == 200
+    assert wire.closed_by_server()
+
+
 def test_a_tunnel_is_refused(connect: Callable[..., Wire]) -> None:
     wire = connect()
     wire.send(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n")
@@ -342,6 +355,46 @@ def test_a_target_that_is_no_path_is_refused(connect: Callable[..., Wire], targe
         wire = connect()
         wire.send(f"OPTIONS {target} HTTP/1.1\r\nHost: x\r\n{offer}\r\n".encode("latin-1"))
         assert wire.answer()[0] == 400
+
+
+# Two programs that read one of these differently could be made to see different requests (RFC 9112, 11.2).
+_TWO_MEANINGS = {
+    "two hosts": (head(3, "Host: y"), 400, "malformed-request"),
+    "the same host twice": (head(3, "Host: x"), 400, "malformed-request"),
+    "no host": (b"POST /predict HTTP/1.1\r\nContent-Length: 3\r\n\r\n", 400, "malformed-request"),
+    "a body in two codings": (head("", "Transfer-Encoding: gzip, chunked"), 501, "coding-not-supported"),
+    "two lines of codings": (head("", "Transfer-Encoding: gzip", CHUNKED), 501, "coding-not-supported"),
+    "an empty coding": (head("", "Transfer-Encoding: ,chunked"), 501, "coding-not-supported"),
+    "a body of another coding": (head("", "Transfer-Encoding: gzip"), 501, "coding-not-supported"),
+    "chunks twice": (head("", CHUNKED, CHUNKED), 400, "malformed-request"),
+    "chunks and a length": (head(3, CHUNKED), 400, "malformed-request"),
+    "chunks in HTTP/1.0": (head("", CHUNKED, version="1.0"), 400, "malformed-request"),
+    "two lengths": (head(3, "Content-Length: 4"), 400, "malformed-request"),
+    "HTTP/2.0": (head(3, version="2.0"), 505, "version-not-supported"),
+    "HTTP/0.9": (head(3, version="0.9"), 505, "version-not-supported"),
+    "a line without a version": (b"GET /health/live\r\n\r\n", 505, "version-not-supported"),
+    "HTTP/1.2": (head(3, version="1.2"), 400, "malformed-request"),
+    "HTTP/3.0": (head(3, version="3.0"), 400, "malformed-request"),
+}
+
+
+@pytest.mark.parametrize("name", _TWO_MEANINGS)
+def test_a_head_with_two_meanings_is_refused_and_nothing_after_it_is_read(
+    connect: Callable[..., Wire], name: str
+) -> None:
+    request, status, problem = _TWO_MEANINGS[name]
+    for offer in (b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"):
+        wire = connect()
+        wire.send(request.removesuffix(b"\r\n" if offer else b"") + offer, b"3\r\nabc\r\n0\r\n\r\n", LIVE)
+        answered, _, answer = wire.answer()
+        assert (answered, answer["type"]) == (status, f"urn:trimrt:problem:{problem}")
+        assert wire.closed_by_server()
+
+
+def test_http_1_0_needs_no_host(connect: Callable[..., Wire]) -> None:
+    wire = connect()
+    wire.send(b"GET /health/live HTTP/1.0\r\n\r\n")
+    assert wire.answer()[0] == 200
 
 
 @pytest.mark.parametrize("path", [STRAIGHT, APPLICATION])
