@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.bodies import too_many_images
 from server.problems import Problem
@@ -29,7 +29,16 @@ Text = Annotated[str, Field(max_length=core.MOST_TEXT)]
 
 
 class _Json(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    # Strict: a size is no text, and a switch no number.
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        """Clients made from a schema send null for what they leave out."""
+        if not isinstance(fields, dict) or None not in fields.values():
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class TensorParameters(_Json):

@@ -267,6 +267,38 @@ def test_rows_of_unequal_length_are_named(server: Running) -> None:
     assert refused.json()["detail"] == "input 'pixels' has rows of unequal length: 1 and 2 elements"
 
 
+def _asking(**parameters: Any) -> dict[str, Any]:
+    return _json_input() | {"outputs": [{"name": "logits", "parameters": parameters}]}
+
+
+MISTYPED = [
+    *((_json_input(shape=[value, 32, 32, 3]), "inputs.0.shape.0") for value in ("1", True, 1.0, None, [1])),
+    *((_asking(classification=value), "outputs.0.parameters.classification") for value in ("1", True, 1.0)),
+    *((_asking(binary_data=value), "outputs.0.parameters.binary_data") for value in ("true", 1)),
+    (_json_input(parameters={"binary_data_size": "3072"}), "inputs.0.parameters.binary_data_size"),
+    (_json_input() | {"parameters": {"binary_data_output": 1}}, "parameters.binary_data_output"),
+    (_json_input() | {"id": 7}, "id"),
+    (_json_input(name=7), "inputs.0.name"),
+]
+
+
+@pytest.mark.parametrize(("body", "field"), MISTYPED)
+def test_a_value_of_another_type_is_refused_and_its_field_named(
+    server: Running, body: dict[str, Any], field: str
+) -> None:
+    refused = _infer(server, body)
+    assert refused.status_code == 400
+    assert refused.json()["detail"].startswith(f"not an inference request: {field}: Input should be ")
+
+
+def test_null_is_as_good_as_nothing(server: Running) -> None:
+    """Some clients write every field of the schema."""
+    body = _json_input(parameters=None) | {"id": None, "parameters": None, "outputs": None}
+    assert _infer(server, body).json()["outputs"] == _infer(server, _json_input()).json()["outputs"]
+    asked = _infer(server, _asking(classification=None, binary_data=None, shared_memory_region=None))
+    assert asked.json()["outputs"] == _infer(server, _asking()).json()["outputs"]
+
+
 @pytest.mark.parametrize(("datatype", "data"), [("FP32", [0.5] * 3072), ("INT3", [1] * 3072)])
 def test_another_datatype_is_named_whatever_the_data_is(server: Running, datatype: str, data: Any) -> None:
     refused = _infer(server, _json_input(datatype=datatype, data=data))
