@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 from models.images.errors import DamagedImageError
 from models.images.header import Cost, Header
 
-_RUN_LENGTH: Final = (1, 2)  # compression; Pillow decodes it in Python, a pixel at a time
+_RUN_LENGTH: Final = (1, 2)  # compression, of pixels of eight and four bits
 
 
-def read(data: bytes) -> Header:
+@dataclass(slots=True)
+class BmpHeader(Header):
+    """A bitmap's header.
+
+    Attributes:
+        run_length: its pixels are compressed.
+    """
+
+    run_length: bool
+
+
+def read(data: bytes) -> BmpHeader:
     """See `models.images.formats.read_header`."""
     (size,) = struct.unpack_from("<I", data, 14)
     if size == 12:
@@ -26,7 +38,6 @@ def read(data: bytes) -> Header:
         raise DamagedImageError("damaged BMP: its header has no known size")
     pixels = width * height
     palette = min(colours, 65_536) if bits <= 8 else 0
-    seconds = 12e-9 * pixels + 0.5e-6 * palette
-    if compression in _RUN_LENGTH:
-        seconds += 150e-9 * pixels + 700e-9 * len(data)
-    return Header("BMP", width, height, Cost(seconds, 8 * pixels))
+    run_length = compression in _RUN_LENGTH
+    seconds = 12e-9 * pixels + 0.5e-6 * palette + (10e-9 * len(data) if run_length else 0)
+    return BmpHeader("BMP", width, height, Cost(seconds, 8 * pixels), run_length)

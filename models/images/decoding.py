@@ -1,7 +1,8 @@
 """Encoded images to upright RGB pixels.
 
-libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for Pillow
-holds the interpreter's lock meanwhile and takes three times the memory. Pillow reads the rest.
+libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for which Pillow
+keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, which Pillow decodes in
+Python, a pixel at a time. Pillow reads the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from models.images.bmp import BmpHeader
 from models.images.errors import DamagedImageError, ImageTooLargeError, UnsupportedImageError
 from models.images.header import Header
 from models.images.jpeg import JpegHeader
@@ -55,19 +57,25 @@ def decode(data: bytes, header: Header, smallest: float = math.inf) -> Pixels:
     if isinstance(header, JpegHeader):
         return _decode_jpeg(data, header, smallest)
     if isinstance(header, WebpHeader) and not header.animated:
-        return _decode_webp(data, header)
+        return _decode_with_opencv(data, header, header.orientation)
+    if isinstance(header, BmpHeader) and header.run_length:
+        return _decode_with_opencv(data, header)
     if isinstance(header, TiffHeader):
         return _decode_tiff(data, header)
     return _decode_with_pillow(data, header)
 
 
-def _decode_webp(data: bytes, header: WebpHeader) -> Pixels:
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+def _decode_with_opencv(data: bytes, header: Header, turned: int = 1) -> Pixels:
+    how = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
+    except cv2.error:  # a side is longer than OpenCV allows, or the header's format is not what it is
+        image = None
     if image is None:
-        raise DamagedImageError("damaged WEBP: libwebp cannot decode it")
+        raise DamagedImageError(f"damaged {header.format}, or of a kind that is not supported")
     pixels = image.astype(np.uint8, copy=False)
     cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    return _upright(pixels, header.orientation)
+    return _upright(pixels, turned)
 
 
 def _decode_tiff(data: bytes, header: TiffHeader) -> Pixels:
