@@ -113,6 +113,7 @@ class Provenance(_Strict):
     onnx_sha256: str
     artefact: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="file name inside the package")
     artefact_sha256: str
+    artefact_bytes: int | None = Field(default=None, ge=1, description="its size; None: not recorded")
     calibration: Calibration | None = None
     int8_share: float | None = Field(
         default=None, description="share of the multiply-accumulates that run in INT8"
@@ -237,11 +238,13 @@ def read_artefact(folder: Path, manifest: Manifest) -> bytes:
     """
     path = folder / manifest.provenance.artefact
     try:
-        content = read_file(path)
+        content = read_file(path, manifest.provenance.artefact_bytes)
     except FileNotFoundError:
         raise EngineError(f"{folder} has no {path.name}; rebuild it: {manifest.build_command}") from None
     except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+        raise EngineError(
+            f"{path} cannot be read: {error.strerror}; rebuild it: {manifest.build_command}"
+        ) from error
     if not content or hashlib.sha256(content).hexdigest() != manifest.provenance.artefact_sha256:
         raise EngineError(
             f"{path} was damaged or changed since it was built; rebuild it: {manifest.build_command}"

@@ -29,5 +29,5 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     with path.open("rb") as file:
         content = file.read() if most is None else file.read(most + 1)
     if most is not None and len(content) > most:
-        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
     return content

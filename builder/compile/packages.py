@@ -255,6 +255,7 @@ def _describe(
             onnx_sha256=graph.sha256,
             artefact=artefact.file,
             artefact_sha256=sha256_of(folder / artefact.file),
+            artefact_bytes=(folder / artefact.file).stat().st_size,
             calibration=calibration,
             int8_share=graph.int8_share,
             source=student.source,

@@ -111,7 +111,7 @@ def test_blob_that_openvino_itself_refuses(copy: Path) -> None:
 
     (copy / "engine.blob").write_bytes(b"not a blob")
     provenance = read_manifest(copy).provenance.model_copy(
-        update={"artefact_sha256": sha256_of(copy / "engine.blob")}
+        update={"artefact_sha256": sha256_of(copy / "engine.blob"), "artefact_bytes": 10}
     )
     rewrite(copy, provenance=provenance)
     with pytest.raises(EngineError, match="cannot load"):

@@ -85,6 +85,14 @@ def test_an_empty_artefact_is_refused_even_if_the_hash_says_so(engine_dir: Path,
         read_artefact(folder, manifest.model_copy(update={"provenance": provenance}))
 
 
+def test_of_an_artefact_no_more_is_read_than_the_manifest_says(engine_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(engine_dir / "tiny-v1", tmp_path / "tiny"))
+    size = (folder / "engine.blob").stat().st_size
+    os.truncate(folder / "engine.blob", 1 << 40)  # more than fits in memory
+    with pytest.raises(EngineError, match=rf"larger than {size:,} bytes; rebuild it: trimrt build tiny"):
+        load_engine(folder)
+
+
 def test_a_stamp_changes_with_any_file_and_with_nothing_else(engine_dir: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(engine_dir / "tiny-v1", tmp_path / "tiny"))
     blob = folder / "engine.blob"

@@ -84,7 +84,7 @@ SPOILED: Final[dict[str, tuple[Callable[[Path], None], str]]] = {
     "long number": (with_manifest(b'{"format": ' + b"9" * 5000 + b"}"), "not a valid engine manifest"),
     "mistakes": (with_member("labels", [1] * 10), "labels.0: .*labels.2: .*and 7 more$"),
     "endless mistakes": (with_member("labels", [1] * 100_000), "it has 100000 mistakes"),
-    "huge": (with_sparse_manifest, "larger than 4 MiB"),
+    "huge": (with_sparse_manifest, "larger than 4,194,304 bytes"),
     "folder": (with_folder_as_manifest, "not a regular file"),
     "pipe": (with_pipe_as_manifest, "not a regular file"),
     "device": (with_link_as_manifest("/dev/zero"), "not a regular file"),

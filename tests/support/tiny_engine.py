@@ -117,6 +117,7 @@ def write_package(
             onnx_sha256=sha256_of(graph),
             artefact=artefact.file,
             artefact_sha256=sha256_of(folder / artefact.file),
+            artefact_bytes=(folder / artefact.file).stat().st_size,
         ),
         build_command="trimrt build tiny",
     )
