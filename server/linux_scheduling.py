@@ -70,12 +70,15 @@ class Mailbox(Generic[Message]):
             self._loop.call_soon_threadsafe(self._receive, message)
 
     def close(self) -> None:
-        """Free the sockets; messages already left are still received."""
+        """Free the sockets, and the receiver; messages already left are still received."""
         if self._sockets is not None:
             self._empty()
             self._loop.remove_reader(self._sockets[0])
             for end in self._sockets:
                 end.close()
+        # A scheduler and its mailbox know each other: until the next garbage collection, or for good if they are
+        # older than the last `gc.freeze`, they would keep the engine.
+        self._receive = _ignore
 
     def _empty(self) -> None:
         assert self._sockets is not None
@@ -83,6 +86,10 @@ class Mailbox(Generic[Message]):
             self._sockets[0].recv(_WAKE_UPS)
         while self._messages:
             self._loop.call_soon(self._receive, self._messages.popleft())
+
+
+def _ignore(_message: object) -> None:
+    """The receiver of what is left after the end."""
 
 
 @contextmanager

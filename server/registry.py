@@ -183,6 +183,7 @@ class Registry:
         try:
             await scheduler.start()
         except Exception as error:
+            error.__traceback__ = None  # see `Worker.run`
             raise EngineError(
                 f"{folder} does not run: {error}; rebuild it: {manifest.build_command}"
             ) from error

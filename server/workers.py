@@ -55,7 +55,8 @@ class Worker:
         try:
             slot = self._engine.open_slot()
         except Exception as error:
-            self.opened.set_exception(error)
+            # A traceback knows its frames, and they the error: such a cycle would keep the engine.
+            self.opened.set_exception(error.with_traceback(None))
             return
         with closing(slot), giving_way() if self._gives_way else nullcontext():
             self.opened.set_result(None)

@@ -200,7 +200,10 @@ class TestTiff:
 
 RUNS: dict[str, tuple[int, list[list[int]]]] = {
     "eight bits": (8, [[2, 1, 0, 0], [0, 3, 2, 3, 4, 0, 2, 5, 0, 0], [1, 6, 0, 2, 2, 0, 1, 7, 0, 1]]),
-    "four bits": (4, [[2, 0x11, 0, 0], [0, 5, 0x23, 0x45, 0x50, 0, 0, 0], [1, 0x60, 0, 2, 2, 0, 1, 0x70, 0, 1]]),
+    "four bits": (
+        4,
+        [[2, 0x11, 0, 0], [0, 5, 0x23, 0x45, 0x50, 0, 0, 0], [1, 0x60, 0, 2, 2, 0, 1, 0x70, 0, 1]],
+    ),
     "a step to the next row": (8, [[2, 1, 0, 2, 0, 1], [3, 5, 0, 0, 0, 4, 6, 0, 0, 7, 0, 1]]),
 }
 SHOWN = {
@@ -217,7 +220,9 @@ def test_a_run_length_bitmap_has_its_runs_where_the_format_puts_them(name: str) 
     data = b"".join(map(bytes, rows))
     palette = np.random.default_rng(0).integers(0, 256, (1 << bits, 4), np.uint8)  # blue, green, red, -
     offset = 14 + 40 + palette.size
-    info = struct.pack("<IiiHHIIiiII", 40, 5, 3, 1, bits, 1 if bits == 8 else 2, len(data), 0, 0, 1 << bits, 0)
+    info = struct.pack(
+        "<IiiHHIIiiII", 40, 5, 3, 1, bits, 1 if bits == 8 else 2, len(data), 0, 0, 1 << bits, 0
+    )
     file = b"BM" + struct.pack("<IHHI", offset + len(data), 0, 0, offset) + info + palette.tobytes() + data
     spec = Preprocessing(height=3, width=5, resize=5, fit="none")
     np.testing.assert_array_equal(load_pixels(file, spec), palette[SHOWN[name], 2::-1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,9 @@ import pytest
 from running import Running, running, wait_until
 from tiny_engine import write_package
 
+from runtime.engine import Engine, Options
+from runtime.finite import check_finite
+from runtime.loading import load_engine
 from runtime.manifest import EngineError
 from server.registry import resolve_engines
 from server.settings import Settings
@@ -78,6 +83,46 @@ def test_load_switch_and_unload(served: Running, encode: Encode) -> None:
     assert served.client.post("/engines/tiny/unload").json()["state"] == "available"
     assert _states(served) == {"tiny": "available", "other": "loaded"}
     assert _problem(served.predict(image, params={"engine": "tiny"})) == (404, "engine-not-found")
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """What was there at the start is never collected anyway (`gc.freeze`)."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_an_engine_that_is_replaced_unloaded_or_refused_is_freed_at_once(
+    directory: Path, encode: Encode
+) -> None:
+    engines: list[weakref.ref[Engine]] = []
+
+    def load(folder: Path) -> Engine:
+        engine = load_engine(folder, Options(slots=1))
+        engines.append(weakref.ref(engine))
+        if len(engines) == 4:
+            monkeypatched.setattr(engine, "open_slot", lambda: check_finite(np.array([np.nan])))
+        return engine
+
+    def freed() -> list[bool]:
+        return [engine() is None for engine in engines]
+
+    with (
+        pytest.MonkeyPatch.context() as monkeypatched,
+        running(Settings(engine="tiny,other", engine_dir=directory, port=0), load) as served,
+    ):
+        assert served.predict(encode(0), params={"engine": "other"}).status_code == 200
+        assert served.client.post("/engines/other/unload").status_code == 200
+        wait_until(lambda: freed() == [False, True])
+        assert served.predict(encode(0)).status_code == 200
+        assert served.client.post("/engines/tiny/load").status_code == 200
+        wait_until(lambda: freed() == [True, True, False])
+        assert _problem(served.client.post("/engines/other/load")) == (409, "engine-refused")
+        monkeypatched.undo()
+        wait_until(lambda: freed() == [True, True, False, True])
+    wait_until(lambda: all(freed()))
 
 
 def test_the_default_engine_cannot_be_unloaded(served: Running, encode: Encode) -> None:
