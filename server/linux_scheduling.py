@@ -76,8 +76,8 @@ class Mailbox(Generic[Message]):
             self._loop.remove_reader(self._sockets[0])
             for end in self._sockets:
                 end.close()
-        # A scheduler and its mailbox know each other: until the next garbage collection, or for good if they are
-        # older than the last `gc.freeze`, they would keep the engine.
+        # A scheduler and its mailbox know each other: they would keep the engine until the next garbage
+        # collection, or for good if they are older than the last `gc.freeze`.
         self._receive = _ignore
 
     def _empty(self) -> None:

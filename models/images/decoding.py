@@ -1,8 +1,8 @@
 """Encoded images to upright RGB pixels.
 
-libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for which Pillow
-keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, which Pillow decodes in
-Python, a pixel at a time. Pillow reads the rest.
+libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for which
+Pillow keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, which Pillow decodes
+in Python, a pixel at a time. Pillow reads the rest.
 """
 
 from __future__ import annotations
