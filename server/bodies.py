@@ -14,6 +14,7 @@ from server.problems import Problem
 MOST_FIELDS: Final = 64  # of a form, beside its images
 _MOST_HEAD: Final = 8 << 10  # bytes of one part's headers
 _PARAMETER: Final = re.compile(rb';[ \t]*([\w*-]+)=("(?:[^"\\]|\\.)*"|[^; \t]*)')
+_FOLD: Final = re.compile(rb"\r\n[ \t]+")  # in a long header (RFC 5322, section 2.2.3)
 _STEP: Final = 4 << 20  # bytes searched before other threads get the interpreter's lock
 
 
@@ -129,7 +130,7 @@ def _disposition(head: bytes) -> tuple[str, str | None]:
     Raises:
         Problem: `malformed-request`.
     """
-    rest, *lines = head.split(b"\r\n")
+    rest, *lines = _FOLD.sub(b" ", head).split(b"\r\n")
     if rest.strip(b" \t"):
         raise Problem("malformed-request", "a boundary of the multipart body does not end its line")
     disposition = b""

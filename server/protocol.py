@@ -42,6 +42,7 @@ _FEW: Final = HEAD_LIMIT // 2 // 32
 _TURN_S: Final = 0.002  # how long what one connection received is parsed before others get their turn
 _PROBE_S: Final = 1.0
 _TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
+_CONTROLS: Final = re.compile(rb"[^?]*%(?:[01][0-9A-Fa-f]|7[Ff])")  # escaped in a path
 _CHECKED: Final = frozenset({b"host", b"transfer-encoding", b"expect"})
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
 
@@ -242,9 +243,10 @@ class HardenedProtocol(HttpToolsProtocol):
     def hand_to_application(self) -> None:
         """Let uvicorn make of the head what the application needs."""
         url, headers, expects = self.url, self.headers, self.expect_100_continue
-        if not _TARGET.fullmatch(url):
+        # Starlette finds a route also with a newline behind its path.
+        if not _TARGET.fullmatch(url) or _CONTROLS.match(url):
             self._phase = _HEAD
-            raise Problem("malformed-request", "the request's target is no path")
+            raise Problem("malformed-request", "the request's target is no path, or has control characters")
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
         self.headers += headers  # the list that the scope has

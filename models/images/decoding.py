@@ -1,8 +1,8 @@
 """Encoded images to upright RGB pixels.
 
 libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for which
-Pillow keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, which Pillow decodes
-in Python, a pixel at a time. Pillow reads the rest.
+Pillow keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, for which Pillow
+has no compiled code. Pillow reads the rest.
 """
 
 from __future__ import annotations
@@ -59,9 +59,18 @@ def decode(data: bytes, header: Header, smallest: float = math.inf) -> Pixels:
     if isinstance(header, WebpHeader) and not header.animated:
         return _decode_with_opencv(data, header, header.orientation)
     if isinstance(header, BmpHeader) and header.run_length:
-        return _decode_with_opencv(data, header)
+        return _decode_run_length(data, header)
     if isinstance(header, TiffHeader):
         return _decode_tiff(data, header)
+    return _decode_with_pillow(data, header)
+
+
+def _decode_run_length(data: bytes, header: BmpHeader) -> Pixels:
+    try:
+        return _decode_with_opencv(data, header)
+    except DamagedImageError:
+        if not header.second_try:
+            raise
     return _decode_with_pillow(data, header)
 
 

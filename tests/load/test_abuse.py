@@ -58,7 +58,8 @@ _CONTENT_TYPES = [
 
 
 def _head(length: int) -> bytes:
-    return f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n".encode()
+    lines = ("POST /predict HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {length}")
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def _garbage(random: random.Random, image: bytes) -> bytes:

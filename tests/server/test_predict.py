@@ -87,6 +87,8 @@ def test_many_files_in_a_form_are_answered_in_order(
         ("; filename*=UTF-8''na%C3%AFve%20%E4%B8%AD.png", "naïve 中.png"),
         ("; filename=\"a.png\"; filename*=iso-8859-1'en'na%EFve.png", "naïve.png"),
         ('; filename=""', ""),
+        ('; filename="a;b=c ; d.png"', "a;b=c ; d.png"),
+        (';\r\n filename="on a line of its own.png"', "on a line of its own.png"),
         ("", None),
     ],
 )

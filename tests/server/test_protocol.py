@@ -349,7 +349,9 @@ def test_what_came_before_the_nonsense_is_answered(connect: Callable[..., Wire],
     assert wire.closed_by_server()
 
 
-@pytest.mark.parametrize("target", ["*", "x:1", "/pr\xe9dict", "http:///x"])
+@pytest.mark.parametrize(
+    "target", ["*", "x:1", "/pr\xe9dict", "http:///x", "/predict%0A", "/health/live%0a", "/page/%7f", "/%1Fx"]
+)
 def test_a_target_that_is_no_path_is_refused(connect: Callable[..., Wire], target: str) -> None:
     for offer in ("", "Connection: Upgrade\r\nUpgrade: h2c\r\n"):
         wire = connect()
