@@ -24,22 +24,35 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import grpc
 import numpy as np
 import psutil
-from hostile_requests import FORM, HOSTILE, form, request
+from hostile_requests import FORM, HOSTILE, HOSTILE_MESSAGES, form, infer_message, request
 from processes import start_process
 from serving import encoded
 from tiny_engine import write_package
+
+from server.v2 import inference_pb2 as pb
 
 MEMORY = 1 << 30  # bytes, of the server: what deploy/kubernetes gives it
 WARM_UP = 0.2  # share of the time
 MOST_GROWTH = 1.05  # of resident memory after the warm-up
 DELIBERATE = frozenset({503, 504})
-GOOD = ("single", "form", "v2", "curl", "health")
+GOOD = ("single", "form", "v2", "grpc", "curl", "health")
 GOOD_ANSWERS = frozenset({"200", "429", "503", "504"})
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+STATUSES = {  # what HTTP calls them
+    grpc.StatusCode.OK: 200,
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.CANCELLED: "left",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
 
 
 @dataclass(frozen=True)
@@ -102,9 +115,12 @@ class Outcome:
 class Soak:
     """Clients of one server, until the time is over."""
 
-    def __init__(self, url: str, process: psutil.Process, package: Path, seconds: float) -> None:
+    def __init__(
+        self, url: str, grpc_address: str, process: psutil.Process, package: Path, seconds: float
+    ) -> None:
         address = urlsplit(url)
         self._address = (address.hostname or "", address.port or 80)
+        self._grpc_address = grpc_address
         self._process = process
         self._package = package
         self._began = time.monotonic()
@@ -120,8 +136,10 @@ class Soak:
             *[self._single] * 3,
             *[self._form] * 2,
             self._v2,
+            self._grpc,
             self._curl,
             *[self._hostile] * 3,
+            self._hostile_grpc,
             self._holder,
             self._copier,
         ]
@@ -197,6 +215,37 @@ class Soak:
         body = json.dumps({"inputs": [tensor], "outputs": [{"name": "logits"}]}).encode()
         self._ask("v2", "/v2/models/tiny/infer", body, "application/json", [number])
 
+    def _grpc(self) -> None:
+        numbers = random.choices(range(len(self._images)), k=random.choice([1, 1, 8]))
+        message = infer_message([self._images[number] for number in numbers])
+        with self._infer() as infer:
+            for _ in range(random.randrange(1, 50)):
+                status, answer = self._call(infer, message)
+                self._count("grpc", status)
+                if status != 200:
+                    return
+                logits = np.frombuffer(pb.ModelInferResponse.FromString(answer).raw_output_contents[0], "<f4")
+                found = logits.reshape(len(numbers), -1).argmax(1).tolist()
+                if found != [self._labels[number] for number in numbers]:
+                    self.outcome.wrong.append(f"grpc: {numbers} are {found}")
+                if time.monotonic() > self._end:
+                    return
+
+    @contextlib.contextmanager
+    def _infer(self) -> Iterator[Callable[..., Any]]:
+        # Channels share a connection otherwise.
+        with grpc.insecure_channel(self._grpc_address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            yield channel.unary_unary(INFER)
+
+    @staticmethod
+    def _call(infer: Callable[..., Any], message: bytes, timeout: float = 60) -> tuple[int | str, bytes]:
+        """The status of a call as HTTP has it, and the answer."""
+        try:
+            return 200, infer(message, timeout=timeout)
+        except grpc.RpcError as error:
+            code = error.code()  # type: ignore[attr-defined]
+            return STATUSES.get(code, 500), b""
+
     def _curl(self) -> None:
         """A client with habits of its own; it offers HTTP/2."""
         if shutil.which("curl") is None:
@@ -229,6 +278,18 @@ class Soak:
                 self._count(name, "waited")  # half of something is waited for; its client has patience
                 return
         self._count(name, answer[9:12].decode("latin-1") if answer.startswith(b"HTTP/1.1 ") else "closed")
+
+    def _hostile_grpc(self) -> None:
+        """Hostile messages; some with no patience, and some that are no gRPC at all."""
+        if random.random() < 0.1:
+            host, _, port = self._grpc_address.rpartition(":")
+            with socket.create_connection((host, int(port)), timeout=2) as connection:
+                connection.sendall(random.choice([random.randbytes(300), b"GET / HTTP/1.1\r\n\r\n"]))
+            return
+        with self._infer() as infer:
+            for name, make in random.choices(list(HOSTILE_MESSAGES.items()), k=5):
+                timeout = 0.01 if random.random() < 0.2 else 20.0
+                self._count(name, self._call(infer, make(random.choice(self._images)), timeout)[0])
 
     def _holder(self) -> None:
         """Forty connections that send a byte a second, for a while."""
@@ -313,11 +374,12 @@ def soak(folder: Path, seconds: float, *, limit: bool) -> Outcome:
     package = write_package(folder / "engines", "tiny", seed=0)
     write_package(folder / "engines", "other", seed=1)
     options = ["--engine-dir", str(folder / "engines"), "--engine", "tiny,other", "--timeout-ms", "5000"]
-    options += ["--api-key", "right"]
+    options += ["--api-key", "right", "--grpc-port", "0"]
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(start_process(options, folder / "log"))
         limited = stack.enter_context(limited_memory(server.process.pid, MEMORY)) if limit else False
-        outcome = Soak(server.url, psutil.Process(server.process.pid), package, seconds).run()
+        process = psutil.Process(server.process.pid)
+        outcome = Soak(server.url, server.said("grpc"), process, package, seconds).run()
         outcome.memory_limited = limited
     return outcome
 

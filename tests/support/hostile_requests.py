@@ -6,7 +6,10 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
+
+from server.v2 import inference_pb2 as pb
+from server.v2.tensors import pack_bytes
 
 
 def request(
@@ -66,6 +69,27 @@ def damaged(image: bytes) -> bytes:
         changed[random.randrange(len(changed))] = random.randrange(256)
     return bytes(changed)
 
+
+def infer_message(images: list[bytes], **changes: Any) -> bytes:
+    """A gRPC request with these images."""
+    raw = pack_bytes(images)
+    fields = {"name": "pixels", "datatype": "BYTES", "shape": [len(images)]} | changes
+    tensor = pb.ModelInferRequest.InferInputTensor(**fields)
+    message = pb.ModelInferRequest(model_name="tiny", inputs=[tensor], raw_input_contents=[raw])
+    return message.SerializeToString()
+
+
+HOSTILE_MESSAGES: Final[dict[str, Callable[[bytes], bytes]]] = {
+    "grpc: damaged image": lambda image: infer_message([damaged(image)]),
+    "grpc: no message": lambda _: random.randbytes(300),
+    "grpc: half a message": lambda image: infer_message([image])[:-20],
+    "grpc: a shape of -1": lambda image: infer_message([image], shape=[-1]),
+    "grpc: a shape that overflows": lambda image: infer_message([image], shape=[2**62, 2**62]),
+    "grpc: a small file, a huge tile": lambda _: infer_message([tiff_of_one_tile(30_000)] * 64),
+    "grpc: a million empty elements": lambda _: infer_message([b""] * 1_000_000),
+    "grpc: a million inputs": lambda image: infer_message([image]) + b"*\0" * 1_000_000,
+    "grpc: too large": lambda _: infer_message([bytes(40 << 20)]),
+}
 
 HOSTILE: Final[dict[str, Callable[[bytes], bytes]]] = {
     "damaged image": lambda image: request("/predict", damaged(image), "image/png"),
