@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.cores import cores
 from models.preprocessing import DEFAULT_MAX_PIXELS, FORMATS
 
 
@@ -88,7 +89,7 @@ class Settings(BaseSettings):
         default=False, description="Let version-compatible TensorRT plans run the code that they carry."
     )
     decode_threads: int = Field(
-        default=os.cpu_count() or 1, ge=1, description="Threads that decode images for engines on a device."
+        default_factory=cores, ge=1, description="Threads that decode images for engines on a device."
     )
     linux_scheduling: bool = Field(
         default=True,

@@ -12,6 +12,7 @@ from cuda.bindings import runtime
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
+from runtime.cuda.nodes import advice
 
 
 class BindingsCuda:
@@ -32,7 +33,7 @@ class BindingsCuda:
         except CudaError as error:
             raise CudaUnavailableError(
                 f"no usable NVIDIA GPU: {error}. Is there a driver, and is it new enough for cuda-bindings "
-                f"{version('cuda-bindings')}? (JetPack 6: pip install 'cuda-bindings>=12.8,<13')"
+                f"{version('cuda-bindings')}? (JetPack 6: pip install 'cuda-bindings>=12.8,<13'){advice()}"
             ) from error
         if index >= count:
             raise CudaUnavailableError(f"there is no GPU {index}; this machine has {count}")
@@ -52,6 +53,8 @@ class BindingsCuda:
             compute_capability=f"{properties.major}.{properties.minor}",
             integrated=bool(properties.integrated),
             cuda=version_text(_call(runtime.cudaDriverGetVersion)),
+            multiprocessors=int(properties.multiProcessorCount),
+            memory=int(properties.totalGlobalMem),
         )
 
     def memory(self) -> tuple[int, int]:
@@ -103,8 +106,8 @@ class BindingsCuda:
         _call(runtime.cudaMemcpyAsync, target.ctypes.data, address, target.nbytes, kind, stream)
 
     def create_event(self) -> Any:
-        """An event that takes the time."""
-        return _call(runtime.cudaEventCreate)
+        """An event that takes the time, and can be waited for."""
+        return _call(runtime.cudaEventCreateWithFlags, runtime.cudaEventBlockingSync)
 
     def destroy_event(self, event: Any) -> None:
         """Destroy an event."""
@@ -113,6 +116,10 @@ class BindingsCuda:
     def record(self, event: Any, stream: int) -> None:
         """Enqueue an event."""
         _call(runtime.cudaEventRecord, event, stream)
+
+    def wait(self, event: Any) -> None:
+        """Sleep until an event has happened; other Python threads run meanwhile."""
+        _call(runtime.cudaEventSynchronize, event)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that have happened."""
