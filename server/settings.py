@@ -95,6 +95,16 @@ class Settings(BaseSettings):
         default=True,
         description="On Linux, let threads that compute on a CPU give way to the server's other threads.",
     )
+    max_failed_batches: int = Field(
+        default=5,
+        ge=1,
+        description="Batches that an engine may fail on in a row before the server is not ready. An error that "
+        "CUDA does not recover from counts as all of them.",
+    )
+    exit_when_lost: bool = Field(
+        default=False,
+        description="End the process with code 70 then, for whoever starts it again: Docker, systemd.",
+    )
     timeout_ms: float = Field(
         default=30_000, gt=0, description="Longest a request may take; X-Request-Timeout-Ms can ask for less."
     )

@@ -28,6 +28,10 @@ class CudaError(EngineError):
     """A CUDA call failed; the message names the call and the error."""
 
 
+class DeviceLostError(CudaError):
+    """No later call of this process can succeed: its GPU, or its context there, is gone."""
+
+
 class CudaUnavailableError(EngineError):
     """No usable CUDA interface on this machine; the message says what was tried and what to do."""
 

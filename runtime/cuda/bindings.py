@@ -11,8 +11,27 @@ import numpy as np
 from cuda.bindings import runtime
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
+from runtime.cuda import (
+    CudaError,
+    CudaName,
+    CudaUnavailableError,
+    Device,
+    DeviceLostError,
+    HostBuffer,
+    version_text,
+)
 from runtime.cuda.nodes import advice
+
+# After these, CUDA's documentation says, the process must be ended to use the GPU again. Older versions lack the last.
+LASTING: Final = frozenset(
+    (
+        *("cudaErrorIllegalAddress", "cudaErrorMisalignedAddress", "cudaErrorInvalidAddressSpace"),
+        *("cudaErrorIllegalInstruction", "cudaErrorInvalidPc", "cudaErrorHardwareStackError"),
+        *("cudaErrorLaunchFailure", "cudaErrorLaunchTimeout", "cudaErrorAssert"),
+        *("cudaErrorECCUncorrectable", "cudaErrorNvlinkUncorrectable", "cudaErrorContextIsDestroyed"),
+        *("cudaErrorExternalDevice", "cudaErrorContained", "cudaErrorTensorMemoryLeak"),
+    )
+)
 
 
 class BindingsCuda:
@@ -162,9 +181,11 @@ def _call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
 
     Raises:
         CudaError: the status is not success.
+        DeviceLostError: nor will it be that of any later call.
     """
     status, *values = function(*arguments)
     if status != runtime.cudaError_t.cudaSuccess:
         _, text = runtime.cudaGetErrorString(status)
-        raise CudaError(f"{function.__name__}: {status.name}: {text.decode()}")
+        kind = DeviceLostError if status.name in LASTING else CudaError
+        raise kind(f"{function.__name__}: {status.name}: {text.decode()}")
     return values[0] if len(values) == 1 else tuple(values)

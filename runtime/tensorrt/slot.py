@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cuda import Cuda, CudaError, HostBuffer
+from runtime.cuda import Cuda, CudaError, DeviceLostError, HostBuffer
 from runtime.engine import Outputs
 from runtime.manifest import BatchSizes, EngineError, Manifest
 from runtime.tensorrt.library import TensorRTLibrary, errors_in
@@ -165,6 +165,7 @@ class TensorRTSlot:
         Raises:
             ValueError: `count` is in none of the engine's profiles.
             EngineError: TensorRT or CUDA failed; the next call starts afresh.
+            DeviceLostError: and all later ones will.
         """
         if count not in self._places:
             ranges = ", ".join(f"{profile.min}..{profile.max}" for profile in self._profiles)
@@ -255,13 +256,20 @@ class TensorRTSlot:
         return engine.create_execution_context(strategy)
 
     def _recover(self) -> None:
-        """Drop state that a failure may have left incomplete; the next batch sets everything up again."""
+        """Drop state that a failure may have left incomplete; the next batch sets everything up again.
+
+        Raises:
+            DeviceLostError: there will be none.
+        """
         try:
             self._cuda.synchronize(self._stream)  # nothing may still read `pixels`
             self._discard_graphs()
+        except DeviceLostError:
+            raise
         except CudaError as error:
             logger.error("after a failed batch: %s", error)
-        self._executions.clear()
+        finally:
+            self._executions.clear()
 
     def _discard_graphs(self) -> None:
         for execution in self._executions.values():
@@ -271,4 +279,7 @@ class TensorRTSlot:
 
     def close(self) -> None:
         """Free everything, on the thread that opened the slot."""
-        self._resources.close()
+        try:
+            self._resources.close()
+        except CudaError as error:  # of a GPU that is gone; the end of the process frees what is left
+            logger.error("while a slot was closed: %s", error)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.cuda import CudaError, Device, HostBuffer
+from runtime.cuda import CudaError, Device, DeviceLostError, HostBuffer
 
 Work = Callable[[], None]
 
@@ -88,6 +88,7 @@ class RecordingCuda:
         self.captures_graphs = captures_graphs
         self.calls: list[Call] = []
         self.fail: dict[str, Callable[[], bool]] = {}  # name: should this call fail?
+        self.lost = False  # for good: no call succeeds
         self.memory_at: dict[int, NDArray[np.uint8]] = {}
         self.host_buffers: dict[int, HostBuffer] = {}
         self.streams: dict[int, _Stream] = {}
@@ -106,6 +107,8 @@ class RecordingCuda:
             self.calls.append(Call(name, arguments, thread))
             if attached and not self.attached[thread]:
                 raise CudaError(f"{name}: cudaErrorDeviceUninitialized: invalid device context")
+            if self.lost:
+                raise DeviceLostError(f"{name}: cudaErrorIllegalAddress: an illegal memory access")
             if name in self.fail and self.fail[name]():
                 raise CudaError(f"{name}: cudaErrorUnknown: as the test asked")
 
