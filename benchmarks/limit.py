@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from benchmarks.load import Round, merge
 from benchmarks.turns import take_turns
-from runtime.engine import cores
+from models.cores import cores
 from runtime.manifest import read_manifest
 from runtime.timing import rate
 from runtime.tuning import Setting

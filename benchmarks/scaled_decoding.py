@@ -17,9 +17,9 @@ import click
 from PIL import Image
 from rich.progress import track
 
+from models.cores import cores
 from models.datasets import open_dataset
 from models.preprocessing import Pixels, load_pixels
-from runtime.engine import cores
 from runtime.loading import load_engine
 from runtime.manifest import EngineError
 from trimrt.options import HELP

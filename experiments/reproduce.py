@@ -6,7 +6,6 @@ an interrupted one continues where it stopped, so the same command can be given 
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ from rich.console import Console
 from experiments.fold import RESULT, fold_folder
 from experiments.results import FOLDER, Fold, Results, made_here
 from experiments.study import STUDIES, Study
+from models.cores import cores
 from trimrt.options import COUNT, HELP
 from trimrt.options import FOLDER as OUTPUT
 
@@ -63,7 +63,7 @@ def reproduce(
     numbers = list(range(plan.folds)) if folds is None else folds
     if not set(numbers) <= set(range(plan.folds)):
         raise click.UsageError(f"{study} has folds 0 to {plan.folds - 1}")
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    threads = max((cores()) // jobs, 1)
     tasks = [(fold, seed) for seed in range(plan.seeds) for fold in numbers]
     if jobs == 1:
         failed = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.cores import cores
 from models.errors import TrimRTError
 
 if sys.version_info >= (3, 11):
@@ -148,7 +148,7 @@ class Recipe(_Section):
 
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of weights, shuffling and augmentation")
     threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1,
+        default_factory=cores,
         ge=1,
         description="CPU threads; other numbers give other weights",
     )

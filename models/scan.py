@@ -8,7 +8,6 @@ an eighth of their size.
 from __future__ import annotations
 
 import hashlib
-import os
 import textwrap
 import time
 from collections import Counter, defaultdict
@@ -21,6 +20,7 @@ from typing import Final, NamedTuple, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from models.cores import cores
 from models.folders import (
     RAW_SUFFIXES,
     Contents,
@@ -151,7 +151,7 @@ def for_each(function: Callable[[_T], _R], items: Sequence[_T], text: str, progr
         console=console,
         transient=True,
     )
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         try:
             results: Iterable[_R] = pool.map(function, items)
             if progress and console.is_terminal:

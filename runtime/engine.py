@@ -7,8 +7,6 @@ one engine may run at once.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,11 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.manifest import Manifest
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class Engine(Protocol):
 
     @property
     def run_sizes(self) -> Sequence[int]:
-        """Sizes of batches that are computed in one run, ascending; others take several."""
+        """Sizes of batches that are computed as they are, ascending; others take several, or are padded."""
 
     @property
     def on_cpu(self) -> bool:

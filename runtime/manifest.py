@@ -76,7 +76,10 @@ class Compatibility(_Strict):
     dla_core: int | None = None
     cuda: str | None = None
     driver: str | None = None
-    l4t: str | None = None
+    l4t: str | None = Field(default=None, description="release of Jetson Linux, where it was seen")
+    board: str | None = Field(default=None, description="name of a Jetson; None elsewhere, or not recorded")
+    multiprocessors: int | None = Field(default=None, description="of the GPU; None: not recorded")
+    memory_mib: int | None = Field(default=None, description="of the GPU, or of a Jetson; None: not recorded")
     hardware_compatible: bool = False
     version_compatible: bool = False
 

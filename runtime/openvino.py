@@ -14,7 +14,8 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from runtime.engine import Options, Outputs, cores
+from models.cores import cores
+from runtime.engine import Options, Outputs
 from runtime.finite import check_finite
 from runtime.manifest import Compatibility, EngineError, Manifest, read_artefact
 from runtime.processor import WIDE_SUMS, processor

@@ -10,7 +10,8 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runtime.engine import Options, cores
+from models.cores import cores
+from runtime.engine import Options
 from runtime.manifest import BatchSizes
 from runtime.processor import processor
 from runtime.reading import TEXT_BYTES, read_file

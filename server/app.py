@@ -57,15 +57,15 @@ def create_app(
     Args:
         settings: all of its configuration.
         load: how an engine package becomes an engine; None: as the settings say.
-        on_failure: told when an engine named in `settings` cannot be loaded at start, or gRPC's port is
-            taken.
+        on_failure: told when an engine named in `settings` cannot be loaded at start, gRPC's port is
+            taken, or an engine is lost and `settings` say to end then.
         observers: told of every inference request.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         telemetry = Telemetry([*observers, *_tracers(settings)])
-        registry = Registry(settings, telemetry, load)
+        registry = Registry(settings, telemetry, load, on_failure if settings.exit_when_lost else None)
         lifecycle = Lifecycle()
         large_work = ThreadPoolExecutor(1, "trimrt-large")
         # Looks before what is there is loaded, lest a package come between.

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.preprocessing import Pixels
+from runtime.manifest import EngineError
 from server.problems import Problem
 
 
@@ -167,10 +168,12 @@ class Failed(NamedTuple):
     Attributes:
         images: of one or more jobs, each of which is answered with the problem.
         problem: why.
+        error: what the engine raised, if it was the engine.
     """
 
     images: Sequence[Image]
     problem: Problem
+    error: EngineError | None = None
 
 
 Outcome: TypeAlias = Computed | Failed

@@ -69,12 +69,16 @@ class _TelemetryCollector(Collector):
         limit = GaugeMetricFamily(
             "trimrt_queue_limit", "Most images that may have to run for a request.", labels=("engine",)
         )
+        lost = GaugeMetricFamily(
+            "trimrt_engine_lost", "1 if the engine fails on every batch.", labels=("engine",)
+        )
         for name, scheduler in self._registry.loaded.items():
             key = EngineKey.of(scheduler.engine.manifest)
             info.add_metric((*key, str(name == self._registry.default).lower()), 1)
             depth.add_metric((name,), scheduler.pending)
             limit.add_metric((name,), scheduler.queue_limit)
-        yield from (info, depth, limit)
+            lost.add_metric((name,), scheduler.health.lost is not None)
+        yield from (info, depth, limit, lost)
 
     def _engine_stats(self) -> Iterator[Metric]:
         stages = HistogramMetricFamily(

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from models.files import restore
 from runtime.engine import Engine, Options
+from runtime.health import EngineLostError, Health
 from runtime.loading import load_engine
 from runtime.manifest import Activation, EngineError, Manifest, read_manifest
 from runtime.packages import Stamp, find_package, find_packages, is_package, stamp_of
@@ -93,7 +94,13 @@ class EngineRow(BaseModel):
 class Registry:
     """Loaded engines by name. All of its methods run on the event loop."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, load: LoadEngine | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        telemetry: Telemetry,
+        load: LoadEngine | None = None,
+        on_lost: Callable[[EngineLostError], None] | None = None,
+    ) -> None:
         self.loaded: dict[str, Scheduler] = {}
         self.default: str | None = None
         self._refusal = ""
@@ -104,6 +111,7 @@ class Registry:
         self._load = load or partial(load_engine, options=_engine_options(settings))
         self._pool = DecodePool(settings.decode_threads)
         self._decoding_limits = DecodingLimits(settings)
+        self._on_lost = on_lost
         self._changing = asyncio.Lock()
 
     def get(self, name: str | None) -> Scheduler:
@@ -122,6 +130,12 @@ class Registry:
             "engine-not-found",
             f"no engine {name!r} is loaded; loaded: {', '.join(sorted(self.loaded)) or 'none'}",
         )
+
+    def check_health(self) -> None:
+        """Raise the problem `not-ready` if an engine is lost."""
+        for scheduler in self.loaded.values():
+            if scheduler.health.lost is not None:
+                raise Problem("not-ready", scheduler.health.lost)
 
     async def load_by_name(self, name: str) -> Scheduler:
         """Load the newest package of that name; see `load`.
@@ -177,6 +191,7 @@ class Registry:
             self._telemetry.engine(manifest),
             queue_limit=self._settings.queue_limit,
             decoding_limits=self._decoding_limits,
+            health=Health(manifest.name, self._settings.max_failed_batches, self._on_lost),
             max_batch_delay=self._settings.max_batch_delay_ms / 1000,
             linux_scheduling=self._settings.linux_scheduling,
         )

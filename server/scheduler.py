@@ -18,6 +18,7 @@ from typing import cast
 
 from models.preprocessing import Pixels
 from runtime.engine import Engine
+from runtime.health import Health
 from runtime.threads import run_in_engine_thread
 from server.backlog import Backlog
 from server.batching import Shares
@@ -62,6 +63,7 @@ class Scheduler:
         stats: counts what becomes of the images.
         queue_limit: the most images that may have to run until a request is answered, its own among them.
         decoding_limits: on what decoding may take; shared with other engines.
+        health: learns which batches failed.
         max_batch_delay: how long an idle slot waits for a fuller batch, seconds.
         linux_scheduling: see `server.linux_scheduling`.
     """
@@ -74,12 +76,14 @@ class Scheduler:
         *,
         queue_limit: int,
         decoding_limits: DecodingLimits,
+        health: Health,
         max_batch_delay: float = 0.0,
         linux_scheduling: bool = True,
     ) -> None:
         self.engine = engine
         self.stats = stats
         self.queue_limit = queue_limit
+        self.health = health
         self._pool = pool
         self._decoder = Decoder(engine.manifest.preprocessing, decoding_limits)
         self._decodes_in_slot = engine.on_cpu
@@ -215,6 +219,8 @@ class Scheduler:
     def _receive(self, outcome: Outcome) -> None:
         """Take an outcome from a slot's or a decoding thread."""
         if isinstance(outcome, Failed):
+            if outcome.error is not None:
+                self.health.failed(outcome.error)
             if outcome.problem.name == "inference-failed":
                 self.stats.fail(len(outcome.images))
             for image in outcome.images:
@@ -254,6 +260,7 @@ class Scheduler:
                 job.over = True
                 self._jobs.remove(job)
                 job.done(cast("list[Result]", job.results))
+        self.health.succeeded()
         self.stats.batch(size)
         self._service_time.measure(size, batch.started, now)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import socket
+from typing import Final
 
 import click
 
+from runtime.health import EngineLostError
 from runtime.manifest import EngineError
 from server.settings import Settings
+
+LOST_CODE: Final = 70  # the exit code when an engine was lost
 
 log = logging.getLogger("trimrt")
 
@@ -46,7 +50,9 @@ def run(settings: Settings) -> None:
     log.info("listening", extra={"url": f"http://{f'[{address}]' if ':' in address else address}:{port}"})
     server.run(sockets=[listener])
     if failures:
-        raise click.ClickException(str(failures[0]))
+        failure = click.ClickException(str(failures[0]))
+        failure.exit_code = LOST_CODE if isinstance(failures[0], EngineLostError) else failure.exit_code
+        raise failure
 
 
 def listen(settings: Settings) -> socket.socket:

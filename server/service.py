@@ -37,6 +37,11 @@ class Service:
     large_work: Executor
     loading: asyncio.Task[None]
 
+    def check_ready(self) -> None:
+        """Raise the problem `not-ready` unless new work is wanted and can be done."""
+        self.lifecycle.check_ready()
+        self.registry.check_health()
+
 
 def service_of(app: Starlette) -> Service:
     """The parts of `app`; they exist from the start of its lifespan."""

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.cores import cores
 from models.preprocessing import DEFAULT_MAX_PIXELS, FORMATS
 
 
@@ -88,11 +89,21 @@ class Settings(BaseSettings):
         default=False, description="Let version-compatible TensorRT plans run the code that they carry."
     )
     decode_threads: int = Field(
-        default=os.cpu_count() or 1, ge=1, description="Threads that decode images for engines on a device."
+        default_factory=cores, ge=1, description="Threads that decode images for engines on a device."
     )
     linux_scheduling: bool = Field(
         default=True,
         description="On Linux, let threads that compute on a CPU give way to the server's other threads.",
+    )
+    max_failed_batches: int = Field(
+        default=5,
+        ge=1,
+        description="Batches that an engine may fail on in a row before the server is not ready. An error that "
+        "CUDA does not recover from counts as all of them.",
+    )
+    exit_when_lost: bool = Field(
+        default=False,
+        description="End the process with code 70 then, for whoever starts it again: Docker, systemd.",
     )
     timeout_ms: float = Field(
         default=30_000, gt=0, description="Longest a request may take; X-Request-Timeout-Ms can ask for less."

@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 
 from runtime.engine import Engine, Slot
 from runtime.finite import NOT_FINITE, all_finite, finite_rows
+from runtime.manifest import EngineError
 from runtime.ranking import ranked
 from server.backlog import Backlog
 from server.decoding import Decoder
@@ -82,7 +83,8 @@ class Worker:
             return self._infer(slot, images) if images else None
         except Exception as error:
             log.exception("a batch of %d images failed", len(batch))
-            return Failed(batch, Problem("inference-failed", f"the engine failed: {error}"))
+            problem = Problem("inference-failed", f"the engine failed: {error}")
+            return Failed(batch, problem, error if isinstance(error, EngineError) else None)
 
     def _fill(self, slot: Slot, batch: list[Image]) -> list[Image]:
         """Write the pixels of `batch` into the slot, and of images that join it; those that have a row."""

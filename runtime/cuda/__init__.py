@@ -7,7 +7,8 @@ Addresses and streams are integers, as TensorRT takes them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -27,6 +28,10 @@ class CudaError(EngineError):
     """A CUDA call failed; the message names the call and the error."""
 
 
+class DeviceLostError(CudaError):
+    """No later call of this process can succeed: its GPU, or its context there, is gone."""
+
+
 class CudaUnavailableError(EngineError):
     """No usable CUDA interface on this machine; the message says what was tried and what to do."""
 
@@ -40,12 +45,16 @@ class Device:
         compute_capability: e.g. `8.7`.
         integrated: it shares the CPU's memory (Jetson).
         cuda: newest CUDA version the driver supports, e.g. `12.6`.
+        multiprocessors: how many it has (SMs).
+        memory: all of its memory, in bytes; what CUDA says, which is a little less than what is sold.
     """
 
     name: str
     compute_capability: str
     integrated: bool
     cuda: str
+    multiprocessors: int
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -115,13 +124,16 @@ class Cuda(Protocol):
         """Enqueue a copy to page-locked memory."""
 
     def create_event(self) -> Any:
-        """An event that takes the time."""
+        """An event that takes the time, and can be waited for."""
 
     def destroy_event(self, event: Any) -> None:
         """Destroy an event."""
 
     def record(self, event: Any, stream: int) -> None:
         """Enqueue an event."""
+
+    def wait(self, event: Any) -> None:
+        """Sleep until an event has happened; a thread that spins would take a core from decoding."""
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that have happened."""
@@ -159,6 +171,20 @@ def open_cuda(name: CudaName | None = None) -> Cuda:
         f"no CUDA interface is installed ({'; '.join(missing)}); "
         "`pip install trimrt[tensorrt]` brings cuda-bindings"
     )
+
+
+@contextmanager
+def attached(cuda: Cuda) -> Iterator[Cuda]:
+    """Attach the calling thread for as long as the context lasts.
+
+    Raises:
+        CudaError: it cannot be attached.
+    """
+    cuda.attach_thread()
+    try:
+        yield cuda
+    finally:
+        cuda.detach_thread()
 
 
 def version_text(version: int) -> str:

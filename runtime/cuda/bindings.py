@@ -11,7 +11,27 @@ import numpy as np
 from cuda.bindings import runtime
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
+from runtime.cuda import (
+    CudaError,
+    CudaName,
+    CudaUnavailableError,
+    Device,
+    DeviceLostError,
+    HostBuffer,
+    version_text,
+)
+from runtime.cuda.nodes import advice
+
+# After these, CUDA's documentation says, the process must be ended to use the GPU again. Older versions lack the last.
+LASTING: Final = frozenset(
+    (
+        *("cudaErrorIllegalAddress", "cudaErrorMisalignedAddress", "cudaErrorInvalidAddressSpace"),
+        *("cudaErrorIllegalInstruction", "cudaErrorInvalidPc", "cudaErrorHardwareStackError"),
+        *("cudaErrorLaunchFailure", "cudaErrorLaunchTimeout", "cudaErrorAssert"),
+        *("cudaErrorECCUncorrectable", "cudaErrorNvlinkUncorrectable", "cudaErrorContextIsDestroyed"),
+        *("cudaErrorExternalDevice", "cudaErrorContained", "cudaErrorTensorMemoryLeak"),
+    )
+)
 
 
 class BindingsCuda:
@@ -32,7 +52,7 @@ class BindingsCuda:
         except CudaError as error:
             raise CudaUnavailableError(
                 f"no usable NVIDIA GPU: {error}. Is there a driver, and is it new enough for cuda-bindings "
-                f"{version('cuda-bindings')}? (JetPack 6: pip install 'cuda-bindings>=12.8,<13')"
+                f"{version('cuda-bindings')}? (JetPack 6: pip install 'cuda-bindings>=12.8,<13'){advice()}"
             ) from error
         if index >= count:
             raise CudaUnavailableError(f"there is no GPU {index}; this machine has {count}")
@@ -52,6 +72,8 @@ class BindingsCuda:
             compute_capability=f"{properties.major}.{properties.minor}",
             integrated=bool(properties.integrated),
             cuda=version_text(_call(runtime.cudaDriverGetVersion)),
+            multiprocessors=int(properties.multiProcessorCount),
+            memory=int(properties.totalGlobalMem),
         )
 
     def memory(self) -> tuple[int, int]:
@@ -103,8 +125,8 @@ class BindingsCuda:
         _call(runtime.cudaMemcpyAsync, target.ctypes.data, address, target.nbytes, kind, stream)
 
     def create_event(self) -> Any:
-        """An event that takes the time."""
-        return _call(runtime.cudaEventCreate)
+        """An event that takes the time, and can be waited for."""
+        return _call(runtime.cudaEventCreateWithFlags, runtime.cudaEventBlockingSync)
 
     def destroy_event(self, event: Any) -> None:
         """Destroy an event."""
@@ -113,6 +135,10 @@ class BindingsCuda:
     def record(self, event: Any, stream: int) -> None:
         """Enqueue an event."""
         _call(runtime.cudaEventRecord, event, stream)
+
+    def wait(self, event: Any) -> None:
+        """Sleep until an event has happened; other Python threads run meanwhile."""
+        _call(runtime.cudaEventSynchronize, event)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that have happened."""
@@ -155,9 +181,11 @@ def _call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
 
     Raises:
         CudaError: the status is not success.
+        DeviceLostError: nor will it be that of any later call.
     """
     status, *values = function(*arguments)
     if status != runtime.cudaError_t.cudaSuccess:
         _, text = runtime.cudaGetErrorString(status)
-        raise CudaError(f"{function.__name__}: {status.name}: {text.decode()}")
+        kind = DeviceLostError if status.name in LASTING else CudaError
+        raise kind(f"{function.__name__}: {status.name}: {text.decode()}")
     return values[0] if len(values) == 1 else tuple(values)

@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from pycuda import driver
 
 from runtime.cuda import CudaError, CudaName, CudaUnavailableError, Device, HostBuffer, version_text
+from runtime.cuda.nodes import advice
 
 
 class PycudaCuda:
@@ -34,7 +35,7 @@ class PycudaCuda:
             self._device = driver.Device(index)
             self._context = self._device.retain_primary_context()
         except driver.Error as error:
-            raise CudaUnavailableError(f"no usable NVIDIA GPU: {error}") from error
+            raise CudaUnavailableError(f"no usable NVIDIA GPU: {error}.{advice()}") from error
         # PyCUDA frees objects without references, so those handed out as numbers are kept here.
         self._allocations: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
@@ -55,6 +56,8 @@ class PycudaCuda:
             compute_capability=f"{major}.{minor}",
             integrated=bool(_call(self._device.get_attribute, driver.device_attribute.INTEGRATED)),
             cuda=version_text(_call(driver.get_driver_version)),
+            multiprocessors=_call(self._device.get_attribute, driver.device_attribute.MULTIPROCESSOR_COUNT),
+            memory=int(_call(self._device.total_memory)),
         )
 
     def memory(self) -> tuple[int, int]:
@@ -107,8 +110,8 @@ class PycudaCuda:
         _call(driver.memcpy_dtoh_async, target, address, self._streams[stream])
 
     def create_event(self) -> Any:
-        """An event that takes the time."""
-        return _call(driver.Event)
+        """An event that takes the time, and can be waited for."""
+        return _call(driver.Event, driver.event_flags.BLOCKING_SYNC)
 
     def destroy_event(self, event: Any) -> None:
         """Nothing to do: PyCUDA destroys it with the last reference."""
@@ -116,6 +119,10 @@ class PycudaCuda:
     def record(self, event: Any, stream: int) -> None:
         """Enqueue an event."""
         _call(event.record, self._streams[stream])
+
+    def wait(self, event: Any) -> None:
+        """Sleep until an event has happened; other Python threads run meanwhile."""
+        _call(event.synchronize)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that have happened."""

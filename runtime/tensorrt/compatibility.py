@@ -8,18 +8,29 @@ from pathlib import Path
 from typing import Final
 
 from runtime.cuda import Device
+from runtime.jetson import jetson_linux, jetson_model
 from runtime.manifest import Compatibility, EngineError, Manifest
 from runtime.tensorrt.library import TensorRTLibrary
 
-JETSON_RELEASE: Final = Path("/etc/nv_tegra_release")
 KERNEL_MODULE: Final = Path("/proc/driver/nvidia/version")
 AMPERE: Final = (8, 0)
+MOST_MEMORY_DIFFERENCE: Final = 0.25  # of one model: what Linux keeps for itself differs by release
 RTX_MAGIC: Final = b"vtrt"
 
 
-def this_machine(device: Device | None) -> Compatibility:
-    """What a plan built here is bound to; without a GPU, only the processor and system."""
-    machine = Compatibility(os=platform.system(), cpu_architecture=platform.machine(), l4t=jetson_linux())
+def this_machine(device: Device | None, root: Path = Path("/")) -> Compatibility:
+    """What a plan built here is bound to; without a GPU, only the processor and system.
+
+    Args:
+        device: the GPU.
+        root: where `proc`, `sys` and `etc` are found.
+    """
+    machine = Compatibility(
+        os=platform.system(),
+        cpu_architecture=platform.machine(),
+        l4t=jetson_linux(root),
+        board=jetson_model(root),
+    )
     if device is None:
         return machine
     return machine.model_copy(
@@ -28,18 +39,10 @@ def this_machine(device: Device | None) -> Compatibility:
             "compute_capability": device.compute_capability,
             "cuda": device.cuda,
             "driver": driver_version(),
+            "multiprocessors": device.multiprocessors,
+            "memory_mib": device.memory >> 20,
         }
     )
-
-
-def jetson_linux(file: Path = JETSON_RELEASE) -> str | None:
-    """The release of Jetson Linux (L4T), e.g. `36.4.3`; None elsewhere."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
-    return f"{match[1]}.{match[2]}" if match else None
 
 
 def driver_version(file: Path = KERNEL_MODULE) -> str | None:
@@ -83,8 +86,8 @@ def check_machine(folder: Path, manifest: Manifest, here: Compatibility) -> None
             manifest,
             f"for {built.os} on {built.cpu_architecture}; this is {here.os} on {here.cpu_architecture}",
         )
-    if built.l4t != here.l4t:
-        raise _refusal(folder, manifest, f"for {_jetson(built.l4t)}; this is {_jetson(here.l4t)}")
+    if difference := _other_jetson(built, here):
+        raise _refusal(folder, manifest, difference)
     capability = here.compute_capability or "none"
     if manifest.backend == "tensorrt-rtx" or built.hardware_compatible:
         listed = built.compute_capabilities
@@ -102,6 +105,8 @@ def check_machine(folder: Path, manifest: Manifest, here: Compatibility) -> None
             f"for {built.gpu_name} (compute capability {built.compute_capability}); "
             f"this is {here.gpu_name} ({capability})",
         )
+    elif difference := _other_size(built, here):
+        raise _refusal(folder, manifest, difference)
 
 
 def check_kind(folder: Path, manifest: Manifest, plan: bytes) -> None:
@@ -126,5 +131,38 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
-def _jetson(release: str | None) -> str:
-    return f"Jetson Linux {release}" if release else "no Jetson"
+def _other_jetson(built: Compatibility, here: Compatibility) -> str | None:
+    """How the Jetson that a plan was built on differs from this machine, as far as both are known.
+
+    Containers do not see the release of Jetson Linux, and earlier manifests do not name the board. Releases
+    of one number have the same libraries but for TensorRT and CUDA, whose versions are compared exactly.
+    """
+    if not (built.board or built.l4t):
+        return None  # the GPU's name tells a PC's from a Jetson's
+    if not (here.board or here.l4t):
+        return f"for {_jetson(built)}; this is no Jetson"
+    if built.l4t and here.l4t and _version(built.l4t)[0] != _version(here.l4t)[0]:
+        return f"for {_jetson(built)}; this is {_jetson(here)}"
+    if built.cuda and here.cuda and built.cuda != here.cuda:
+        return f"for CUDA {built.cuda}; here is CUDA {here.cuda}"
+    return None
+
+
+def _other_size(built: Compatibility, here: Compatibility) -> str | None:
+    """How a GPU of the same name differs: every Jetson Orin's is called `Orin`."""
+    if built.multiprocessors and here.multiprocessors and built.multiprocessors != here.multiprocessors:
+        return (
+            f"for {built.gpu_name} with {built.multiprocessors} multiprocessors; this one has "
+            f"{here.multiprocessors}, for which other kernels are the fastest"
+        )
+    if built.memory_mib and here.memory_mib:
+        difference = abs(built.memory_mib - here.memory_mib) / max(built.memory_mib, here.memory_mib)
+        if difference > MOST_MEMORY_DIFFERENCE:
+            return (
+                f"for {built.gpu_name} with {built.memory_mib} MiB of memory; this one has {here.memory_mib}"
+            )
+    return None
+
+
+def _jetson(machine: Compatibility) -> str:
+    return f"Jetson Linux {machine.l4t}" if machine.l4t else f"{machine.board}"

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from runtime.cuda import Cuda, open_cuda
+from runtime.cuda import Cuda, Device, attached, open_cuda
 from runtime.engine import Options
 from runtime.finite import check_finite
 from runtime.manifest import BatchSizes, EngineError, Manifest, read_artefact
 from runtime.tensorrt.compatibility import check_kind, check_machine, check_version, this_machine
 from runtime.tensorrt.library import TensorRTBackend, TensorRTLibrary, errors_in, load_tensorrt
-from runtime.tensorrt.slot import TensorRTSlot
+from runtime.tensorrt.slot import TensorRTSlot, sizes_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-DEFAULT_SLOTS: Final = 2  # one copies while the other computes
+MIB: Final = 1 << 20
+
+logger = logging.getLogger("trimrt.tensorrt")
 
 
 def load(folder: Path, manifest: Manifest, options: Options) -> TensorRTEngine:
@@ -34,21 +36,13 @@ def load(folder: Path, manifest: Manifest, options: Options) -> TensorRTEngine:
     plan = read_artefact(folder, manifest)
     check_kind(folder, manifest, plan)
     cuda = open_cuda(options.cuda)
-    with _attached(cuda):
-        check_machine(folder, manifest, this_machine(cuda.device()))
+    with attached(cuda):
+        device = cuda.device()
+        check_machine(folder, manifest, this_machine(device))
         engine = _deserialise(folder, manifest, library, plan, host_code=options.host_code)
         profiles = _profiles(engine, manifest)
         _check_tensors(folder, manifest, library, engine, profiles)
-    return TensorRTEngine(manifest, library, engine, profiles, cuda, options)
-
-
-@contextmanager
-def _attached(cuda: Cuda) -> Iterator[None]:
-    cuda.attach_thread()
-    try:
-        yield
-    finally:
-        cuda.detach_thread()
+    return TensorRTEngine(manifest, library, engine, profiles, cuda, device, options)
 
 
 def _deserialise(
@@ -126,6 +120,7 @@ class TensorRTEngine:
         engine: trt.ICudaEngine,
         profiles: list[BatchSizes],
         cuda: Cuda,
+        device: Device,
         options: Options,
     ) -> None:
         self._manifest = manifest
@@ -133,6 +128,7 @@ class TensorRTEngine:
         self._engine: trt.ICudaEngine | None = engine
         self._profiles = profiles
         self._cuda = cuda
+        self._copies = not device.integrated
         self._options = options
 
     @property
@@ -142,8 +138,11 @@ class TensorRTEngine:
 
     @property
     def slots(self) -> int:
-        """Two, unless told otherwise: one's copies overlap the other's computation."""
-        return self._options.slots or DEFAULT_SLOTS
+        """What was asked for, or two, so that one's copies overlap the other's computation.
+
+        One, where the GPU works in the host's memory and nothing is copied.
+        """
+        return self._options.slots or (2 if self._copies else 1)
 
     @property
     def best_batch(self) -> int:
@@ -152,9 +151,8 @@ class TensorRTEngine:
 
     @property
     def run_sizes(self) -> Sequence[int]:
-        """Every size within one of the profiles."""
-        sizes = {size for profile in self._profiles for size in range(profile.min, profile.max + 1)}
-        return sorted(sizes)
+        """Powers of two within the profiles, and their largest: each size's context and graph take memory."""
+        return sorted({size for profile in self._profiles for size in sizes_of(profile)})
 
     @property
     def on_cpu(self) -> bool:
@@ -180,14 +178,27 @@ class TensorRTEngine:
             graphs=self._options.cuda_graphs,
         )
         try:
-            for size in self.run_sizes:
-                check_finite(slot.infer(size))
+            self._warm_up(slot)
         except BaseException:
             slot.close()
             raise
         return slot
 
+    def _warm_up(self, slot: TensorRTSlot) -> None:
+        """Run every size once, and log what that took."""
+        taken, (before, _) = [], self._cuda.memory()
+        for size in self.run_sizes:
+            check_finite(slot.infer(size))
+            free, _ = self._cuda.memory()
+            taken.append(f"{(before - free) / MIB:.1f} for {size}")
+            before = free
+        logger.info(
+            "%s: MiB of device memory that the context and graph of each batch size took: %s",
+            self._manifest.name,
+            ", ".join(taken),
+        )
+
     def close(self) -> None:
         """Free the engine; all slots must be closed."""
-        with _attached(self._cuda):
+        with attached(self._cuda):
             self._engine = None

@@ -1,7 +1,8 @@
 """One batch at a time through TensorRT: the thread that opens a slot owns all of its CUDA objects.
 
-For each batch size there is an execution context of its own, whose shape and addresses are set once,
-and, where CUDA graphs can be captured, the graph of its work. The contexts share one block of
+For 1, 2, 4, 8, ... images there is an execution context of its own, whose shape and addresses are set once,
+and, where CUDA graphs can be captured, the graph of its work. Other batches run in the next larger one, whose
+last rows are then of no meaning. The contexts share one block of
 scratch memory, since a slot runs one at a time. So a graph never meets another shape or address
 than those it was captured with; NVIDIA recommends one context for each captured graph.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cuda import Cuda, CudaError, HostBuffer
+from runtime.cuda import Cuda, CudaError, DeviceLostError, HostBuffer
 from runtime.engine import Outputs
 from runtime.manifest import BatchSizes, EngineError, Manifest
 from runtime.tensorrt.library import TensorRTLibrary, errors_in
@@ -44,7 +45,24 @@ class _Execution:
     """What runs one batch size."""
 
     context: trt.IExecutionContext
+    size: int
     graph: Any = None
+
+
+def sizes_of(profile: BatchSizes) -> list[int]:
+    """The batch sizes that get an execution context: powers of two, and the largest."""
+    powers = (1 << exponent for exponent in range(profile.max.bit_length()))
+    return sorted({profile.max, *(size for size in powers if size >= profile.min)})
+
+
+def _places(profiles: list[BatchSizes]) -> dict[int, tuple[int, int]]:
+    """For each batch that the profiles take: the first profile that does, and the context's size."""
+    places: dict[int, tuple[int, int]] = {}
+    for index, profile in enumerate(profiles):
+        sizes = sizes_of(profile)
+        for count in range(profile.min, profile.max + 1):
+            places.setdefault(count, (index, next(size for size in sizes if size >= count)))
+    return places
 
 
 class TensorRTSlot:
@@ -77,6 +95,7 @@ class TensorRTSlot:
         self._library = library
         self._engine: trt.ICudaEngine = engine
         self._profiles = profiles
+        self._places = _places(profiles)
         self._cuda = cuda
         self._capturing = graphs and library.backend == "tensorrt" and cuda.captures_graphs
         self._native_graphs = graphs
@@ -146,9 +165,14 @@ class TensorRTSlot:
         Raises:
             ValueError: `count` is in none of the engine's profiles.
             EngineError: TensorRT or CUDA failed; the next call starts afresh.
+            DeviceLostError: and all later ones will.
         """
+        if count not in self._places:
+            ranges = ", ".join(f"{profile.min}..{profile.max}" for profile in self._profiles)
+            raise ValueError(f"batch of {count} is outside {ranges}")
+        profile, size = self._places[count]
         try:
-            execution = self._executions.get(count) or self._prepare(count)
+            execution = self._executions.get(size) or self._prepare(profile, size)
             self._run(execution, count)
         except EngineError:
             self._recover()
@@ -168,7 +192,7 @@ class TensorRTSlot:
             cuda.copy_to_device(self._input.address, self._input.host.array[:count], stream)
         cuda.record(copied_in, stream)
         if execution.graph is None:
-            self._enqueue(execution.context, count)
+            self._enqueue(execution)
         else:
             cuda.launch(execution.graph, stream)
         cuda.record(computed, stream)
@@ -176,32 +200,28 @@ class TensorRTSlot:
             if buffer.copied:
                 cuda.copy_to_host(buffer.host.array[:count], buffer.address, stream)
         cuda.record(copied_out, stream)
-        cuda.synchronize(stream)
+        cuda.wait(copied_out)
         if execution.graph is None and self._capturing:
-            self._capture(execution, count)
+            self._capture(execution)
 
-    def _enqueue(self, context: trt.IExecutionContext, count: int) -> None:
+    def _enqueue(self, execution: _Execution) -> None:
+        context: trt.IExecutionContext = execution.context
         with self._library.log.capture() as lines:
             if not context.execute_async_v3(self._stream):
                 raise EngineError(
-                    f"TensorRT refused a batch of {count}: {errors_in(lines) or 'no reason given'}"
+                    f"TensorRT refused a batch of {execution.size}: {errors_in(lines) or 'no reason given'}"
                 )
 
-    def _capture(self, execution: _Execution, count: int) -> None:
+    def _capture(self, execution: _Execution) -> None:
         """Capture the work of a batch size that has just run, as TensorRT wants it."""
         try:
-            context = execution.context
-            execution.graph = self._cuda.capture(self._stream, lambda: self._enqueue(context, count))
+            execution.graph = self._cuda.capture(self._stream, lambda: self._enqueue(execution))
         except EngineError as error:  # the batch itself has its result, so go on without graphs
             self._capturing = False
             logger.warning("running without CUDA graphs, they cannot be captured here: %s", error)
 
-    def _prepare(self, count: int) -> _Execution:
+    def _prepare(self, profile: int, size: int) -> _Execution:
         """A context with the shape and addresses of a batch size."""
-        profile = next((i for i, sizes in enumerate(self._profiles) if sizes.min <= count <= sizes.max), None)
-        if profile is None:
-            ranges = ", ".join(f"{sizes.min}..{sizes.max}" for sizes in self._profiles)
-            raise ValueError(f"batch of {count} is outside {ranges}")
         with self._library.log.capture() as lines:
             context: trt.IExecutionContext = self._create_context()
             if context is None:
@@ -210,14 +230,14 @@ class TensorRTSlot:
             self._cuda.synchronize(self._stream)
             context.set_device_memory(self._scratch, self._scratch_size)
             name, (_, *image) = self._manifest.input.name, self._manifest.input.shape
-            done = done and context.set_input_shape(name, (count, *image))
+            done = done and context.set_input_shape(name, (size, *image))
             done = done and context.set_tensor_address(name, self._input.address)
             for tensor, buffer in zip(self._manifest.outputs, self._outputs, strict=True):
                 done = done and context.set_tensor_address(tensor.name, buffer.address)
             if not done or context.infer_shapes():
-                raise EngineError(f"TensorRT does not take a batch of {count}: {errors_in(lines)}")
-        self._executions[count] = _Execution(context)
-        return self._executions[count]
+                raise EngineError(f"TensorRT does not take a batch of {size}: {errors_in(lines)}")
+        self._executions[size] = _Execution(context, size)
+        return self._executions[size]
 
     def _create_context(self) -> Any:
         trt, engine = self._library.trt, self._engine
@@ -236,13 +256,20 @@ class TensorRTSlot:
         return engine.create_execution_context(strategy)
 
     def _recover(self) -> None:
-        """Drop state that a failure may have left incomplete; the next batch sets everything up again."""
+        """Drop state that a failure may have left incomplete; the next batch sets everything up again.
+
+        Raises:
+            DeviceLostError: there will be none.
+        """
         try:
             self._cuda.synchronize(self._stream)  # nothing may still read `pixels`
             self._discard_graphs()
+        except DeviceLostError:
+            raise
         except CudaError as error:
             logger.error("after a failed batch: %s", error)
-        self._executions.clear()
+        finally:
+            self._executions.clear()
 
     def _discard_graphs(self) -> None:
         for execution in self._executions.values():
@@ -252,4 +279,7 @@ class TensorRTSlot:
 
     def close(self) -> None:
         """Free everything, on the thread that opened the slot."""
-        self._resources.close()
+        try:
+            self._resources.close()
+        except CudaError as error:  # of a GPU that is gone; the end of the process frees what is left
+            logger.error("while a slot was closed: %s", error)

@@ -10,23 +10,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.jetson import jetson_model
 from server.devices.base import Device, Reading
 
 _MEMINFO = re.compile(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", re.MULTILINE)
 
 
 def find_jetson(root: Path) -> Device | None:
-    """This machine, if it is a Jetson.
-
-    Containers do not see the device tree, which lies in the masked /sys/firmware; there the kernel's
-    description of the chip tells, as it tells NVIDIA's container toolkit.
-    """
-    compatible = _text(root / "proc/device-tree/compatible") or ""
-    family = _text(root / "sys/devices/soc0/family") or ""
-    if "nvidia,tegra" not in compatible and not family.lower().startswith("tegra"):
-        return None
-    model = _text(root / "proc/device-tree/model") or _text(root / "sys/devices/soc0/machine")
-    return Jetson(root, (model or "NVIDIA Jetson").strip("\0"))
+    """This machine, if it is a Jetson."""
+    model = jetson_model(root)
+    return None if model is None else Jetson(root, model)
 
 
 class Jetson:

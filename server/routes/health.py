@@ -18,8 +18,8 @@ async def live() -> dict[str, str]:
 
 @router.get("/ready", responses=documented(503))
 async def ready(service: Served) -> dict[str, str]:
-    """Every engine named at the start is loaded and warm, and the server is not draining."""
-    service.lifecycle.check_ready()
+    """Every engine named at the start is loaded, warm and works, and the server is not draining."""
+    service.check_ready()
     manifest = service.registry.get(None).engine.manifest
     return {
         "status": "ready",

@@ -120,8 +120,11 @@ class _Methods:
         return pb.ServerLiveResponse(live=True)
 
     async def server_ready(self, _context: Context) -> pb.ServerReadyResponse:
-        lifecycle = self._service.lifecycle
-        return pb.ServerReadyResponse(ready=lifecycle.loaded and not lifecycle.draining)
+        try:
+            self._service.check_ready()
+        except Problem:
+            return pb.ServerReadyResponse(ready=False)
+        return pb.ServerReadyResponse(ready=True)
 
     async def model_ready(self, context: Context) -> pb.ModelReadyResponse:
         request = _parsed(pb.ModelReadyRequest, await self._read_small(context))

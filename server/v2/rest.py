@@ -82,7 +82,7 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready", responses=documented(503))
 async def ready(service: Served) -> dict[str, bool]:
     """Every engine named at the start is loaded and warm, and the server is not draining."""
-    service.lifecycle.check_ready()
+    service.check_ready()
     return {"ready": True}
 
 

@@ -15,8 +15,8 @@ from benchmarks.limit import best_for_latency, best_for_throughput, work
 from benchmarks.load import cpu_milliseconds, merge
 from benchmarks.photos import photographs, store
 from benchmarks.unserved import unserved
+from models.cores import cores
 from models.preprocessing import DamagedImageError
-from runtime.engine import cores
 from runtime.tuning import Setting
 from trimrt.bench.loop import open_loop
 from trimrt.bench.tuning import throughput

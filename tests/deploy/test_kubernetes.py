@@ -157,7 +157,8 @@ class TestKustomize:
         base = DOCUMENTS["base/deployment.yaml"]["spec"]["template"]["spec"]
         assert container(pod)["image"] == "trimrt:gpu"
         assert container(pod)["resources"]["limits"]["nvidia.com/gpu"] == "1"
-        assert environment(pod) == environment(base) | {"TRIMRT_ENGINE": "digits-resnet18-int8-tensorrt"}
+        own = {"TRIMRT_ENGINE": "digits-resnet18-int8-tensorrt", "TRIMRT_EXIT_WHEN_LOST": "1"}
+        assert environment(pod) == environment(base) | own
         assert container(pod)["readinessProbe"] == container(base)["readinessProbe"]
         assert pod["securityContext"] == base["securityContext"]
 

@@ -18,7 +18,7 @@ PAGE = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 LIMIT = re.compile(r"max_\w+|\w+_limit|timeout_ms|keep_alive_s|grace_s")
-NO_LIMIT = {"max_batch_delay_ms"}
+NO_LIMIT = {"max_batch_delay_ms", "max_failed_batches"}
 
 
 def rows(heading: str) -> list[list[str]]:

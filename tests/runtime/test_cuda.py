@@ -9,7 +9,14 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from runtime.cuda import IMPLEMENTATIONS, CudaError, CudaUnavailableError, open_cuda, version_text
+from runtime.cuda import (
+    IMPLEMENTATIONS,
+    CudaError,
+    CudaUnavailableError,
+    Device,
+    open_cuda,
+    version_text,
+)
 
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 
@@ -72,7 +79,7 @@ class RecordingDriver(ModuleType):
         self.calls: list[str] = []
         self.stacks: dict[int, int] = {}
         self.host_alloc_flags = SimpleNamespace(DEVICEMAP=2)
-        self.device_attribute = SimpleNamespace(INTEGRATED="integrated")
+        self.device_attribute = SimpleNamespace(INTEGRATED="integrated", MULTIPROCESSOR_COUNT="sms")
         self.Context = SimpleNamespace(pop=self._pop)
         self.Device = self._device
         self.Stream = self._stream
@@ -92,7 +99,8 @@ class RecordingDriver(ModuleType):
             retain_primary_context=lambda: SimpleNamespace(push=self._push),
             name=lambda: "Orin",
             compute_capability=lambda: (8, 7),
-            get_attribute=lambda attribute: {"integrated": 1}[attribute],
+            get_attribute=lambda attribute: {"integrated": 1, "sms": 8}[attribute],
+            total_memory=lambda: 8 << 30,
         )
 
     def _push(self):
@@ -174,12 +182,7 @@ def test_pycudas_errors_become_ours(driver):
 
 def test_pycuda_describes_the_device(driver):
     device = open_cuda("pycuda").device()
-    assert (device.name, device.compute_capability, device.integrated, device.cuda) == (
-        "Orin",
-        "8.7",
-        True,
-        "12.6",
-    )
+    assert device == Device("Orin", "8.7", True, "12.6", multiprocessors=8, memory=8 << 30)
 
 
 def test_pycuda_captures_no_graphs_and_says_what_does(driver):

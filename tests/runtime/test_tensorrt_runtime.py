@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from itertools import count as counter
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import recording_cuda
 from PIL import Image
+from recorded_machine import CLASSES, PLAN, REBUILD, SIZE, Machine, trt, write_package
 from recording_cuda import (
     DESKTOP,
     ORIN,
@@ -24,76 +25,17 @@ from recording_cuda import (
     RecordingCuda,
     RecordingEngine,
     RecordingRuntime,
-    RecordingTensorRT,
     logits_of,
     probabilities_of,
 )
 from running import running
 
-import runtime.tensorrt.engine as tensorrt
-from models.preprocessing import Preprocessing
 from runtime.cuda import Cuda
 from runtime.engine import Options
 from runtime.loading import load_engine
-from runtime.manifest import (
-    MANIFEST_NAME,
-    BatchSizes,
-    EngineError,
-    Manifest,
-    Provenance,
-    Tensor,
-    sha256_of,
-)
-from runtime.tensorrt.compatibility import driver_version, jetson_linux, this_machine
-from runtime.tensorrt.library import TensorRTLibrary, TensorRTLog
+from runtime.manifest import BatchSizes, EngineError
+from runtime.tensorrt.compatibility import driver_version
 from server.settings import Settings
-
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install trimrt[rtx]")
-
-SIZE, CLASSES = 6, 10
-PLAN = b"ftrt a plan of TensorRT's"
-REBUILD = "trimrt build student --target tensorrt"
-
-
-def write_package(folder: Path, plan: bytes = PLAN, device=DESKTOP, **changes) -> Path:
-    folder.mkdir()
-    (folder / "engine.plan").write_bytes(plan)
-    compatibility = this_machine(device).model_copy(update=changes.pop("compatibility", {}))
-    manifest = Manifest(
-        name="digits-fp16-tensorrt",
-        created_at=datetime.now(timezone.utc),
-        builder_version="0.1.0",
-        backend="tensorrt",
-        backend_version="10.3.0",
-        precision="fp16",
-        input=Tensor(name="images", dtype="uint8", shape=[-1, SIZE, SIZE, 3], layout="NHWC"),
-        outputs=[
-            Tensor(name="logits", dtype="float32", shape=[-1, CLASSES]),
-            Tensor(name="probabilities", dtype="float32", shape=[-1, CLASSES]),
-        ],
-        batch=BatchSizes(min=1, opt=4, max=8),
-        labels=[str(digit) for digit in range(CLASSES)],
-        preprocessing=Preprocessing(resize=SIZE, height=SIZE, width=SIZE),
-        compatibility=compatibility,
-        provenance=Provenance(
-            onnx_sha256="0" * 64, artefact="engine.plan", artefact_sha256=sha256_of(folder / "engine.plan")
-        ),
-        build_command=REBUILD,
-    ).model_copy(update=changes)
-    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(), encoding="utf-8")
-    return folder
-
-
-class Machine:
-    """A machine with the stand-ins in place of GPU and libnvinfer."""
-
-    def __init__(self, monkeypatch, cuda: RecordingCuda) -> None:
-        self.cuda = cuda
-        self.log = TensorRTLog()
-        self.trt = RecordingTensorRT(trt, cuda, self.log)
-        library = TensorRTLibrary(self.trt, "tensorrt", "10.3.0", self.log, object())
-        monkeypatch.setattr(tensorrt, "load_tensorrt", lambda backend: library)
-        monkeypatch.setattr(tensorrt, "open_cuda", lambda name: cuda)
 
 
 @pytest.fixture
@@ -133,7 +75,7 @@ def check_batch(slot, count: int, seed: int) -> None:
     ],
 )
 def test_a_stand_in_has_only_names_of_the_real_class(stand_in, real):
-    own = {"calls", "fail", "names", "new_id", "in_use", "stream", "recorded"}
+    own = {"calls", "fail", "lost", "names", "new_id", "in_use", "stream", "recorded"}
     names = {name for name in vars(stand_in) if not name.startswith("_")} - own
     assert names <= set(dir(real))
     assert names
@@ -165,9 +107,9 @@ def test_a_slot_is_opened_warm(machine, package):
     """Each size has run once and its graph was captured then, so every batch that follows is a replay."""
     slot = load_engine(package).open_slot()
     work = ("execute_async_v3", "capture", "launch")
-    assert machine.cuda.names(*work) == 8 * ["execute_async_v3", "capture", "execute_async_v3"]
-    assert len(machine.cuda.graphs) == 8
-    assert machine.trt.contexts == 8, "each captured graph has a context of its own"
+    assert machine.cuda.names(*work) == 4 * ["execute_async_v3", "capture", "execute_async_v3"]
+    assert len(machine.cuda.graphs) == 4
+    assert machine.trt.contexts == 4, "each captured graph has a context of its own"
     del machine.cuda.calls[:]
     for count in range(1, 9):
         check_batch(slot, count, seed=count)
@@ -177,14 +119,56 @@ def test_a_slot_is_opened_warm(machine, package):
 def test_a_slot_whose_warm_up_fails_leaves_nothing_behind(machine, package):
     enqueued = counter()
     machine.trt.refuse = lambda: next(enqueued) == 4
-    with pytest.raises(EngineError, match="refused a batch of 3: IExecutionContext::enqueueV3"):
+    with pytest.raises(EngineError, match="refused a batch of 4: IExecutionContext::enqueueV3"):
         load_engine(package).open_slot()
     assert machine.cuda.in_use() == 0
     assert machine.cuda.attached[threading.get_ident()] == 0
 
 
-def test_every_size_of_the_profile_is_run_as_it_is(machine, package):
-    assert list(load_engine(package).run_sizes) == [1, 2, 3, 4, 5, 6, 7, 8]
+@pytest.mark.parametrize(
+    ("profiles", "sizes"),
+    [
+        ([(1, 8, 32)], [1, 2, 4, 8, 16, 32]),
+        ([(1, 1, 1), (2, 8, 32)], [1, 2, 4, 8, 16, 32]),
+        ([(3, 6, 12)], [4, 8, 12]),
+        ([(5, 5, 5)], [5]),
+    ],
+)
+def test_powers_of_two_and_the_largest_size_have_contexts(machine, tmp_path, profiles, sizes):
+    machine.trt.profiles = profiles
+    low, high = profiles[0][0], profiles[-1][2]
+    batch = {"min": low, "opt": low, "max": high}
+    engine = load_engine(write_package(tmp_path / "sizes", batch=BatchSizes(**batch)))
+    assert list(engine.run_sizes) == sizes
+    slot = engine.open_slot()
+    assert machine.trt.contexts == len(sizes)
+    for count in range(low, high + 1):
+        check_batch(slot, count, seed=count)
+    assert machine.trt.contexts == len(sizes), "every other batch ran in one of them"
+
+
+def test_what_each_context_takes_is_logged_when_a_slot_is_opened(machine, package, caplog):
+    free = iter(range(4 << 30, 0, -(3 << 20)))
+    machine.cuda.memory = lambda: (next(free), 8 << 30)
+    with caplog.at_level(logging.INFO, "trimrt.tensorrt"):
+        load_engine(package).open_slot()
+    (line,) = [record.message for record in caplog.records if "context and graph" in record.message]
+    assert line.endswith("took: 3.0 for 1, 3.0 for 2, 3.0 for 4, 3.0 for 8")
+
+
+@pytest.mark.parametrize(("device", "slots"), [(DESKTOP, 2), (ORIN, 1)], ids=["graphics card", "Jetson"])
+def test_a_second_slot_is_for_what_is_copied(monkeypatch, tmp_path, device, slots):
+    Machine(monkeypatch, RecordingCuda(device))
+    package = write_package(tmp_path / "package", device=device)
+    assert load_engine(package).slots == slots
+    assert load_engine(package, Options(slots=3)).slots == 3
+
+
+def test_the_thread_sleeps_while_the_gpu_works(machine, package):
+    slot = load_engine(package).open_slot()
+    del machine.cuda.calls[:]
+    check_batch(slot, 4, 0)
+    assert machine.cuda.names("wait", "synchronize") == ["wait"]
 
 
 def test_only_the_batch_is_copied(machine, package):
@@ -228,10 +212,10 @@ def test_a_batch_outside_the_profile_is_refused(machine, package, count):
 def test_each_size_runs_in_its_own_profile(machine, package):
     machine.trt.profiles = [(1, 1, 1), (4, 8, 8)]
     engine = load_engine(package)
-    assert list(engine.run_sizes) == [1, 4, 5, 6, 7, 8]
+    assert list(engine.run_sizes) == [1, 4, 8]
     slot = engine.open_slot()
     profiles = [c.arguments for c in machine.cuda.calls if c.name == "set_optimization_profile_async"]
-    assert profiles == 5 * [(1,)], "a context starts with the first profile"
+    assert profiles == 2 * [(1,)], "a context starts with the first profile"
     for count in engine.run_sizes:
         check_batch(slot, count, seed=count)
     with pytest.raises(ValueError, match=r"outside 1\.\.1, 4\.\.8"):
@@ -245,7 +229,7 @@ def test_behind_the_server_every_size_is_captured_first_and_every_answer_has_the
     file = io.BytesIO()
     Image.new("RGB", (SIZE, SIZE), "green").save(file, "PNG")
     with running(Settings(engine=package.name, engine_dir=tmp_path, port=0)) as server:
-        assert len(machine.cuda.graphs) == 2 * 8, "for both slots, before it was ready"
+        assert len(machine.cuda.graphs) == 2 * 4, "for both slots, before it was ready"
         response = server.predict(file.getvalue())
         latency = response.json()["results"][0]["latency_ms"]
         stats = server.client.get("/stats").text
@@ -321,7 +305,7 @@ def test_what_cannot_be_captured_runs_without_graphs(machine, package, caplog):
     assert [record.message for record in caplog.records if "without CUDA graphs" in record.message]
 
 
-@pytest.mark.parametrize("call", ["copy_to_device", "launch", "copy_to_host", "synchronize", "record"])
+@pytest.mark.parametrize("call", ["copy_to_device", "launch", "copy_to_host", "wait", "record"])
 def test_after_a_cuda_error_no_graph_is_left_and_the_next_batch_is_right(machine, package, call):
     slot = load_engine(package).open_slot()
     for seed in range(2):
@@ -395,6 +379,8 @@ def refused(machine, package, reason: str, options: Options | None = None) -> No
         ({"compatibility": {"gpu_name": "NVIDIA A2"}}, r"for NVIDIA A2 .*; this is NVIDIA GeForce RTX 3060"),
         ({"compatibility": {"compute_capability": "8.9"}}, r"compute capability 8\.9.*\(8\.6\)"),
         ({"compatibility": {"l4t": "36.4.3"}}, r"for Jetson Linux 36\.4\.3; this is no Jetson"),
+        ({"compatibility": {"multiprocessors": 30}}, r"with 30 multiprocessors; this one has 28"),
+        ({"compatibility": {"memory_mib": 6144}}, r"with 6144 MiB of memory; this one has 12288"),
         ({"compatibility": {"cpu_architecture": "aarch64"}}, "on aarch64; this is"),
         (
             {"compatibility": {"version_compatible": True}, "backend_version": "11.4.0"},
@@ -425,7 +411,7 @@ def test_a_hardware_compatible_plan_loads_on_another_gpu_from_ampere_on(machine,
     package = write_package(tmp_path / "other", compatibility=other)
     load_engine(package)
     assert len(machine.trt.deserialised) == 1
-    turing = recording_cuda.Device("NVIDIA T4", "7.5", integrated=False, cuda="12.6")
+    turing = recording_cuda.Device("NVIDIA T4", "7.5", False, "12.6", multiprocessors=40, memory=16 << 30)
     machine = Machine(monkeypatch, RecordingCuda(turing))
     refused(machine, package, r"compute capability 8\.0 and later; NVIDIA T4 has 7\.5")
 
@@ -483,13 +469,6 @@ def test_a_tensorrt_plan_under_the_name_of_tensorrt_rtx_is_refused(tmp_path):
     changes = {"backend": "tensorrt-rtx", "backend_version": trt.__version__}
     with pytest.raises(EngineError, match="is no tensorrt-rtx plan"):
         load_engine(write_package(tmp_path / "rtx", plan=b"ftrt", **changes))
-
-
-def test_jetson_linux_is_read_from_its_release_file(tmp_path):
-    release = tmp_path / "nv_tegra_release"
-    release.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
-    assert jetson_linux(release) == "36.4.3"
-    assert jetson_linux(tmp_path / "absent") is None
 
 
 def test_the_driver_is_read_from_the_kernel_modules_file(tmp_path):

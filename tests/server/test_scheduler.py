@@ -15,6 +15,7 @@ import pytest
 from gated_engine import Gate, load_gated
 
 from models.preprocessing import plan_loading
+from runtime.health import Health
 from runtime.manifest import EngineError
 from server.decoding import DecodePool
 from server.decoding_limits import DecodingLimits
@@ -54,7 +55,9 @@ def start(engine_dir: Path, gate: Gate) -> Callable[..., Any]:
     async def start(*, slots: int = 1, on_cpu: bool = True) -> AsyncIterator[Scheduler]:
         engine = load_gated(gate, slots=slots, on_cpu=on_cpu)(engine_dir / "tiny-v1")
         pool, limits = DecodePool(1), DecodingLimits(Settings())
-        scheduler = Scheduler(engine, pool, EngineStats(), queue_limit=12, decoding_limits=limits)
+        scheduler = Scheduler(
+            engine, pool, EngineStats(), queue_limit=12, decoding_limits=limits, health=Health("tiny", 5)
+        )
         await scheduler.start()
         gate.close()
         try:
@@ -307,7 +310,9 @@ def test_a_start_that_fails_closes_the_slots_that_did_open(
 
     async def main() -> None:
         pool, limits = DecodePool(1), DecodingLimits(Settings())
-        scheduler = Scheduler(engine, pool, EngineStats(), queue_limit=1, decoding_limits=limits)
+        scheduler = Scheduler(
+            engine, pool, EngineStats(), queue_limit=1, decoding_limits=limits, health=Health("tiny", 5)
+        )
         with pytest.raises(EngineError, match="out of memory"):
             await scheduler.start()
         pool.close()

@@ -8,6 +8,17 @@ from pathlib import Path
 ORIN_NANO = {
     "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0",
     "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, "
+    "DATE: Wed Jan  8 01:49:37 UTC 2025\n",
+    "etc/nvpmodel.conf": "< PARAM TYPE=FILE NAME=CPU_ONLINE >\n< POWER_MODEL ID=0 NAME=15W >\n"
+    "CPU_ONLINE CORE_0 1\n< POWER_MODEL ID=1 NAME=25W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"
+    "< PM_CONFIG DEFAULT=1 >\n",
+    "var/lib/nvpmodel/status": "pmode:0001\n",
+    "sys/devices/soc0/family": "Tegra\n",
+    "sys/devices/system/cpu/online": "0-5\n",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq": "1344000\n",
+    "sys/class/devfreq/17000000.gpu/min_freq": "306000000\n",
+    "sys/class/devfreq/17000000.gpu/max_freq": "918000000\n",
     "proc/meminfo": "MemTotal:        7802676 kB\nMemFree:          316260 kB\nMemAvailable:    4121316 kB\n",
     "sys/class/devfreq/17000000.gpu/device/load": "437\n",
     "sys/class/devfreq/17000000.gpu/cur_freq": "624750000\n",
@@ -30,8 +41,14 @@ ORIN_NANO = {
 }
 
 
-def write_orin_nano(root: Path) -> None:
+# What a container does not see, unless it is mounted.
+HIDDEN = ("proc/device-tree/", "etc/", "var/")
+
+
+def write_orin_nano(root: Path, *, container: bool = False) -> None:
     for name, content in ORIN_NANO.items():
+        if container and name.startswith(HIDDEN):
+            continue
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from official_bindings import Bindings, BindingsUnavailableError, cuda_bindings
 
+from runtime.cuda.bindings import LASTING
+
 SOURCE = Path(__file__).parents[2] / "runtime/cuda/bindings.py"
 PROBE = Path(__file__).with_name("probe_cuda.py")
 
@@ -69,10 +71,15 @@ def test_every_name_exists_and_takes_what_we_pass(wanted):
     assert arity == {}
 
 
+def test_cuda_has_the_errors_that_last():
+    known = set().union(*map(api, (_installed(), "12.9.10")))
+    assert {name for name in LASTING if f"cudaError_t.{name}" not in known} == set()
+
+
 def test_the_collection_sees_the_source():
     found = uses()
     assert found["cudaMemcpyAsync"] == 5
     assert found["cudaStreamBeginCapture"] == 2
     assert "cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal" in found
-    assert {"cudaDeviceProp.integrated", "cudaDeviceProp.name"} <= set(found)
+    assert {"cudaDeviceProp.integrated", "cudaDeviceProp.multiProcessorCount"} <= set(found)
     assert len(found) >= 35

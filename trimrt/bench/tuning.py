@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from models.cores import cores
 from models.files import replace_file
-from runtime.engine import cores
 from runtime.manifest import read_manifest
 from runtime.timing import rate
 from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, most_slots, this_processor

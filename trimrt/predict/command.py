@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from models.cores import cores
 from models.files import restore
 from runtime.manifest import MANIFEST_NAME, Manifest, read_manifest
 from runtime.packages import find_package
@@ -169,7 +170,7 @@ def predict(
         cluster = _Cluster(address, actors, cpus, 0 if manifest.backend == "openvino" else gpus)
         threads, decode_threads = threads or max(1, int(cpus)), decode_threads or max(1, int(cpus))
     workload = scoring.Workload(
-        folder.resolve(), top_k, batch_size, decode_threads or os.cpu_count() or 1, slots, threads
+        folder.resolve(), top_k, batch_size, decode_threads or cores(), slots, threads
     )
     with parts.open_parts(output, plan, restart=restart) as kept:
         _run(workload, manifest, source, plan, kept, cluster)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from models.card import WEIGHTS_NAME, Dataset
-from runtime.engine import cores
+from models.cores import cores
 from runtime.openvino import this_machine
 from trimrt.report.discovery import Checkpoint, EnginePackage
 from trimrt.report.entries import Entry, GroupKey

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 from tiny_engine import write_package
 
-from runtime.engine import Options, cores
+from models.cores import cores
+from runtime.engine import Options
 from runtime.loading import load_engine
 from runtime.tuning import TUNING_NAME, Setting, Trial, Tuning, this_processor
 from trimrt.bench.tuning import sample_photographs, tune

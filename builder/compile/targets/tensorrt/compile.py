@@ -36,13 +36,13 @@ class BuildResources:
         workspace: bytes of scratch memory for one layer, from `memory.default_workspace` or the user.
         timing_cache: file to read and update; None for TensorRT-RTX, which has none.
         log: file for TensorRT's messages.
-        l4t: release of Jetson Linux, None elsewhere.
+        jetson: whether this is one.
     """
 
     workspace: int
     timing_cache: Path | None = None
     log: Path | None = None
-    l4t: str | None = None
+    jetson: bool = False
 
 
 def build_engine(
@@ -72,7 +72,7 @@ def build_engine(
         CompileError: TensorRT rejected the graph, a profile, or failed to build.
         KeyboardInterrupt: Ctrl-C ended it; so does any exception of the listener's.
     """
-    refuse_unsupported(library, options, l4t=resources.l4t)
+    refuse_unsupported(library, options, jetson=resources.jetson)
     monitoring = Monitoring(listener)
     with library.log.capture(resources.log) as lines, ThreadPoolExecutor(1, "tensorrt-build") as thread:
         build = thread.submit(_build, library, onnx_path, options, resources, monitoring)

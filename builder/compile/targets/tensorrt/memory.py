@@ -14,7 +14,7 @@ def default_workspace(free: int | None, *, shared: bool) -> int:
     """A workspace limit in bytes; TensorRT's own default is the whole device memory.
 
     Args:
-        free: free device memory in bytes; None without a GPU.
+        free: bytes of device memory that can be had; None without a GPU.
         shared: the memory is also the CPU's (Jetson), where taking all of it stops everything else.
     """
     if free is None:

@@ -66,13 +66,13 @@ class TensorRTOptions(BaseModel):
         return self
 
 
-def refuse_unsupported(library: TensorRTLibrary, options: TensorRTOptions, *, l4t: str | None = None) -> None:
+def refuse_unsupported(library: TensorRTLibrary, options: TensorRTOptions, *, jetson: bool = False) -> None:
     """Check the options against the TensorRT that is here, before it builds anything.
 
     Args:
         library: the TensorRT to build with.
         options: what was asked for.
-        l4t: release of Jetson Linux, None elsewhere.
+        jetson: whether this is one.
 
     Raises:
         UnsupportedOptionError: with the version at hand, and what to do instead.
@@ -86,7 +86,7 @@ def refuse_unsupported(library: TensorRTLibrary, options: TensorRTOptions, *, l4
                 f"{name} has no hardware compatibility level: its engines run on Ampere and later GPUs "
                 "anyway; --compute-capability names others"
             )
-        if l4t is not None:
+        if jetson:
             raise UnsupportedOptionError(
                 "hardware-compatible engines are not supported on Jetson; build one engine per device model"
             )

@@ -14,9 +14,10 @@ from builder.compile.targets.tensorrt.compile import BuildResources, build_engin
 from builder.compile.targets.tensorrt.memory import MIB, default_workspace
 from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.targets.tensorrt.progress import BuildListener
-from builder.compile.targets.tensorrt.timing_cache import timing_cache_path
+from builder.compile.targets.tensorrt.timing_cache import timing_cache_path, usable_timing_cache
 from builder.kit import Report
-from runtime.cuda import Cuda, CudaUnavailableError, Device, open_cuda
+from runtime.cuda import Cuda, CudaUnavailableError, Device, attached, open_cuda
+from runtime.jetson import available_memory
 from runtime.manifest import BatchSizes, Compatibility
 from runtime.tensorrt.compatibility import this_machine
 from runtime.tensorrt.library import TensorRTBackend, load_tensorrt
@@ -53,7 +54,7 @@ class TensorRTTarget:
             workspace=self._workspace(),
             timing_cache=self._timing_cache(),
             log=folder / LOG_NAME,
-            l4t=compatibility.l4t,
+            jetson=compatibility.board is not None,
         )
         report(f"compiling with {self.backend} {self._library.version}")
         try:
@@ -83,7 +84,10 @@ class TensorRTTarget:
 
     @cached_property
     def _device(self) -> Device | None:
-        return None if self._cuda is None else self._cuda.device()
+        if self._cuda is None:
+            return None
+        with attached(self._cuda):
+            return self._cuda.device()
 
     def _compatibility(self) -> Compatibility:
         options, here = self._options, this_machine(self._device)
@@ -104,18 +108,16 @@ class TensorRTTarget:
             return self._options.workspace_mib * MIB
         if self._cuda is None or self._device is None:
             return default_workspace(None, shared=False)
-        self._cuda.attach_thread()
-        try:
+        with attached(self._cuda):
             free, _ = self._cuda.memory()
-        finally:
-            self._cuda.detach_thread()
-        return default_workspace(free, shared=self._device.integrated)
+        if self._device.integrated:  # CUDA does not count the page cache, most of what is free
+            return default_workspace(available_memory() or free, shared=True)
+        return default_workspace(free, shared=False)
 
     def _timing_cache(self) -> Path | None:
         if self.backend == "tensorrt-rtx" or self._device is None:
             return None
-        device = self._device
-        return timing_cache_path(CACHE, self._library.version, device.name, device.compute_capability)
+        return usable_timing_cache(timing_cache_path(CACHE, self._library.version, self._device))
 
 
 def _envelope(profiles: list[BatchSizes]) -> BatchSizes:

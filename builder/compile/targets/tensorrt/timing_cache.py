@@ -1,25 +1,55 @@
 """What TensorRT learned about kernel speeds, kept so that the next build is quick.
 
 A cache is valid for one TensorRT version on one GPU model, so there is one file for each pair. It
-makes builds fast, not repeatable.
+makes builds fast, not repeatable. Without it a build takes longer, so nothing about it ends one.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from models.files import replace_file
+from runtime.cuda import Device
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
+_MEMORY_STEP: Final = 4 << 30  # sizes of one model differ by less, those of two models by more
 
-def timing_cache_path(folder: Path, version: str, gpu_name: str, compute_capability: str) -> Path:
-    """Where the cache of a TensorRT version on a GPU model is kept."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
-    return folder / f"{gpu}-sm{compute_capability.replace('.', '')}-tensorrt-{version}.timing"
+logger = logging.getLogger("trimrt.tensorrt")
+
+
+def timing_cache_path(folder: Path, version: str, device: Device) -> Path:
+    """Where the cache of a TensorRT version on a GPU model is kept.
+
+    Multiprocessors and memory are part of the name: the GPU of every Jetson Orin is called `Orin`.
+    """
+    gpu = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+    capability = device.compute_capability.replace(".", "")
+    gibibytes = -(-device.memory // _MEMORY_STEP) * _MEMORY_STEP >> 30
+    size = f"{device.multiprocessors}mp-{gibibytes}g"
+    return folder / f"{gpu}-sm{capability}-{size}-tensorrt-{version}.timing"
+
+
+def usable_timing_cache(path: Path) -> Path | None:
+    """`path`, if a cache can be kept there; else None, and a warning before the build takes minutes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if writable:
+        return path
+    logger.warning(
+        "the next build will take as long as this one: no timing cache can be kept in %s, "
+        "which this user may not write (XDG_CACHE_HOME names another place)",
+        path.parent,
+    )
+    return None
 
 
 def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
@@ -27,7 +57,11 @@ def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCa
 
     A cache of another version or GPU is not used: TensorRT could then pick wrong or slow kernels.
     """
-    stored = path.read_bytes() if path.is_file() else b""
+    try:
+        stored = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        logger.warning("%s is not used: %s", path, error.strerror)
+        stored = b""
     cache = config.create_timing_cache(stored)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")
@@ -36,6 +70,12 @@ def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCa
 
 
 def save_timing_cache(config: trt.IBuilderConfig, path: Path) -> None:
-    """Store what a build has learned, over what was there; readers never see half a file."""
-    with replace_file(path) as new:
-        new.write_bytes(bytes(config.get_timing_cache().serialize()))
+    """Store what a build has learned, over what was there; readers never see half a file.
+
+    What cannot be stored is a warning: the engine is finished.
+    """
+    try:
+        with replace_file(path) as new:
+            new.write_bytes(bytes(config.get_timing_cache().serialize()))
+    except OSError as error:
+        logger.warning("the timing cache %s was not kept: %s", path, error.strerror)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+from dataclasses import replace
+from pathlib import Path
 
+import onnx
+import pytest
+from recording_cuda import AGX_ORIN, DESKTOP, ORIN
+from small_kit import small_graph
+
+from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
+from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.targets.tensorrt.timing_cache import (
     attach_timing_cache,
     save_timing_cache,
     timing_cache_path,
+    usable_timing_cache,
 )
+from runtime.manifest import BatchSizes
 
 # TensorRT-RTX keeps these calls for compatibility, and says so at each.
 pytestmark = pytest.mark.filterwarnings("ignore:.*iming.?[cC]ache:DeprecationWarning")
@@ -20,12 +31,15 @@ def config(rtx):
 
 
 def test_each_version_and_gpu_has_its_own_file(tmp_path):
-    def path(version, gpu, capability):
-        return timing_cache_path(tmp_path, version, gpu, capability)
-
-    assert path("10.3.0", "Orin (nvgpu)", "8.7").name == "orin-nvgpu-sm87-tensorrt-10.3.0.timing"
-    assert path("10.3.0", "Orin (nvgpu)", "8.7") != path("10.7.0", "Orin (nvgpu)", "8.7")
-    assert path("10.3.0", "NVIDIA A2", "8.6") != path("10.3.0", "NVIDIA A10", "8.6")
+    nano = timing_cache_path(tmp_path, "10.3.0", ORIN)
+    others = [
+        timing_cache_path(tmp_path, "10.7.0", ORIN),
+        timing_cache_path(tmp_path, "10.3.0", AGX_ORIN),
+        timing_cache_path(tmp_path, "10.3.0", replace(ORIN, memory=2 * ORIN.memory)),
+        timing_cache_path(tmp_path, "10.3.0", DESKTOP),
+    ]
+    assert nano.name == "orin-sm87-8mp-8g-tensorrt-10.3.0.timing"
+    assert len({nano, *others}) == 5
 
 
 def test_a_new_cache_is_saved_where_there_was_none(rtx, config, tmp_path):
@@ -44,3 +58,52 @@ def test_a_file_that_is_no_cache_is_replaced(rtx, config, tmp_path):
         attach_timing_cache(config, path)
         save_timing_cache(config, path)
     assert path.read_bytes() != b"not a timing cache"
+
+
+# A finished engine is never lost to it
+
+
+@pytest.fixture
+def obstructed(tmp_path) -> Path:
+    """A cache whose folder cannot be made, whoever asks: a file is in its way."""
+    (tmp_path / "cache").write_text("a file")
+    return tmp_path / "cache" / "timing" / "orin.timing"
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_build(obstructed, caplog):
+    assert usable_timing_cache(obstructed) is None
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert f"no timing cache can be kept in {obstructed.parent}" in warning.message
+
+
+def test_a_folder_that_can_be_written_is_made(tmp_path, caplog):
+    path = tmp_path / "cache" / "timing" / "orin.timing"
+    assert usable_timing_cache(path) == path
+    assert path.parent.is_dir()
+    assert caplog.records == []
+
+
+def test_a_cache_that_cannot_be_kept_after_all_costs_a_warning_and_no_engine(
+    rtx, tmp_path, obstructed, caplog
+):
+    onnx.save(small_graph(), tmp_path / "small.onnx")
+    options = TensorRTOptions(profiles=[BatchSizes(min=1, opt=2, max=4)])
+    resources = BuildResources(workspace=64 << 20, timing_cache=obstructed)
+    plan = build_engine(rtx, tmp_path / "small.onnx", options, resources)
+    assert plan.startswith(b"vtrt")
+    (warning,) = [record.message for record in caplog.records if "timing cache" in record.message]
+    assert str(obstructed) in warning
+
+
+def test_a_cache_that_cannot_be_read_is_replaced_by_an_empty_one(rtx, config, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "orin.timing"
+    path.write_bytes(b"of another user")
+
+    def refuse(_path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    with rtx.log.capture():
+        assert attach_timing_cache(config, path) is not None
+    assert caplog.messages == [f"{path} is not used: Permission denied"]

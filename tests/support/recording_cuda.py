@@ -19,12 +19,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.cuda import CudaError, Device, HostBuffer
+from runtime.cuda import CudaError, Device, DeviceLostError, HostBuffer
 
 Work = Callable[[], None]
 
-ORIN = Device(name="Orin", compute_capability="8.7", integrated=True, cuda="12.6")
-DESKTOP = Device(name="NVIDIA GeForce RTX 3060", compute_capability="8.6", integrated=False, cuda="13.0")
+# As CUDA describes them: every Jetson Orin's GPU is called `Orin`.
+ORIN = Device(
+    name="Orin",
+    compute_capability="8.7",
+    integrated=True,
+    cuda="12.6",
+    multiprocessors=8,
+    memory=7802676 * 1024,
+)
+AGX_ORIN = Device(
+    name="Orin",
+    compute_capability="8.7",
+    integrated=True,
+    cuda="12.6",
+    multiprocessors=16,
+    memory=64349216 * 1024,
+)
+DESKTOP = Device(
+    name="NVIDIA GeForce RTX 3060",
+    compute_capability="8.6",
+    integrated=False,
+    cuda="13.0",
+    multiprocessors=28,
+    memory=12 << 30,
+)
 
 
 def logits_of(pixels: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
@@ -65,11 +88,13 @@ class RecordingCuda:
         self.captures_graphs = captures_graphs
         self.calls: list[Call] = []
         self.fail: dict[str, Callable[[], bool]] = {}  # name: should this call fail?
+        self.lost = False  # for good: no call succeeds
         self.memory_at: dict[int, NDArray[np.uint8]] = {}
         self.host_buffers: dict[int, HostBuffer] = {}
         self.streams: dict[int, _Stream] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, float] = {}
+        self.recorded_in: dict[Any, int] = {}
         self.attached: Counter[int] = Counter()
         self._device = device
         self._lock = threading.RLock()
@@ -82,6 +107,8 @@ class RecordingCuda:
             self.calls.append(Call(name, arguments, thread))
             if attached and not self.attached[thread]:
                 raise CudaError(f"{name}: cudaErrorDeviceUninitialized: invalid device context")
+            if self.lost:
+                raise DeviceLostError(f"{name}: cudaErrorIllegalAddress: an illegal memory access")
             if name in self.fail and self.fail[name]():
                 raise CudaError(f"{name}: cudaErrorUnknown: as the test asked")
 
@@ -188,12 +215,19 @@ class RecordingCuda:
 
     def record(self, event: Any, stream: int) -> None:
         self._called("record")
+        self.recorded_in[event] = stream
 
         def happen() -> None:
             self._clock += 1.5
             self.events[event] = self._clock
 
         self.stream(stream).add(happen)
+
+    def wait(self, event: Any) -> None:
+        self._called("wait")
+        queue = self.stream(self.recorded_in[event]).queue
+        while queue:
+            queue.pop(0)()
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         self._called("elapsed_ms")

@@ -1,0 +1,117 @@
+"""What Linux says of an NVIDIA Jetson, on the host and in containers: model, release, memory, power mode."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_ROOT: Final = Path("/")
+_RELEASE: Final = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
+_AVAILABLE: Final = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
+_MODE: Final = re.compile(r"pmode:(\d+)")
+
+
+class Power(BaseModel):
+    """How fast a Jetson may run; figures of one board differ by tens of percent between its modes.
+
+    Frequencies are in hertz; None: Linux does not say.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: str | None = Field(
+        default=None, description="nvpmodel's, e.g. `15W`; containers see it only where its files are mounted"
+    )
+    gpu_max_hz: int | None = Field(default=None, description="most that the mode allows the GPU")
+    gpu_fixed: bool | None = Field(default=None, description="whether the GPU's clock is held there")
+    cpu_max_hz: int | None = Field(default=None, description="most that the mode allows the first core")
+    cores: int | None = Field(default=None, description="cores that the mode leaves on")
+
+    def __str__(self) -> str:
+        parts = [f"mode {self.mode}" if self.mode else "mode unknown"]
+        if self.gpu_max_hz is not None:
+            held = ", held there" if self.gpu_fixed else ", not held there (`sudo jetson_clocks` does that)"
+            parts.append(f"GPU up to {self.gpu_max_hz / 1e6:.0f} MHz{held}")
+        if self.cpu_max_hz is not None:
+            parts.append(f"CPU up to {self.cpu_max_hz / 1e6:.0f} MHz")
+        if self.cores is not None:
+            parts.append(f"{self.cores} cores on")
+        return "; ".join(parts)
+
+
+def jetson_model(root: Path = _ROOT) -> str | None:
+    """The board's name; None where this is no Jetson.
+
+    Containers do not see the device tree, which lies in the masked /sys/firmware; there the kernel's
+    description of the chip tells, as it tells NVIDIA's container toolkit.
+    """
+    compatible = _text(root / "proc/device-tree/compatible") or ""
+    family = _text(root / "sys/devices/soc0/family") or ""
+    if "nvidia,tegra" not in compatible and not family.lower().startswith("tegra"):
+        return None
+    model = _text(root / "proc/device-tree/model") or _text(root / "sys/devices/soc0/machine")
+    return (model or "NVIDIA Jetson").strip("\0")
+
+
+def jetson_linux(root: Path = _ROOT) -> str | None:
+    """The release of Jetson Linux (L4T), e.g. `36.4.3`; None elsewhere, and in most containers."""
+    match = _RELEASE.search(_text(root / "etc/nv_tegra_release") or "")
+    return f"{match[1]}.{match[2]}" if match else None
+
+
+def available_memory(root: Path = _ROOT) -> int | None:
+    """Bytes that programs can still have, the page cache among them, which the kernel gives up for them.
+
+    CUDA's own figure on a Jetson, whose GPU shares this memory, leaves the page cache out.
+    """
+    match = _AVAILABLE.search(_text(root / "proc/meminfo") or "")
+    return int(match[1]) * 1024 if match else None
+
+
+def power(root: Path = _ROOT) -> Power | None:
+    """The power mode and the clocks that it allows; None where this is no Jetson."""
+    if jetson_model(root) is None:
+        return None
+    gpu = next(iter(sorted((root / "sys/class/devfreq").glob("*gpu*"))), root / "absent")
+    least, most = _number(gpu / "min_freq"), _number(gpu / "max_freq")
+    cpus = root / "sys/devices/system/cpu"
+    kilohertz = _number(cpus / "cpu0/cpufreq/scaling_max_freq")
+    return Power(
+        mode=_mode(root),
+        gpu_max_hz=most,
+        gpu_fixed=None if least is None or most is None else least == most,
+        cpu_max_hz=None if kilohertz is None else 1000 * kilohertz,
+        cores=_cores(_text(cpus / "online") or ""),
+    )
+
+
+def _mode(root: Path) -> str | None:
+    """The mode's name in nvpmodel's configuration, or its number."""
+    match = _MODE.search(_text(root / "var/lib/nvpmodel/status") or "")
+    if match is None:
+        return None
+    number = int(match[1])
+    configured = _text(root / "etc/nvpmodel.conf") or ""
+    name = re.search(rf"^<\s*POWER_MODEL\s+ID=0*{number}\s+NAME=(\S+)", configured, re.MULTILINE)
+    return name[1] if name else str(number)
+
+
+def _cores(ranges: str) -> int | None:
+    """How many cores a list such as `0-3,6` names."""
+    found = re.findall(r"(\d+)(?:-(\d+))?", ranges)
+    return sum(int(last or first) - int(first) + 1 for first, last in found) or None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path) or ""
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,77 @@
+"""What Linux says of a Jetson, on the host and in a container: recorded files, since no Jetson is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jetson_files import write_orin_nano
+
+from runtime.jetson import Power, available_memory, jetson_linux, jetson_model, power
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    write_orin_nano(tmp_path / "host")
+    return tmp_path / "host"
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Path:
+    write_orin_nano(tmp_path / "container", container=True)
+    return tmp_path / "container"
+
+
+def test_the_host_says_all(host: Path) -> None:
+    assert jetson_model(host) == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert jetson_linux(host) == "36.4.3"
+    assert available_memory(host) == 4121316 * 1024
+    found = power(host)
+    assert found == Power(
+        mode="25W", gpu_max_hz=918_000_000, gpu_fixed=False, cpu_max_hz=1_344_000_000, cores=6
+    )
+    assert str(found) == (
+        "mode 25W; GPU up to 918 MHz, not held there (`sudo jetson_clocks` does that); "
+        "CPU up to 1344 MHz; 6 cores on"
+    )
+
+
+def test_a_container_knows_that_it_is_on_a_jetson_and_what_clocks_it_may_have(container: Path) -> None:
+    assert jetson_model(container) == "NVIDIA Jetson"
+    assert jetson_linux(container) is None
+    found = power(container)
+    assert found is not None
+    assert found.mode is None
+    assert (found.gpu_max_hz, found.cpu_max_hz) == (918_000_000, 1_344_000_000)
+
+
+def test_jetson_clocks_holds_the_clock_at_its_most(host: Path) -> None:
+    (host / "sys/class/devfreq/17000000.gpu/min_freq").write_text("918000000\n")
+    found = power(host)
+    assert found is not None
+    assert found.gpu_fixed
+    assert "GPU up to 918 MHz, held there" in str(found)
+
+
+def test_a_mode_without_a_name_has_its_number(host: Path) -> None:
+    (host / "etc/nvpmodel.conf").unlink()
+    found = power(host)
+    assert found is not None
+    assert found.mode == "1"
+
+
+@pytest.mark.parametrize(("online", "cores"), [("0-3,6", 5), ("0", 1), ("0-11", 12), ("", None)])
+def test_cores_that_are_on_are_counted(host: Path, online: str, cores: int | None) -> None:
+    (host / "sys/devices/system/cpu/online").write_text(online)
+    found = power(host)
+    assert found is not None
+    assert found.cores == cores
+
+
+def test_a_pc_is_no_jetson(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 16 kB\nMemAvailable:    8 kB\n")
+    assert jetson_model(tmp_path) is None
+    assert jetson_linux(tmp_path) is None
+    assert power(tmp_path) is None
+    assert available_memory(tmp_path) == 8192
