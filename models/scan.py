@@ -26,12 +26,12 @@ from models.folders import (
     Contents,
     DatasetError,
     OnDamaged,
-    few,
     read_contents,
     read_unlabelled,
     shown,
 )
 from models.images.wholeness import looks_whole
+from models.naming import few
 from models.preprocessing import ImageError, Preprocessing, plan_loading
 
 MAX_PIXELS: Final = 178_000_000  # Pillow reads no more
