@@ -21,6 +21,7 @@ from builder.observer import BuildObserver
 from builder.options import BuildOptions
 from builder.prepare.export import ExportError
 from builder.prepare.options import FOREIGN, PrepareOptions
+from builder.prepare.quiet_import import import_onnxruntime
 from builder.rebuilding import build_command, changed_options, prepare_command
 from models.card import read_card
 from runtime.manifest import Backend, Precision
@@ -155,6 +156,7 @@ def _prepared(source: str, options: PrepareOptions, observer: BuildObserver) -> 
                 raise ExportError(f"{source} is a checkpoint, which says itself what --{flag} would")
     observer.report("importing")
     try:
+        import_onnxruntime()  # before ModelOpt does
         from builder.prepare.preparation import prepare
     except ImportError as error:
         raise ExportError(

@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.bars import for_each
 from models.card import Card, Dataset
 from models.files import replace_file, replace_folder
 from models.folders import DatasetError, OnDamaged, is_utf8, shown
 from models.naming import did_you_mean, nothing_at
 from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
-from models.scan import MAX_PIXELS, Scan, for_each, listed, scan_folder
+from models.scan import MAX_PIXELS, Scan, listed, scan_folder
 from models.scan import Image as FoundImage
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from models.bars import bars_in
 from models.folders import OnDamaged
 from trimrt.options import HELP, POSITIVE, Command, engine_dir_option, on_damaged_option
 from trimrt.output import OutputFile, write_output
@@ -90,6 +91,7 @@ def report(
             sensitivity=sensitivity,
             command=context.meta[__name__],
             progress=progress,
+            note=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
         progress("drawing")
         page = render(measured)
@@ -107,7 +109,9 @@ def _progress(console: Console) -> Iterator[measuring.Progress]:
         BarColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    # Elsewhere than on a terminal it would be an empty line.
+    with bars_in(bar), bar if console.is_terminal else nullcontext():
         task = bar.add_task("", total=None)
 
         def show(text: str, share: float | None = None) -> None:
