@@ -15,11 +15,13 @@ from builder.compile.targets.base import INT8_REST
 from builder.compile.targets.choice import choose_backend, open_target
 from builder.compile.targets.tensorrt.progress import RichListener
 from builder.compile.verification import GateError
+from builder.finding import LIBRARIES, find_source
 from builder.kit import GraphSource, Kit, KitError, KitManifest, is_kit, open_kit
 from builder.observer import BuildObserver
 from builder.options import BuildOptions
 from builder.prepare.export import ExportError
 from builder.prepare.options import FOREIGN, PrepareOptions
+from builder.prepare.quiet_import import import_onnxruntime
 from builder.rebuilding import build_command, changed_options, prepare_command
 from models.card import read_card
 from runtime.manifest import Backend, Precision
@@ -37,8 +39,8 @@ def build(
     """Build engine packages and publish those that pass the accuracy gate.
 
     Args:
-        source: a checkpoint's folder, a build kit's, an ONNX file, `torchvision:NAME` or `timm:NAME`. All
-            but a kit need `pip install 'trimrt[compress]'`.
+        source: a checkpoint's folder or name, a build kit's folder, an ONNX file, `torchvision:NAME` or
+            `timm:NAME`. All but a kit need `pip install 'trimrt[compress]'`.
         output: folder that the packages' folders go into.
         options: what to build, and how; None: an INT8 engine for this machine.
         observer: follows the build.
@@ -48,12 +50,13 @@ def build(
 
     Raises:
         GateError: an engine failed the gate. All others are published; the message names each that is not.
-        CheckpointError, DatasetError, ExportError, KitError: the source, its data or the options cannot be
-            used.
+        CheckpointError, DatasetError, ExportError, KitError, MissingSourceError: the source, its data or the
+            options cannot be used.
         CompileError, EngineError: the compiler is missing or refused a graph, or an engine does not run.
         PublicationError: a package cannot be put into `output`, or would replace one of another network.
     """
     output, options, observer = Path(output), options or BuildOptions(), observer or BuildObserver()
+    source = find_source(source)
     backend, listener = options.target, RichListener(observer.progress) if observer.progress else None
     if backend == "auto":
         backend, reason = choose_backend()
@@ -110,10 +113,12 @@ def make_kit(
         What the kit says of itself.
 
     Raises:
-        CheckpointError, DatasetError, ExportError: the source, its data or the options cannot be used.
+        CheckpointError, DatasetError, ExportError, MissingSourceError: the source, its data or the options
+            cannot be used.
         KitError: `output` exists and is not a kit.
     """
     output, options, observer = Path(output), options or PrepareOptions(), observer or BuildObserver()
+    source = find_source(source)
     if output.exists() and not is_kit(output):
         raise KitError(f"{output} exists and is not a build kit; choose another --output")
     rests = list(dict.fromkeys(INT8_REST[target] for target in targets))
@@ -125,7 +130,7 @@ def make_kit(
 
 
 @contextmanager
-def _graphs(source: str | Path, options: PrepareOptions, observer: BuildObserver) -> Iterator[GraphSource]:
+def _graphs(source: str, options: PrepareOptions, observer: BuildObserver) -> Iterator[GraphSource]:
     """The build kit, or the checkpoint or model, exported."""
     if not is_kit(Path(source)):
         with _prepared(source, options, observer) as graphs:
@@ -140,9 +145,9 @@ def _graphs(source: str | Path, options: PrepareOptions, observer: BuildObserver
 
 
 @contextmanager
-def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserver) -> Iterator[Preparation]:
+def _prepared(source: str, options: PrepareOptions, observer: BuildObserver) -> Iterator[Preparation]:
     """The checkpoint or model, exported; its graphs live as long as the context."""
-    named = str(source).startswith(("torchvision:", "timm:"))
+    named = source.startswith(LIBRARIES)
     if not named and not Path(source).is_file():
         read_card(Path(source))  # says what is wrong before seconds of importing
         for name in FOREIGN:
@@ -151,6 +156,7 @@ def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserv
                 raise ExportError(f"{source} is a checkpoint, which says itself what --{flag} would")
     observer.report("importing")
     try:
+        import_onnxruntime()  # before ModelOpt does
         from builder.prepare.preparation import prepare
     except ImportError as error:
         raise ExportError(
@@ -158,7 +164,7 @@ def _prepared(source: str | Path, options: PrepareOptions, observer: BuildObserv
             f"({error}). Or run `trimrt prepare` where that is installed, and build from its kit here"
         ) from error
     observer.report(f"reading {source}")
-    subject = _open(str(source), options)
+    subject = _open(source, options)
     for note in (*subject.data.summary, *subject.notes):
         observer.noted(note)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
@@ -173,7 +179,7 @@ def _open(source: str, options: PrepareOptions) -> Subject:
     from builder.prepare.preparation import open_checkpoint
     from builder.prepare.sources import open_named, open_onnx
 
-    if source.startswith(("torchvision:", "timm:")):
+    if source.startswith(LIBRARIES):
         return open_named(source, options)
     if Path(source).is_file():
         return open_onnx(Path(source), options)

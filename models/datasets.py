@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.bars import for_each
 from models.card import Card, Dataset
 from models.files import replace_file, replace_folder
 from models.folders import DatasetError, OnDamaged, is_utf8, shown
+from models.naming import did_you_mean, nothing_at
 from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
-from models.scan import MAX_PIXELS, Scan, for_each, listed, scan_folder
+from models.scan import MAX_PIXELS, Scan, listed, scan_folder
 from models.scan import Image as FoundImage
 
 __all__ = [
@@ -216,13 +218,10 @@ def open_dataset(
     if source in _NAMED:
         root, name = _NAMED[source](cache_dir), source
     else:
-        root = Path(source).expanduser().resolve()
+        given, root = source, Path(source).expanduser().resolve()
         name, source = _slug(root.name), str(root)
         if not root.is_dir():
-            raise DatasetError(
-                f"no data set {source!r}: "
-                f"give {', '.join(_NAMED)}, or a folder with a folder of images for each class"
-            )
+            raise DatasetError(_no_such_data(given))
         if not is_utf8(source):
             raise DatasetError(f"{shown(source)}: the name of this folder is not UTF-8; rename it")
     found = scan_folder(
@@ -234,6 +233,15 @@ def open_dataset(
     if found.part_names:
         return _presplit(name, source, root, found, cache_dir)
     return _cross_validation(name, source, root, fold, found, cache_dir)
+
+
+def _no_such_data(source: str) -> str:
+    path = Path(source).expanduser()
+    give = f"give {', '.join(_NAMED)}, or a folder with a folder of images for each class"
+    if path.exists():
+        return f"{source} is a file; {give}"
+    like = did_you_mean(source, _NAMED)
+    return f"no data set {source!r}{like}; {give}" if like else f"{nothing_at(path)}; {give}"
 
 
 def reopen_dataset(card: Dataset) -> DataSplit:

@@ -10,14 +10,16 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
 from models.errors import TrimRTError
+from models.naming import few
 
 OnDamaged = Literal["stop", "skip"]
+ON_DAMAGED_TEXT: Final = "Images that cannot be read: stop and name all of them, or leave them out."
 
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
@@ -238,11 +240,6 @@ def _too_few(folder: Path, classes: dict[str, list[Path]], contents: Contents) -
 
 def _within(root: Path, paths: Iterable[Path]) -> list[str]:
     return [shown(path.relative_to(root)) for path in paths]
-
-
-def few(names: Sequence[str], most: int = 3) -> str:
-    """The first names of many, and how many more there are."""
-    return ", ".join([*names[:most], *([f"{len(names) - most:,} more"] if len(names) > most else [])])
 
 
 def is_utf8(name: str) -> bool:

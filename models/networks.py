@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 from models.errors import TrimRTError
+from models.naming import MANY, did_you_mean, few
 
 Stem = Literal["standard", "small"]
 ChannelPlan = dict[str, dict[str, int]]
@@ -51,8 +52,9 @@ def build_network(architecture: str, classes: int, stem: Stem = "standard") -> n
         NetworkError: no such classifier, or one that has no convolution to replace.
     """
     if architecture not in architectures():
+        like = did_you_mean(architecture, architectures())
         raise NetworkError(
-            f"unknown architecture {architecture!r}; torchvision has: {', '.join(architectures())}"
+            f"torchvision has no classifier {architecture!r}{like or f': {few(architectures(), MANY)}'}"
         )
     # Auxiliary heads would change the output in training mode.
     options = (

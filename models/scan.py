@@ -9,42 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from models.cores import cores
+from models.bars import for_each
 from models.folders import (
     RAW_SUFFIXES,
     Contents,
     DatasetError,
     OnDamaged,
-    few,
     read_contents,
     read_unlabelled,
     shown,
 )
 from models.images.wholeness import looks_whole
+from models.naming import few
 from models.preprocessing import ImageError, Preprocessing, plan_loading
 
 MAX_PIXELS: Final = 178_000_000  # Pillow reads no more
 
 _PROBE: Final = Preprocessing(resize=32, height=32, width=32)
 _WIDTH: Final = 79
-_SILENT_SECONDS: Final = 2.0
 _COPIES: Final = "WARNING: copies of an image, of which some may train and others test"
 _MOST_NAMED: Final = 1000
 _FEW: Final = 3
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class _File(NamedTuple):
@@ -138,39 +129,6 @@ def _scan(root: Path, contents: Contents, smallest: int, on_damaged: OnDamaged, 
         )
     names = tuple(part.name for part in parts) if contents.held_out else ()
     return Scan(train, held_out, names, faults, tuple(found))
-
-
-def for_each(function: Callable[[_T], _R], items: Sequence[_T], text: str, progress: bool = True) -> list[_R]:
-    """`function` of all `items` by a few threads; after two seconds a bar estimates the rest."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn(text),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with ThreadPoolExecutor(min(8, cores())) as pool:
-        try:
-            results: Iterable[_R] = pool.map(function, items)
-            if progress and console.is_terminal:
-                results = _watched(results, bar, len(items))
-            return list(results)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        finally:
-            bar.stop()
-
-
-def _watched(results: Iterable[_R], bar: Progress, total: int) -> Iterator[_R]:
-    task, beginning = bar.add_task("", total=total), time.monotonic()
-    for result in results:
-        bar.advance(task)
-        if not bar.live.is_started and time.monotonic() - beginning > _SILENT_SECONDS:
-            bar.start()
-        yield result
 
 
 def _hash(path: Path) -> _File:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-from models.files import restore_in
+from models.files import restore, restore_in
+from models.naming import MANY, did_you_mean, few, nothing_at
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
 
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...] | str"
@@ -74,8 +75,30 @@ def find_package(directory: Path, name: str) -> Path:
     if isinstance(broken, EngineError):
         raise broken
     names = sorted({manifest.name for manifest in packages.values() if isinstance(manifest, Manifest)})
-    there = f"it holds {', '.join(names)}" if names else "it holds none"
-    raise EngineError(f"no engine {name!r} in {directory} ({there}); `trimrt build` makes one")
+    there = did_you_mean(name, names) or f" (it holds {few(names, MANY) or 'none'})"
+    raise EngineError(f"no engine {name!r} in {directory}{there}; `trimrt build` makes one")
+
+
+def resolve_package(engine: str | Path, directory: Path) -> Path:
+    """The folder of the package that a user names, by its path or by its name in `directory`.
+
+    Raises:
+        EngineError: there is none.
+    """
+    folder = Path(engine)
+    restore(folder)
+    if is_package(folder):
+        return folder
+    if folder.name == str(engine):
+        try:
+            return find_package(directory, folder.name)
+        except EngineError:
+            if not folder.exists():
+                raise
+    elif not folder.exists():
+        raise EngineError(nothing_at(folder))
+    read_manifest(folder)  # says what is missing
+    return folder
 
 
 def stamp_of(folder: Path) -> Stamp:

@@ -11,12 +11,11 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from models.files import restore
 from runtime.engine import Engine, Options
 from runtime.health import EngineLostError, Health
 from runtime.loading import load_engine
 from runtime.manifest import Activation, EngineError, Manifest, read_manifest
-from runtime.packages import Stamp, find_package, find_packages, is_package, stamp_of
+from runtime.packages import Stamp, find_package, find_packages, resolve_package, stamp_of
 from runtime.threads import run_in_engine_thread
 from server.decoding import DecodePool
 from server.decoding_limits import DecodingLimits
@@ -66,10 +65,7 @@ def resolve_engines(settings: Settings) -> list[Path]:
 
 
 def _named(directory: Path, name: str) -> Path:
-    folder = Path(name)
-    restore(folder)
-    if not is_package(folder):
-        return find_package(directory, name)
+    folder = resolve_package(name, directory)
     read_manifest(folder)
     return folder
 

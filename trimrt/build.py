@@ -13,7 +13,7 @@ from builder import build as build_packages
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, BatchSizes, Precision
 from trimrt.display import Display
-from trimrt.options import COUNT, FOLDER, HELP, one_or_more_of, options_of, take
+from trimrt.options import COUNT, FOLDER, HELP, Choice, Command, one_or_more_of, options_of, take
 
 
 def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> list[BatchSizes]:
@@ -29,7 +29,15 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     return sizes
 
 
-@click.command(context_settings=HELP)
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt build digits-resnet18 -p fp32,fp16,int8",
+        "trimrt build model.onnx --data photos --preprocess imagenet",
+        "trimrt build photos-kit --target tensorrt -p fp16,int8",
+    ],
+)
 @click.argument("source", metavar="CHECKPOINT|KIT|MODEL")
 @click.option(
     "-p",
@@ -43,16 +51,16 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
 )
 @click.option(
     "--target",
-    type=click.Choice(["auto", *INT8_REST]),
+    type=Choice(["auto", *INT8_REST]),
     default="auto",
     help="What to compile for; auto takes TensorRT where it and a GPU are, else OpenVINO.",
 )
 @click.option(
     "-o", "--output", type=FOLDER, default=Path("engines"), help="Folder that the packages' folders go into."
 )
-@click.option("--min-batch", type=COUNT, default=1)
-@click.option("--opt-batch", type=COUNT, default=8)
-@click.option("--max-batch", type=COUNT, default=32)
+@click.option("--min-batch", type=COUNT, default=1, help="Least images in a batch.")
+@click.option("--opt-batch", type=COUNT, default=8, help="What it is tuned for.")
+@click.option("--max-batch", type=COUNT, default=32, help="Most images in a batch.")
 @click.option(
     "--max-drop",
     type=click.FloatRange(0, 100),
@@ -100,10 +108,10 @@ def build(
 ) -> None:
     """Compile a student into engine packages, and publish those that pass the accuracy gate.
 
-    From a CHECKPOINT (`trimrt compress`): export, conversion to each precision and compilation. From
-    a build KIT (`trimrt prepare`): compilation alone, which needs neither torch nor ModelOpt. A MODEL
-    that was not made here is an ONNX file, or torchvision:NAME or timm:NAME with --weights; it needs
-    --data.
+    From a CHECKPOINT (`trimrt compress`), its folder or name: export, conversion to each precision and
+    compilation. From a build KIT (`trimrt prepare`): compilation alone, which needs neither torch nor
+    ModelOpt. A MODEL that was not made here is an ONNX file, or torchvision:NAME or timm:NAME with
+    --weights; it needs --data.
 
     Each engine runs on held-out validation images. One that fails the accuracy gate is not published, and
     the exit code is not 0.

@@ -9,6 +9,7 @@ from typing import Any, Final
 import click
 
 from models.errors import TrimRTError
+from models.naming import did_you_mean
 
 # name: (module:command, one line of help). The help stands here so that `trimrt --help` imports nothing.
 COMMANDS: Final = {
@@ -40,6 +41,13 @@ class _LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command: {args[0]}{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

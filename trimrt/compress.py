@@ -10,7 +10,7 @@ import click
 
 from models.folders import OnDamaged
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
-from trimrt.options import FOLDER, HELP, ON_DAMAGED, options_of
+from trimrt.options import FOLDER, HELP, Choice, Command, Existing, on_damaged_option, options_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,18 +20,11 @@ if TYPE_CHECKING:
 _EPILOG: Final = """\
 Every setting can also stand in a TOML file (--config): `--teacher-epochs 36` is `epochs = 36` under
 `[teacher]`. Options win over the file, and the file over the preset.
-
-\b
-Examples:
-  trimrt compress digits
-  trimrt compress fashion-mnist --teacher-epochs 8 --student-epochs 8 --device cuda
-  trimrt compress ~/photos --teacher-weights resnet50.safetensors --teacher-epochs 5
-  trimrt compress digits --pruning-target-parameters 0.5 --pruning-scope global
 """
 _AS_TYPED: Final = f"{__name__}.as_typed"
 
 
-class _RecipeCommand(click.Command):
+class _RecipeCommand(Command):
     """A command whose help shows the recipe's options section by section."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -41,6 +34,8 @@ class _RecipeCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Argument):
+                continue
             section, nested, _ = str(parameter.name).partition("__")
             if not nested:
                 section = "Run" if section in Recipe.model_fields else "Options"
@@ -65,7 +60,16 @@ def _overrides(values: dict[str, Any]) -> Settings:
     return settings
 
 
-@click.command(cls=_RecipeCommand, epilog=_EPILOG, context_settings=HELP)
+@click.command(
+    cls=_RecipeCommand,
+    epilog=_EPILOG,
+    context_settings=HELP,
+    examples=[
+        "trimrt compress digits",
+        "trimrt compress photos --preset quick",
+        "trimrt compress photos --teacher-weights resnet50.pth --teacher-epochs 5",
+    ],
+)
 @click.argument("source")
 @click.option(
     "--out", type=FOLDER, help="folder for teacher/, student/ and pruned/  [default: runs/<data>-fold<k>]"
@@ -78,27 +82,20 @@ def _overrides(values: dict[str, Any]) -> Settings:
 )
 @click.option(
     "--preset",
-    type=click.Choice(list(PRESETS)),
+    type=Choice(list(PRESETS)),
     default="aligned",
     help="; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items()),
 )
-@click.option(
-    "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file with settings"
-)
+@click.option("--config", type=Existing(dir_okay=False), help="TOML file with settings")
 @click.option(
     "--reuse",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=Existing(file_okay=False),
     help="another run's folder, to take its stages where the recipe is the same",
 )
-@click.option(
-    "--on-damaged",
-    type=ON_DAMAGED,
-    default="stop",
-    help="images that cannot be read: stop and name all of them, or leave them out",
-)
+@on_damaged_option
 @click.option(
     "--until",
-    type=click.Choice(["teacher", "student", "pruned"]),
+    type=Choice(["teacher", "student", "pruned"]),
     default="pruned",
     help="the last stage to make",
 )

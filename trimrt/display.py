@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
@@ -15,6 +16,7 @@ from rich.text import Text
 from builder.compile.packages import Package
 from builder.observer import BuildObserver
 from builder.prepare.sensitivity import LayerCost
+from models.bars import bars_in
 from runtime.manifest import Backend, Manifest
 
 
@@ -33,6 +35,7 @@ class Display(BuildObserver):
 
     def __init__(self) -> None:
         self._packages: list[Package] = []
+        self._stack = ExitStack()
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -44,11 +47,13 @@ class Display(BuildObserver):
         self._task = self.progress.add_task("", total=None)
 
     def __enter__(self) -> Display:
-        self.progress.start()
+        self._stack.enter_context(bars_in(self.progress))
+        if self.progress.console.is_terminal:  # elsewhere it would be an empty line
+            self._stack.enter_context(self.progress)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
+        self._stack.close()
 
     def report(self, step: str) -> None:
         """Change the line."""

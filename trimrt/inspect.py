@@ -10,39 +10,53 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from models.naming import shortened
 from models.preprocessing import Preprocessing
 from runtime.manifest import Evidence, Manifest, Tensor, read_artefact, read_manifest
-from trimrt.options import HELP
+from runtime.packages import resolve_package
+from trimrt.options import HELP, Command, engine_dir_option
 from trimrt.report.provenance import calibration_text
 
 
-@click.command(context_settings=HELP)
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt inspect digits-resnet18-int8-openvino",
+        "trimrt inspect engines/digits-resnet18-int8-openvino --json",
+    ],
+)
+@click.argument("engine")
+@engine_dir_option
+@click.option("--labels", "all_labels", is_flag=True, help="List all labels, however many there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
-def inspect(engine: Path, as_json: bool) -> None:
-    """Show what the package ENGINE is: built from what, for which machine, how good and how fast.
+def inspect(engine: str, engine_dir: Path, all_labels: bool, as_json: bool) -> None:
+    """Show what an engine package is: built from what, for which machine, how good and how fast.
 
-    The exit code is 0 if the artefact matches the manifest, and not 0 otherwise.
+    ENGINE is its folder or its name. The exit code is 0 if the artefact matches the manifest, and not 0
+    otherwise.
     """
-    manifest = read_manifest(engine)
+    folder = resolve_package(engine, engine_dir)
+    manifest = read_manifest(folder)
     if as_json:
         click.echo(manifest.model_dump_json(indent=2))
     else:
-        _print(engine, manifest)
-    read_artefact(engine, manifest)
+        _print(folder, manifest, all_labels)
+    read_artefact(folder, manifest)
 
 
-def _print(folder: Path, manifest: Manifest) -> None:
+def _print(folder: Path, manifest: Manifest, all_labels: bool) -> None:
     table = Table(box=SIMPLE, show_header=False, title=escape(str(folder)), title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(folder, manifest):
+    for name, value in _rows(folder, manifest, all_labels):
         table.add_row(name, escape(value))
     Console().print(table, highlight=False)
 
 
-def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
+def _rows(folder: Path, manifest: Manifest, all_labels: bool) -> list[tuple[str, str]]:
     spec, batch, origin = manifest.preprocessing, manifest.batch, manifest.provenance
+    labels = ", ".join(manifest.labels) if all_labels else shortened(manifest.labels)
     machine = manifest.compatibility.model_dump(exclude_defaults=True)
     rows = [
         ("engine", f"{manifest.name}, version {manifest.version}"),
@@ -57,7 +71,7 @@ def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         ("batch", f"{batch.min} to {batch.max}, best at {batch.opt}"),
         ("pixels", _pixels(spec)),
         ("activation", manifest.activation),
-        ("labels", f"{len(manifest.labels)}: {', '.join(manifest.labels)}"),
+        ("labels", f"{len(manifest.labels):,}: {labels}"),
     ]
     if origin.parameters is not None:
         rows.append(("parameters", f"{origin.parameters:,}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -10,18 +11,68 @@ from typing import Any, Final, TypeVar, get_args
 
 import click
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from models.folders import OnDamaged
+from models.folders import ON_DAMAGED_TEXT, OnDamaged
+from models.naming import did_you_mean, nothing_at
 
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+class Command(click.Command):
+    """A command whose help ends with examples.
+
+    Attributes:
+        examples: command lines, as they are typed.
+    """
+
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the epilog and the examples."""
+        super().format_epilog(ctx, formatter)
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+
+class Choice(click.Choice[str]):
+    """One of some words; of a wrong one it is said which may have been meant."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What is wrong."""
+        message = super().get_invalid_choice_message(value, ctx)
+        return f"{message.removesuffix('.')}{did_you_mean(str(value), self.choices)}."
+
+
+class Existing(click.Path):
+    """A path with something at it; of a wrong one it is said which may have been meant."""
+
+    def __init__(self, *, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(exists=True, file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path."""
+        path = Path(os.fsdecode(value))
+        if not os.path.lexists(path):
+            self.fail(nothing_at(path), param, ctx)
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
+
 
 COUNT: Final = click.IntRange(min=1)
 POSITIVE: Final = click.FloatRange(min=0, min_open=True)
 FILE: Final = click.Path(path_type=Path, dir_okay=False)
 FOLDER: Final = click.Path(path_type=Path, file_okay=False)
 
-ON_DAMAGED: Final = click.Choice(get_args(OnDamaged))
+engine_dir_option: Final = click.option(
+    "--engine-dir", type=FOLDER, default=Path("engines"), help="Where engine packages are found by name."
+)
+on_damaged_option: Final = click.option(
+    "--on-damaged", type=Choice(get_args(OnDamaged)), default="stop", help=ON_DAMAGED_TEXT
+)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -66,7 +117,8 @@ def one_or_more_of(known: Sequence[str]) -> Callable[[click.Context, click.Param
     def parse(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
         chosen = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
         if unknown := [part for part in chosen if part not in known]:
-            raise click.BadParameter(f"{', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
+            like = did_you_mean(unknown[0], known)
+            raise click.BadParameter(f"{', '.join(map(repr, unknown))}{like}: choose from {', '.join(known)}")
         return chosen
 
     return parse
@@ -82,14 +134,22 @@ def _fields(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tupl
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _fields(kind, (*path, name))
         elif typing.get_origin(kind) is not list:
-            default = field.get_default(call_default_factory=True)
-            shown = "" if default in (None, PydanticUndefined) else f"  [default: {default}]"
+            default = shown_default(field)
+            shown = f"  [default: {default}]" if default else ""
             yield (*path, name), kind, f"{field.description or ''}{shown}"
+
+
+def shown_default(field: FieldInfo) -> str:
+    """A field's default as help shows it; empty where there is none to show."""
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "" if default in (None, PydanticUndefined) else str(default)
 
 
 def _click_type(kind: Any) -> click.ParamType[Any] | type:
     if typing.get_origin(kind) is typing.Literal:
-        return click.Choice(typing.get_args(kind))
+        return Choice(typing.get_args(kind))
     if kind is Path:
         return FILE
     return typing.cast(type, kind)

@@ -12,10 +12,17 @@ from builder import PrepareOptions, make_kit
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, Precision
 from trimrt.display import Display
-from trimrt.options import FOLDER, HELP, one_or_more_of, options_of, take
+from trimrt.options import FOLDER, HELP, Choice, Command, one_or_more_of, options_of, take
 
 
-@click.command(context_settings=HELP)
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt prepare digits-resnet18 -o digits-kit",
+        "trimrt prepare model.onnx --data photos --preprocess imagenet -o photos-kit",
+    ],
+)
 @click.argument("source", metavar="CHECKPOINT|MODEL")
 @click.option(
     "-p",
@@ -29,7 +36,7 @@ from trimrt.options import FOLDER, HELP, one_or_more_of, options_of, take
 @click.option(
     "--target",
     "targets",
-    type=click.Choice(list(INT8_REST)),
+    type=Choice(list(INT8_REST)),
     multiple=True,
     default=list(INT8_REST),
     help="What it can be built for; repeatable.",
@@ -45,9 +52,10 @@ def prepare(
     output: Path,
     **preparation: Any,
 ) -> None:
-    """Turn a CHECKPOINT into a build kit: everything that compiling on another machine needs.
+    """Turn a student into a build kit: everything that compiling on another machine needs.
 
-    A MODEL that was not made here is an ONNX file, or torchvision:NAME or timm:NAME with --weights.
+    A CHECKPOINT is a folder or a name. A MODEL that was not made here is an ONNX file, or torchvision:NAME
+    or timm:NAME with --weights.
 
     Carry the kit to the device and run `trimrt build KIT` there.
     """

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT, LOGITS, PROBABILITIES
+from builder.prepare.quiet_import import import_onnxruntime
 from models.errors import TrimRTError
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Activation
@@ -204,7 +205,7 @@ def run_onnx(
         images: uint8 NHWC pixels, or what else it takes; the first axis is the batch.
         fused: let ONNX Runtime fuse Q/DQ into integer kernels, which add an error of their own.
     """
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised as well

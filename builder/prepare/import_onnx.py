@@ -31,6 +31,7 @@ from builder.prepare.normal_form import LUMA, mix_channels, normalise, slim
 from builder.prepare.normalisations import NORMALISATIONS, Resizing, Taken, find_preprocessing, told_size
 from builder.prepare.onnx_file import Signature, choose_output, first_line, read_model, read_signature
 from builder.prepare.options import PrepareOptions
+from builder.prepare.quiet_import import import_onnxruntime
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Activation
 
@@ -131,7 +132,7 @@ def export_imported(imported: ImportedModel, path: Path) -> float:
 
 
 def _session(model: bytes | str) -> Any:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised as well

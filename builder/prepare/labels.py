@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.export import ExportError
+from models.naming import did_you_mean, shortened
 
 _SHOWN = 5
 
@@ -61,7 +61,7 @@ def match_labels(
         labels.insert(0, next(folder for folder in folders if folder != labels[0]))
     if len(labels) != classes:
         raise ExportError(
-            f"{source} has {len(labels)} labels, the network has {classes} classes: {shorten(labels)}"
+            f"{source} has {len(labels)} labels, the network has {classes} classes: {shortened(labels)}"
         )
     if twice := sorted({label for label in labels if labels.count(label) > 1}) if classes < 10_000 else []:
         known = [label for label in twice if label in folders]
@@ -153,17 +153,9 @@ def _plain(name: str) -> str:
 
 def _unknown(unknown: Sequence[str], labels: Sequence[str], source: str) -> str:
     shown = ", ".join(unknown[:_SHOWN]) + (f" and {len(unknown) - _SHOWN} more" * (len(unknown) > _SHOWN))
-    like = difflib.get_close_matches(unknown[0], labels, n=1)
-    hint = f" (did you mean {like[0]}?)" if like else ""
     return (
-        f"the folders {shown}{hint} are no classes of the network, whose labels are {shorten(labels)} "
-        f"({source}). Rename the folders, or name the network's classes with --labels FILE, "
+        f"the folders {shown}{did_you_mean(unknown[0], labels)} are no classes of the network, "
+        f"whose labels are {shortened(labels)} ({source}). "
+        "Rename the folders, or name the network's classes with --labels FILE, "
         "one a line in the order of its outputs"
     )
-
-
-def shorten(labels: Sequence[str]) -> str:
-    """The labels in words; the first and the last of many."""
-    if len(labels) <= 2 * _SHOWN:
-        return ", ".join(labels)
-    return f"{', '.join(labels[:3])}, ... {labels[-1]}"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.export import ExportError
+from builder.prepare.quiet_import import import_onnxruntime
 
 if TYPE_CHECKING:
     import onnx
@@ -99,7 +100,8 @@ def read_model(path: Path) -> onnx.ModelProto:
 def _require_valid(path: Path, model: onnx.ModelProto) -> None:
     """Refuse what neither onnx nor ONNX Runtime takes; either may not know the other's newest version."""
     import onnx
-    import onnxruntime
+
+    onnxruntime = import_onnxruntime()
 
     try:
         onnx.checker.check_model(str(path))

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from builder.kit import LONGEST_NAME
 from builder.prepare.int8 import METHODS, Method
 from builder.prepare.normalisations import NORMALISATIONS
-from models.folders import OnDamaged
+from models.folders import ON_DAMAGED_TEXT, OnDamaged
 from models.preprocessing import Interpolation
 from models.recipe import Training
 from runtime.manifest import Activation
@@ -37,10 +37,7 @@ class PrepareOptions(BaseModel):
         "engines: digits, fashion-mnist, or an ImageFolder directory; by default what the checkpoint was "
         "trained on.",
     )
-    on_damaged: OnDamaged = Field(
-        default="stop",
-        description="Images of --data that cannot be read: stop and name all, or leave them out.",
-    )
+    on_damaged: OnDamaged = Field(default="stop", description=ON_DAMAGED_TEXT)
     calibration: Literal["auto", "entropy", "max"] = Field(
         default="auto", description="How INT8 activation ranges are found; auto tries entropy, then max."
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from builder.kit import LONGEST_NAME, Student
 from builder.prepare.export import ExportError, export_onnx
 from builder.prepare.import_onnx import export_imported, import_onnx
-from builder.prepare.labels import Labelling, labels_beside, match_labels, read_labels, shorten
+from builder.prepare.labels import Labelling, labels_beside, match_labels, read_labels
 from builder.prepare.normalisations import (
     NORMALISATIONS,
     Resizing,
@@ -29,7 +29,8 @@ from builder.prepare.preparation import Subject
 from builder.prepare.unlabelled import has_no_classes, open_unlabelled
 from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
 from models.evaluation import count_macs, count_parameters, predict_logits
-from models.networks import NetworkError, load_pretrained
+from models.naming import did_you_mean, shortened
+from models.networks import NetworkError, architectures, load_pretrained
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import sha256_of
 
@@ -91,6 +92,7 @@ def open_named(source: str, options: PrepareOptions) -> Subject:
     library, _, name = source.partition(":")
     if options.weights is None:
         raise ExportError(f"{source} needs weights: --weights FILE (a state dict), or --weights {PRETRAINED}")
+    _require_known(library, name)
     data = _data(options)
     create = _from_timm if library == "timm" else _from_torchvision
     own = options.weights == PRETRAINED
@@ -142,13 +144,24 @@ def open_named(source: str, options: PrepareOptions) -> Subject:
     )
 
 
+def _require_known(library: str, name: str) -> None:
+    known = architectures() if library == "torchvision" else _timm().list_models()
+    # timm's names may go on with the name of the weights, or begin with the place that they come from.
+    if ":" not in name and name.partition(".")[0] not in known:
+        raise ExportError(f"{library} has no model {name!r}{did_you_mean(name, known)}")
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")  # so that types do not depend on its being installed
+    except ImportError as error:
+        raise ExportError("timm is not installed: pip install 'trimrt[timm]'") from error
+
+
 def _from_torchvision(name: str, classes: int | None) -> tuple[nn.Module, Preprocessing, list[str] | None]:
     import torchvision
 
-    try:
-        weights: Any = torchvision.models.get_model_weights(name).DEFAULT
-    except ValueError as error:
-        raise ExportError(f"torchvision has no model {name!r}") from error
+    weights: Any = torchvision.models.get_model_weights(name).DEFAULT
     transforms = weights.transforms()
     spec = Preprocessing(
         resize=transforms.resize_size[0],
@@ -164,10 +177,7 @@ def _from_torchvision(name: str, classes: int | None) -> tuple[nn.Module, Prepro
 
 
 def _from_timm(name: str, classes: int | None) -> tuple[nn.Module, Preprocessing, list[str] | None]:
-    try:
-        timm: Any = importlib.import_module("timm")  # so that types do not depend on its being installed
-    except ImportError as error:
-        raise ExportError("timm is not installed: pip install 'trimrt[timm]'") from error
+    timm = _timm()
     try:
         network = timm.create_model(name, pretrained=classes is None, num_classes=classes)
     except RuntimeError as error:
@@ -209,13 +219,13 @@ def _told(labelling: Labelling, data: DataSplit) -> str:
     if not data.labels:
         return (
             f"the images have no labels: engines are judged by agreement with FP32 alone; "
-            f"labels: {shorten(labelling.labels)} ({labelling.source})"
+            f"labels: {shortened(labelling.labels)} ({labelling.source})"
         )
     if labelling.source is None:
-        return f"labels: the folders of {data.source}, in their order: {shorten(labelling.labels)}"
+        return f"labels: the folders of {data.source}, in their order: {shortened(labelling.labels)}"
     others = len(labelling.labels) - len(labelling.classes)
     without = f"; {others} of them have no images" if others else ""
-    return f"labels: {shorten(labelling.labels)} ({labelling.source}{without})"
+    return f"labels: {shortened(labelling.labels)} ({labelling.source}{without})"
 
 
 def _judge(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from models.images.bmp import BmpHeader
-from models.images.errors import DamagedImageError, ImageTooLargeError, UnsupportedImageError
+from models.images.errors import DamagedImageError, ImageError, ImageTooLargeError, UnsupportedImageError
 from models.images.header import Header
 from models.images.jpeg import JpegHeader
 from models.images.metadata import orientation
@@ -96,6 +96,17 @@ def _decode_tiff(data: bytes, header: TiffHeader) -> Pixels:
     return np.bitwise_not(pixels, out=pixels)
 
 
+def _unidentified(data: bytes, header: Header) -> ImageError:
+    """Why Pillow does not know a file whose header could be read."""
+    if not isinstance(header, TiffHeader):
+        return DamagedImageError(f"damaged {header.format}, or of a kind that is not supported")
+    order = "little-endian" if data[:2] == b"II" else "big-endian"
+    channels = f"{header.samples} channel{'s' * (header.samples != 1)} of {header.bits} bits"
+    return UnsupportedImageError(
+        f"{order} TIFFs of this kind ({channels}) are not supported; convert it to 8 or 16 bits a channel"
+    )
+
+
 def _decode_jpeg(data: bytes, header: JpegHeader, smallest: float) -> Pixels:
     divisor = header.divisor(smallest)
     if header.components == 4 or not header.plain:
@@ -124,7 +135,7 @@ def _decode_with_pillow(data: bytes, header: Header, divisor: int = 1, bits: int
     except UnsupportedImageError:
         raise
     except UnidentifiedImageError:
-        raise DamagedImageError(f"damaged {header.format}, or of a kind that is not supported") from None
+        raise _unidentified(data, header) from None
     except _PILLOWS_LIMIT as error:
         raise ImageTooLargeError(f"Pillow refuses the image: {error}") from error
     except Exception as error:  # Pillow's readers raise many types on hostile files

@@ -9,7 +9,9 @@ from typing import Final
 from models.images.errors import DamagedImageError
 from models.images.header import Cost, Header
 
-_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+# By colour type.
+_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_DEPTHS: Final = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _PIXEL_DATA: Final = (b"IDAT", b"fdAT")
 _INFLATED: Final = (b"iCCP", b"zTXt", b"iTXt")  # Pillow inflates each, to at most 1 MiB
 _MAX_CHUNKS: Final = 50_000
@@ -22,7 +24,7 @@ def read(data: bytes) -> Header:
     if data[29:33] != struct.pack(">I", zlib.crc32(data[12:29])):
         raise DamagedImageError("damaged PNG: the checksum of its header is wrong")
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    if colour not in _CHANNELS or depth > 16:
+    if depth not in _DEPTHS.get(colour, ()):
         raise DamagedImageError("damaged PNG: no such colour type or bit depth")
     compressed = pieces = others = inflated = metadata = 0
     position = 33  # behind the header

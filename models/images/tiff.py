@@ -44,11 +44,13 @@ class TiffHeader(Header):
 
     Attributes:
         bits: of a sample.
+        samples: of a pixel.
         black_is_zero: where in the file to write what, so that Pillow reads an image whose white is zero as
             its negative; None where it reads the image itself.
     """
 
     bits: int
+    samples: int
     black_is_zero: tuple[int, bytes] | None
 
 
@@ -137,4 +139,4 @@ def _header(data: bytes, directories: Directories, tags: dict[int, Tag], everyth
     if white_is_zero and (bits > 8 or samples > 1):
         tag = tags[_PHOTOMETRIC]
         black = tag.position, _BLACK_IS_ZERO.to_bytes(tag.size, "little" if data[:1] == b"I" else "big")
-    return TiffHeader("TIFF", width, height, Cost(seconds, memory), bits, black)
+    return TiffHeader("TIFF", width, height, Cost(seconds, memory), bits, samples, black)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from models.preprocessing import Preprocessing, UnsupportedImageError, load_pixels
+from models.preprocessing import DamagedImageError, Preprocessing, UnsupportedImageError, load_pixels
 
 WIDTH, HEIGHT = 45, 34
 WHOLE = Preprocessing(resize=HEIGHT, height=HEIGHT, width=HEIGHT)
@@ -147,6 +148,46 @@ def packed_12_bits() -> bytes:
     )
 
 
+PNG_FORMS = {0: (1, (1, 2, 4, 8, 16)), 2: (3, (8, 16)), 4: (2, (8, 16)), 6: (4, (8, 16))}
+"""Channels and depths of each colour type but palettes."""
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def png(samples: NDArray[np.int64], depth: int, colour: int, *, interlaced: bool) -> bytes:
+    """A PNG of samples of shape (height, width, channels), written here, for few programs write all kinds."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    lines = b""
+    for left, top, across, down in passes:
+        for row in samples[top::down, left::across].reshape(-(-(len(samples) - top) // down), -1):
+            bits = (row[:, None] >> np.arange(depth - 1, -1, -1)) & 1
+            lines += b"\0" + np.packbits(bits.astype(np.uint8).ravel()).tobytes()
+    height, width = samples.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("interlaced", [False, True], ids=["in order", "interlaced"])
+@pytest.mark.parametrize(
+    ("colour", "depth"), [(colour, depth) for colour, (_, depths) in PNG_FORMS.items() for depth in depths]
+)
+def test_pngs_of_every_depth_keep_their_upper_bits(colour: int, depth: int, interlaced: bool) -> None:
+    samples = np.repeat((GREY * 257 >> (16 - depth))[:, :, None], PNG_FORMS[colour][0], axis=2)
+    pixels = load_pixels(png(samples, depth, colour, interlaced=interlaced), SMALL)
+    expected = GREY if depth >= 8 else samples[:, :, 0] * 255 // (2**depth - 1)
+    np.testing.assert_array_equal(pixels, np.repeat(expected[:, :, None], 3, axis=2))
+
+
+def test_a_png_of_a_depth_that_its_colours_cannot_have_is_damaged() -> None:
+    with pytest.raises(DamagedImageError, match="no such colour type or bit depth"):
+        load_pixels(png(GREY[:, :, None], 16, 3, interlaced=False), SMALL)
+
+
 @pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
 class TestTiff:
     @pytest.mark.parametrize("white", [False, True], ids=["black is zero", "white is zero"])
@@ -196,6 +237,22 @@ class TestTiff:
         data = tiff(order, 16, RGB, deep(order, 3), samples=3, planes=True)
         with pytest.raises(UnsupportedImageError, match="more than 8 bits in separate planes"):
             load_pixels(data, SMALL)
+
+    def test_what_pillow_does_not_know_is_named_and_not_called_damaged(self, order: str) -> None:
+        name = "little-endian" if order == "<" else "big-endian"
+        for bits, samples in ((10, 1), (14, 1), (12, 3), (16, 2)):
+            data = tiff(order, bits, BLACK_IS_ZERO, bytes(16 * 16 * 2 * samples), samples=samples)
+            channels = f"{samples} channels? of {bits} bits"
+            with pytest.raises(UnsupportedImageError, match=rf"{name} TIFFs of this kind \({channels}\)"):
+                load_pixels(data, SMALL)
+
+    def test_12_bits_are_read_in_one_order_and_named_in_the_other(self, order: str) -> None:
+        data = tiff(order, 12, BLACK_IS_ZERO, packed_12_bits())
+        if order == "<":
+            np.testing.assert_array_equal(load_pixels(data, SMALL)[:, :, 0], GREY)
+        else:
+            with pytest.raises(UnsupportedImageError, match="convert it to 8 or 16 bits"):
+                load_pixels(data, SMALL)
 
 
 RUNS: dict[str, tuple[int, list[list[int]]]] = {

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
+from models.bars import bars_in, for_each
 from models.datasets import DatasetError, DataSplit, open_dataset, reopen_dataset
 from models.images.wholeness import looks_whole
 from models.preprocessing import Preprocessing
-from models.scan import for_each
 from trimrt.compress import compress
 
 SPEC = Preprocessing(resize=24, height=24, width=24)
@@ -376,7 +378,31 @@ class TestCommand:
 def test_a_terminal_sees_how_long_the_rest_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("models.scan._SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("models.bars._SILENT_SECONDS", 0.0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert for_each(lambda number: number + 1, range(100), "Looking") == list(range(1, 101))
     assert "Looking" in capsys.readouterr().err
+
+
+def test_in_a_running_display_the_bar_is_one_of_its_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("models.bars._SILENT_SECONDS", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = io.StringIO()
+    display = Progress(console=Console(file=shown, force_terminal=True, width=80))
+    display.add_task("reading")
+    with display, bars_in(display):
+        assert for_each(lambda number: number + 1, range(100), "Looking") == list(range(1, 101))
+        display.refresh()
+    assert "Looking" in shown.getvalue()
+    assert capsys.readouterr().err == ""
+    assert [task.description for task in display.tasks] == ["reading"]
+
+
+def test_no_terminal_sees_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("models.bars._SILENT_SECONDS", 0.0)
+    for_each(lambda number: number, range(100), "Looking")
+    assert capsys.readouterr().err == ""

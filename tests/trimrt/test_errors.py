@@ -91,14 +91,14 @@ def test_the_server_knows_the_problems_that_images_are() -> None:
     ("arguments", "says"),
     [
         (["compress", "no-such-data"], "no-such-data"),
-        (["prepare", "no-such-student", "-o", "kit"], "no-such-student is not a checkpoint"),
-        (["build", "no-such-student", "--target", "openvino"], "no-such-student is not a checkpoint"),
-        (["inspect", "no-such-engine"], "no-such-engine is not an engine package"),
-        (["bench", "no-such-engine"], "no-such-engine is not an engine package"),
-        (["bench", "--tune", "no-such-engine"], "no-such-engine is not an engine package"),
-        (["export-triton", "no-such-engine", "repository"], "no-such-engine is not an engine package"),
+        (["prepare", "no-such-student", "-o", "kit"], "no such file or folder: no-such-student"),
+        (["build", "no-such-student", "--target", "openvino"], "no such file or folder: no-such-student"),
+        (["inspect", "no-such-engine"], "no engine 'no-such-engine' in engines (it holds none)"),
+        (["bench", "no-such-engine"], "no engine 'no-such-engine'"),
+        (["bench", "--tune", "no-such-engine"], "no engine 'no-such-engine'"),
+        (["export-triton", "no-such-engine", "repository"], "no engine 'no-such-engine'"),
         (["predict", ".", "--engine", "no-such-engine", "--out", "a.parquet"], "no engine 'no-such-engine'"),
-        (["report", "no-such-folder"], "no-such-folder is not a folder"),
+        (["report", "no-such-folder"], "no such file or folder: no-such-folder"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -120,7 +120,7 @@ def test_every_command_says_what_is_wrong_without_a_traceback(
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     code = (
-        "import trimrt.inspect as command; command.read_manifest = lambda folder: 1 / 0;"
+        "import trimrt.inspect as command; command.resolve_package = lambda *names: 1 / 0;"
         "from trimrt.cli import COMMANDS, main; main()"
     )
     result = subprocess.run(

@@ -18,11 +18,12 @@ from models.preprocessing import ImageError, load_pixels
 from runtime.engine import Engine, Options
 from runtime.loading import load_engine
 from runtime.manifest import Precision, read_manifest
+from runtime.packages import resolve_package
 from runtime.profiling import Layer, profile_layers
 from runtime.tuning import TUNING_NAME
 from trimrt.bench.timing import PERCENTILES, ROUNDS, Timing, time_engines
 from trimrt.bench.tuning import sample_photographs, tune
-from trimrt.options import COUNT, HELP, POSITIVE
+from trimrt.options import COUNT, HELP, POSITIVE, Command, Existing, engine_dir_option
 from trimrt.output import OutputFile, write_output
 
 _SHOWN_LAYERS = 20
@@ -59,8 +60,17 @@ def _batches(_context: click.Context, _parameter: click.Parameter, value: str) -
     return sizes
 
 
-@click.command(context_settings=HELP)
-@click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt bench digits-resnet18-fp32-openvino digits-resnet18-int8-openvino",
+        "trimrt bench digits-resnet18-int8-openvino --batch 1,4,16 --profile",
+        "trimrt bench --tune digits-resnet18-int8-openvino",
+    ],
+)
+@click.argument("engines", nargs=-1, required=True, metavar="ENGINE...")
+@engine_dir_option
 @click.option("--batch", "batches", default="1,8", callback=_batches, help="Batch sizes.")
 @click.option("--seconds", default=3.0, type=POSITIVE, help="For each engine and size.")
 @click.option("--warm-up", default=0.5, type=click.FloatRange(min=0), help="Seconds before that.")
@@ -77,12 +87,13 @@ def _batches(_context: click.Context, _parameter: click.Parameter, value: str) -
     "--photo",
     "photos",
     multiple=True,
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=Existing(dir_okay=False),
     help="An image like those that will be served, to tune with; may be repeated.",
 )
 @click.option("--json", "output", type=OutputFile(), help="Write JSON here.")
 def bench(
-    engines: tuple[Path, ...],
+    engines: tuple[str, ...],
+    engine_dir: Path,
     batches: list[int],
     seconds: float,
     warm_up: float,
@@ -95,22 +106,18 @@ def bench(
 ) -> None:
     """Time engine packages by themselves: no decoding, no HTTP.
 
-    Several packages are timed in turns, so that they are comparable even on an unsteady machine. Example:
-
-        trimrt bench engines/digits-resnet18-fp32-openvino engines/digits-resnet18-int8-openvino
-
-    and, once on the machine that will serve:
-
-        trimrt bench --tune engines/digits-resnet18-int8-openvino
+    ENGINEs are packages' folders or names. Several are timed in turns, so that they are comparable even on
+    an unsteady machine. --tune is for once, on the machine that will serve.
     """
+    folders = tuple(resolve_package(engine, engine_dir) for engine in engines)
     if tuning:
-        _tune(engines, photos, Console())
+        _tune(folders, photos, Console())
         return
     options = Options(slots=slots, threads=threads)
-    _check_sizes(engines, batches)
-    report = _time(engines, batches, seconds, warm_up, options)
+    _check_sizes(folders, batches)
+    report = _time(folders, batches, seconds, warm_up, options)
     if profile:
-        for folder, measured in zip(engines, report.engines, strict=True):
+        for folder, measured in zip(folders, report.engines, strict=True):
             measured.layers = profile_layers(folder, batches[-1], runs=50)
     if output is not None:
         write_output(output, report.model_dump_json(indent=2) + "\n")

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 from pydantic import ValidationError
 
+from runtime.packages import resolve_package
 from trimrt.cluster import options
-from trimrt.options import COUNT, HELP, POSITIVE
+from trimrt.options import COUNT, HELP, POSITIVE, Command, engine_dir_option
 from trimrt.output import OutputFile, write_output
 
 _HEADER = "# From `trimrt cluster config`. On one machine: serve run FILE; on a cluster: serve deploy FILE\n"
@@ -25,8 +26,16 @@ def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) ->
     return value
 
 
-@cluster.command(context_settings=HELP)
-@click.argument("engines", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ENGINE...")
+@cluster.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt cluster config digits-resnet18-int8-openvino --replicas 1-4",
+        "trimrt cluster config digits-resnet18-int8-openvino --output serve.yaml",
+    ],
+)
+@click.argument("engines", nargs=-1, required=True, metavar="ENGINE...")
+@engine_dir_option
 @click.option(
     "--replicas",
     multiple=True,
@@ -53,7 +62,8 @@ def _prefix(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("--port", default=8000, type=click.IntRange(1, 65535), help="TCP port.")
 @click.option("--output", type=OutputFile(), help="Write it here, not on the terminal.")
 def config(
-    engines: tuple[Path, ...],
+    engines: tuple[str, ...],
+    engine_dir: Path,
     replicas: tuple[options.Replicas, ...],
     cpus: float,
     gpus: float,
@@ -64,13 +74,11 @@ def config(
     port: int,
     output: Path | None,
 ) -> None:
-    """Write a Ray Serve configuration for engine packages.
+    """Write a Ray Serve configuration for engine packages, which are folders or names.
 
     With several engines of one student (a TensorRT plan, an OpenVINO blob) the first is asked first, and
     the others answer what it has no room for. `serve run FILE` serves on this machine, `serve deploy FILE`
-    on a cluster. Example:
-
-        trimrt cluster config engines/digits-resnet18-int8-openvino --replicas 1-4 --output serve.yaml
+    on a cluster.
     """
     if len(replicas) not in (0, 1, len(engines)):
         raise click.UsageError(f"--replicas is given {len(replicas)} times for {len(engines)} engines")
@@ -82,7 +90,8 @@ def config(
 
         from trimrt.cluster.config import Pool, configure
     pools = [
-        Pool(engine, number, cpus, gpus, target_ongoing) for engine, number in zip(engines, each, strict=True)
+        Pool(resolve_package(engine, engine_dir), number, cpus, gpus, target_ongoing)
+        for engine, number in zip(engines, each, strict=True)
     ]
     try:
         configuration = configure(pools, name=name, host=host, port=port, route_prefix=route_prefix)

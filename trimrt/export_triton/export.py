@@ -16,6 +16,7 @@ import click
 
 from models.files import replace_folder
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_artefact, read_manifest
+from runtime.packages import resolve_package
 from trimrt.export_triton.config import (
     LABELS_NAME,
     Backend,
@@ -27,7 +28,7 @@ from trimrt.export_triton.config import (
 )
 from trimrt.export_triton.readme import write_readme
 from trimrt.export_triton.textproto import dump
-from trimrt.options import COUNT, HELP
+from trimrt.options import COUNT, HELP, Choice, Command, engine_dir_option
 
 CONFIG_NAME: Final = "config.pbtxt"
 README_NAME: Final = "README.md"
@@ -108,12 +109,20 @@ def _one_line(label: str) -> str:
     return label.replace("\n", " ")
 
 
-@click.command(context_settings=HELP)
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt export-triton digits-resnet18-int8-openvino triton-models",
+        "trimrt export-triton digits-resnet18-int8-openvino triton-models --instances 2",
+    ],
+)
+@click.argument("engine")
 @click.argument("repository", type=click.Path(path_type=Path))
+@engine_dir_option
 @click.option(
     "--backend",
-    type=click.Choice(["openvino", "onnxruntime"]),
+    type=Choice(["openvino", "onnxruntime"]),
     help="Triton's backend for an OpenVINO package: openvino, which does not batch, or onnxruntime, "
     "which does.  [default: openvino]",
 )
@@ -127,18 +136,20 @@ def _one_line(label: str) -> str:
     help="How long a request may wait for others to fill its batch, microseconds.",
 )
 def export_triton(
-    engine: Path,
+    engine: str,
     repository: Path,
+    engine_dir: Path,
     backend: Literal["openvino", "onnxruntime"] | None,
     instances: int | None,
     max_queue_delay_us: int,
 ) -> None:
-    """Write the package ENGINE as a model into the Triton model repository REPOSITORY.
+    """Write the package ENGINE, a folder or a name, as a model into the Triton model repository REPOSITORY.
 
     TensorRT packages become plans, OpenVINO packages ONNX graphs. TensorRT-RTX has no Triton backend.
     """
+    package = resolve_package(engine, engine_dir)
     try:
-        folder = export_model(engine, repository, Options(backend, instances, max_queue_delay_us))
+        folder = export_model(package, repository, Options(backend, instances, max_queue_delay_us))
     except OSError as error:
         raise click.ClickException(f"cannot write to {repository}: {error.strerror or error}") from error
     click.echo(f"exported {folder}; its {README_NAME} says how to serve it and how to ask it")

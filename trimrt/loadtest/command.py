@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from trimrt.options import HELP
+from trimrt.options import HELP, Choice, Command, Existing
 from trimrt.output import OutputFile, write_output
 
 
@@ -25,17 +25,25 @@ def _loads(_context: click.Context, _option: click.Parameter, value: str | None)
     return loads
 
 
-@click.command(context_settings=HELP)
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt loadtest --images photos",
+        "trimrt loadtest --images photos --load 1,8,32 --html report.html",
+        "trimrt loadtest --images photos --scenario server --load 50,100 --p99-ms 50",
+    ],
+)
 @click.option("--url", default="http://127.0.0.1:8000", help="The server.")
 @click.option(
     "--images",
-    type=click.Path(exists=True, path_type=Path),
+    type=Existing(),
     required=True,
     help="A folder of images, sent in turn; or one image.",
 )
 @click.option(
     "--scenario",
-    type=click.Choice(["single-stream", "multi-stream", "server", "offline", "closed-loop"]),
+    type=Choice(["single-stream", "multi-stream", "server", "offline", "closed-loop"]),
     default="closed-loop",
     help="As MLPerf Inference names them: one image at a time; eight to a request; Poisson arrivals; "
     "many at once. closed-loop sweeps connections.",
@@ -69,13 +77,9 @@ def loadtest(
     html_file: Path | None,
     **options: Any,
 ) -> None:
-    r"""Load a running server and measure what it does.
+    """Load a running server and measure what it does.
 
-    The exit code is 1 if a threshold is missed. Examples:
-
-    \b
-        trimrt loadtest --images photos --load 1,8,32 --html report.html
-        trimrt loadtest --images photos --scenario server --load 50,100,200 --p99-ms 50 --max-errors 0
+    The exit code is 1 if a threshold is missed.
     """
     try:
         from trimrt.loadtest.runs import Plan, default_loads, run

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.cores import cores
-from models.files import restore
-from runtime.manifest import MANIFEST_NAME, Manifest, read_manifest
-from runtime.packages import find_package
+from runtime.manifest import Manifest, read_manifest
+from runtime.packages import resolve_package
 from trimrt.cluster import options
+from trimrt.options import HELP, Command, Existing, engine_dir_option
 from trimrt.output import OutputFile
 
 if TYPE_CHECKING:
@@ -39,20 +39,19 @@ class _Cluster(NamedTuple):
     gpus: float
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument(
-    "inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="INPUT..."
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt predict photos --engine digits-resnet18-int8-openvino --out labels.csv",
+        "trimrt predict 7.png --engine digits-resnet18-int8-openvino --out seven.csv",
+    ],
 )
+@click.argument("inputs", nargs=-1, required=True, type=Existing(), metavar="INPUT...")
 @click.option(
     "--engine", required=True, help="Engine package: its path, or its name in the engine directory."
 )
-@click.option(
-    "--engine-dir",
-    default=Path("engines"),
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Where engine packages are found by name.",
-)
+@engine_dir_option
 @click.option(
     "--out",
     "output",
@@ -73,7 +72,6 @@ class _Cluster(NamedTuple):
 @click.option(
     "--part-size",
     default=_PART_SIZE,
-    show_default=True,
     type=click.IntRange(min=1),
     help="Images in a part, which is what an interruption may cost; rounded up to whole batches.",
 )
@@ -104,14 +102,12 @@ class _Cluster(NamedTuple):
 @click.option(
     "--cpus",
     default=1.0,
-    show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     help="CPU cores of each of them.",
 )
 @click.option(
     "--gpus",
     default=1.0,
-    show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     help="GPUs of each worker, if the engine needs one; 0.25 lets four share a GPU.",
 )
@@ -137,9 +133,7 @@ def predict(
     """Label many images at once.
 
     INPUT is a folder, image files, or one Parquet file. An image that cannot be decoded gets a row that
-    says why. After an interruption the same command continues where it stopped. Example:
-
-        trimrt predict photos --engine digits-resnet18-int8-openvino --out labels.parquet
+    says why. After an interruption the same command continues where it stopped.
     """
     try:
         from trimrt.predict import parts, scoring, sources
@@ -147,10 +141,7 @@ def predict(
         if error.name is None or error.name.partition(".")[0] != "pyarrow":
             raise
         raise click.ClickException("this needs pyarrow: pip install 'trimrt[batch]'") from None
-    folder = Path(engine)
-    restore(folder)
-    if not (folder / MANIFEST_NAME).is_file():
-        folder = find_package(engine_dir, engine)
+    folder = resolve_package(engine, engine_dir)
     manifest = read_manifest(folder)
     top_k = top_k or min(_TOP_K, len(manifest.labels))
     batch_size = _checked_sizes(manifest, batch_size, top_k)

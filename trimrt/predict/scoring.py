@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from models.preprocessing import ImageError, Pixels, load_pixels
 from runtime.engine import Engine, Options, Slot
+from runtime.finite import NOT_FINITE, finite_rows
 from runtime.loading import load_engine
 from runtime.ranking import ranked
 from runtime.threads import start_in_engine_thread
@@ -164,7 +165,12 @@ class Scorer:
                 slot.pixels[row] = decoded[number]
             # A plan may have a least batch size; what lies in the rows beyond is ignored.
             outputs = slot.infer(max(len(good), self._engine.manifest.batch.min))
-            order = ranked(outputs.logits[: len(good)], self._top_k)
-            indices[good] = order
-            probabilities[good] = np.take_along_axis(outputs.probabilities[: len(good)], order, axis=1)
+            logits, shares = outputs.logits[: len(good)], outputs.probabilities[: len(good)]
+            finite = finite_rows(logits, shares)
+            for number, is_finite in zip(good, finite, strict=True):
+                errors[number] = None if is_finite else NOT_FINITE
+            order = ranked(logits[finite], self._top_k)
+            scored = np.array(good)[finite]
+            indices[scored] = order
+            probabilities[scored] = np.take_along_axis(shares[finite], order, axis=1)
         return Rows([item.path for item in items], indices, probabilities, errors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from models.bars import bars_in
 from models.folders import OnDamaged
-from trimrt.options import HELP, ON_DAMAGED, POSITIVE
+from trimrt.options import HELP, POSITIVE, Command, engine_dir_option, on_damaged_option
 from trimrt.output import OutputFile, write_output
-from trimrt.report.discovery import discover
+from trimrt.report.discovery import discover, locate
 
 if TYPE_CHECKING:
     from trimrt.report import measuring
     from trimrt.report.results import Measured, Report
 
 
-class _Command(click.Command):
+class _Command(Command):
     """A command that knows how it was typed."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -31,20 +32,24 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(cls=_Command, context_settings=HELP)
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.command(
+    cls=_Command,
+    context_settings=HELP,
+    examples=[
+        "trimrt report engines",
+        "trimrt report digits-resnet18 engines --out digits.html",
+        "trimrt report runs/photos-fold0 photos-resnet18-int8-openvino --data photos",
+    ],
+)
+@click.argument("names", nargs=-1, required=True, metavar="PATH...")
+@engine_dir_option
 @click.option("-o", "--out", type=OutputFile(), default=Path("report.html"), help="The page.")
 @click.option(
     "--data",
     help="Measure all on the test part of this data set: digits, fashion-mnist, or an ImageFolder "
     "directory.  [default: of what each was trained on]",
 )
-@click.option(
-    "--on-damaged",
-    type=ON_DAMAGED,
-    default="stop",
-    help="Images of --data that cannot be read: stop and name all, or leave them out.",
-)
+@on_damaged_option
 @click.option("--json", "json_file", type=OutputFile(), help="Write the same figures as JSON here.")
 @click.option("--seconds", default=10.0, type=POSITIVE, help="Time all models in turns for so long.")
 @click.option(
@@ -55,7 +60,8 @@ class _Command(click.Command):
 @click.pass_context
 def report(
     context: click.Context,
-    paths: tuple[Path, ...],
+    names: tuple[str, ...],
+    engine_dir: Path,
     out: Path,
     data: str | None,
     on_damaged: OnDamaged,
@@ -65,14 +71,12 @@ def report(
 ) -> None:
     """Measure checkpoints and engine packages side by side, and write one HTML page about them.
 
-    PATHs are checkpoints, engine packages, or folders with some in them. All are run on the test images
-    of their data set and timed in turns on this machine. Those that cannot run here are listed with what
-    their build measured. Example:
-
-        trimrt report runs/digits-fold0 engines --out digits.html
+    PATHs are checkpoints, engine packages, or folders with some in them; the name of a checkpoint or of an
+    engine will do. All are run on the test images of their data set and timed in turns on this machine.
+    Those that cannot run here are listed with what their build measured.
     """
     console = Console(stderr=True)
-    found = discover(paths)
+    found = discover([locate(name, engine_dir) for name in names])
     try:
         from trimrt.report.measuring import measure
         from trimrt.report.page import render
@@ -87,6 +91,7 @@ def report(
             sensitivity=sensitivity,
             command=context.meta[__name__],
             progress=progress,
+            note=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
         progress("drawing")
         page = render(measured)
@@ -104,7 +109,9 @@ def _progress(console: Console) -> Iterator[measuring.Progress]:
         BarColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    # Elsewhere than on a terminal it would be an empty line.
+    with bars_in(bar), bar if console.is_terminal else nullcontext():
         task = bar.add_task("", total=None)
 
         def show(text: str, share: float | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,13 +32,21 @@ class DataSets:
     Args:
         source: what `--data` names, for all models; None: what each was trained on.
         on_damaged: what to do about images of `source` that cannot be read.
+        note: takes each line of what was found in a folder of images.
     """
 
-    def __init__(self, source: str | None, on_damaged: OnDamaged = "stop") -> None:
+    def __init__(
+        self,
+        source: str | None,
+        on_damaged: OnDamaged = "stop",
+        note: Callable[[str], None] = lambda _line: None,
+    ) -> None:
         self.source = source
         self._on_damaged: OnDamaged = on_damaged
         self._open = lru_cache(maxsize=None)(open_dataset)
         self._reopen = lru_cache(maxsize=None)(reopen_dataset)
+        self._note = note
+        self._noted: set[tuple[str, ...]] = set()
         self._pixels: dict[tuple[str, int | None, str], Pixels] = {}
 
     def named(self, source: str, fold: int) -> DataSplit:
@@ -47,7 +55,7 @@ class DataSets:
         Raises:
             DatasetError: there is none, or it cannot be used.
         """
-        return self._open(source, fold=fold, on_damaged=self._on_damaged)
+        return self._told(self._open(source, fold=fold, on_damaged=self._on_damaged))
 
     def of(self, trained_on: Dataset) -> DataSplit:
         """What `--data` names, in the fold of `trained_on`; without it `trained_on` itself.
@@ -56,8 +64,15 @@ class DataSets:
             DatasetError: it is not here, or cannot be used.
         """
         if self.source is None:
-            return self._reopen(trained_on)
+            return self._told(self._reopen(trained_on))
         return self.named(self.source, trained_on.fold or 0)
+
+    def _told(self, split: DataSplit) -> DataSplit:
+        if split.summary not in self._noted:
+            self._noted.add(split.summary)
+            for line in split.summary:
+                self._note(line)
+        return split
 
     def test_pixels(self, split: DataSplit, spec: Preprocessing) -> Pixels:
         """The test images as a network with that preprocessing gets them, uint8 NHWC.

@@ -11,7 +11,10 @@ from typing import Final, get_args
 from models.card import CARD_NAME, Card, CheckpointError, read_card
 from models.errors import TrimRTError
 from models.files import restore, restore_in
+from models.finding import find_checkpoint
+from models.naming import nothing_at
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, Precision, read_manifest
+from runtime.packages import find_package
 from trimrt.report.results import LeftOut
 
 _ROLES: Final = ("teacher", "student", "pruned")
@@ -51,6 +54,27 @@ class Found:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     packages: list[EnginePackage] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+
+
+def locate(name: str, engine_dir: Path) -> Path:
+    """The folder that a user names: by its path, by an engine's name, or by a checkpoint's or a run's.
+
+    Raises:
+        ReportError: there is none.
+    """
+    path = Path(name)
+    restore(path)
+    if path.exists():
+        return path
+    if path.name != name:
+        raise ReportError(nothing_at(path))
+    try:
+        return find_package(engine_dir, name)
+    except EngineError as no_engine:
+        try:
+            return find_checkpoint(name)
+        except CheckpointError as no_checkpoint:
+            raise ReportError(f"{nothing_at(path)}; {no_engine}; {no_checkpoint}") from None
 
 
 def discover(paths: Sequence[Path]) -> Found:

@@ -43,6 +43,7 @@ def measure(
     sensitivity: bool,
     command: str,
     progress: Progress,
+    note: Callable[[str], None],
 ) -> Report:
     """Run all that was found and can run here.
 
@@ -54,13 +55,14 @@ def measure(
         sensitivity: rank the layers of INT8 packages.
         command: what the user typed.
         progress: told where the work stands.
+        note: takes each line of what was found in folders of images.
 
     Raises:
         EngineError: an engine that had run stopped running.
         ReportError: there is no such data.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    data_sets = DataSets(data, on_damaged)
+    data_sets = DataSets(data, on_damaged, note)
     if data is not None:
         try:
             data_sets.named(data, 0)

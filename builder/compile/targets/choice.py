@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.compile.targets.base import Target
@@ -48,5 +49,10 @@ def choose_backend() -> tuple[Backend, str]:
         library = find_tensorrt()
         open_cuda()
     except EngineError as error:
-        return "openvino", str(error).splitlines()[0]
+        return "openvino", str(error).splitlines()[0] if _has_gpu() else "there is no NVIDIA GPU here"
     return library.backend, f"version {library.version} and a GPU are here"
+
+
+def _has_gpu() -> bool:
+    """Whether a driver of NVIDIA's has made its devices: of PCs, of Jetsons, of Windows' Linux."""
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-gpu", "nvgpu", "nvmap", "dxg"))

@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from processes import TRIMRT
 from running import wait_until
-from tiny_engine import LABELS
+from tiny_engine import LABELS, write_graph_that_fails_on_white, write_package
 
+from runtime.finite import NOT_FINITE
 from runtime.manifest import MANIFEST_NAME, read_manifest
 from trimrt.cli import main
 from trimrt.predict.parts import Parts
@@ -110,6 +112,21 @@ def test_images_that_cannot_be_decoded_get_a_row_that_says_why(
     assert len(rows(tmp_path / "out.parquet")) == IMAGES + 3
     assert "3 could not be scored" in said
     assert "text.png: not an image" in said
+
+
+def test_an_image_of_which_the_engine_computes_no_number_gets_a_row_that_says_so(tmp_path: Path) -> None:
+    engine = write_package(tmp_path, write_graph=write_graph_that_fails_on_white)
+    images = [tmp_path / f"{grey}.png" for grey in (10, 120, 255, 240)]
+    for image in images:
+        Image.new("L", (48, 40), int(image.stem)).save(image)
+
+    said = run(*images, "--engine", engine, "--out", tmp_path / "out.parquet")
+
+    table = rows(tmp_path / "out.parquet")
+    assert [row["error"] for row in table] == [None, None, NOT_FINITE, None]
+    assert table[2]["label"] is table[2]["probability"] is table[2]["top_labels"] is None
+    assert all(np.isfinite(table[place]["top_probabilities"]).all() for place in (0, 1, 3))  # type: ignore[arg-type]
+    assert "1 could not be scored" in said
 
 
 def test_the_engines_batches_and_parts_leave_no_trace_in_the_rows(

@@ -94,7 +94,7 @@ def test_auto_takes_openvino_and_says_why(kit: Kit, tmp_path, trimrt: Trimrt):
     assert choose_backend()[0] == "openvino"
     result = trimrt("build", kit.path, "-p", "fp32", "-o", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "target: openvino (no usable NVIDIA GPU" in result.output
+    assert "target: openvino (there is no NVIDIA GPU here)" in result.output
     assert "--target openvino" in read_manifest(tmp_path / "tiny-digits-fp32-openvino").build_command
 
 
