@@ -268,8 +268,9 @@ def _score(
 
 
 def _report(plan: Plan, failures: Failures, images: int, seconds: float) -> None:
+    counted = f"{plan.images:,} image{'s' * (plan.images != 1)}"
     click.echo(
-        f"{plan.images:,} images by {plan.engine}: {images:,} now, in {seconds:.1f} s "
+        f"{counted} by {plan.engine}: {images:,} now, in {seconds:.1f} s "
         f"({images / seconds:,.0f} images/s)"
         + (f", {plan.images - images:,} before an interruption" if images < plan.images else "")
     )
