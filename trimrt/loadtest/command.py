@@ -81,14 +81,9 @@ def loadtest(
 
     The exit code is 1 if a threshold is missed.
     """
-    try:
-        from trimrt.loadtest.runs import Plan, default_loads, run
-    except ImportError as error:
-        raise click.ClickException(
-            f"{error}; install the load generators: pip install 'trimrt[loadtest]'"
-        ) from None
     from trimrt.loadtest.html import render
     from trimrt.loadtest.results import Thresholds, unit_of
+    from trimrt.loadtest.runs import Plan, default_loads, run
 
     plan = Plan(scenario=scenario, loads=loads or default_loads(scenario), **options)
     thresholds = Thresholds(p99_ms=p99_ms, min_rps=min_rps, max_errors=max_errors)

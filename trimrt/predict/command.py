@@ -134,12 +134,8 @@ def predict(
     INPUT is a folder, image files, or one Parquet file. An image that cannot be decoded gets a row that
     says why. After an interruption the same command continues where it stopped.
     """
-    try:
-        from trimrt.predict import parts, scoring, sources
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "pyarrow":
-            raise
-        raise click.ClickException("this needs pyarrow: pip install 'trimrt[batch]'") from None
+    from trimrt.predict import parts, scoring, sources
+
     folder = resolve_package(engine, engine_dir)
     manifest = read_manifest(folder)
     top_k = top_k or min(_TOP_K, len(manifest.labels))
@@ -254,8 +250,8 @@ def _score(
 
             yield from score_parts(scorer, manifest, source, plan, missing, note)
         return
-    with options.needs_ray():
-        from trimrt.predict.cluster import connect, score_on_cluster
+    from trimrt.predict.cluster import connect, score_on_cluster
+
     connect(cluster.address)
     for part, table in score_on_cluster(
         *(workload, manifest, source, plan, missing),
