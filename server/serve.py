@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import socket
 from typing import Final
@@ -22,6 +23,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         click.ClickException: a port is taken, or an engine named in `settings` cannot be served.
+        ModuleNotFoundError: tracing or gRPC is asked for and not installed.
     """
     from server import logs
     from server.registry import resolve_engines
@@ -31,6 +33,11 @@ def run(settings: Settings) -> None:
         resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
     except EngineError as error:
         raise click.ClickException(str(error)) from None
+    # What is not installed is found out before a port is opened.
+    if settings.otlp_endpoint:
+        importlib.import_module("server.tracing")
+    if settings.grpc_port is not None:
+        importlib.import_module("server.v2.grpc")
     listener = listen(settings)
 
     from server.app import create_app

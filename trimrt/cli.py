@@ -10,6 +10,7 @@ import click
 
 from models.errors import TrimRTError
 from models.naming import did_you_mean
+from trimrt.extras import missing_extra
 
 # name: (module:command, one line of help). The help stands here so that `trimrt --help` imports nothing.
 COMMANDS: Final = {
@@ -58,6 +59,10 @@ class _LazyGroup(click.Group):
             if error.filename is None or error.errno is None:
                 raise
             raise click.ClickException(f"{os.strerror(error.errno)}: {error.filename}") from error
+        except ModuleNotFoundError as error:
+            if (missing := missing_extra(error)) is None:
+                raise
+            raise click.ClickException(missing) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -18,6 +18,7 @@ from builder.observer import BuildObserver
 from builder.prepare.sensitivity import LayerCost
 from models.bars import bars_in
 from runtime.manifest import Backend, Manifest
+from trimrt.output import milliseconds
 
 
 class _StepsColumn(BarColumn):
@@ -109,7 +110,7 @@ def _evidence_table(manifests: Sequence[Manifest]) -> Table:
         caption.append("Top-1 is of the images as they are, agreement of shifted copies, too.")
     if any(evidence.engine_top1 is None for evidence in evidences):
         caption.append("The images have no labels: agreement with FP32 alone was judged.")
-    table = Table(box=SIMPLE_HEAD, caption="\n".join(caption))
+    table = Table(box=SIMPLE_HEAD, caption="\n".join(caption), pad_edge=False, padding=(0, 0, 0, 1))
     # Short enough for 80 columns.
     for heading in ("precision", "MB", "INT8", "FP32", "top-1", "agreed", "ms", "images/s"):
         table.add_column(heading, justify="left" if heading == "precision" else "right", no_wrap=True)
@@ -123,7 +124,7 @@ def _evidence_table(manifests: Sequence[Manifest]) -> Table:
                 _share(evidence.reference_top1),
                 _share(evidence.engine_top1),
                 _share(evidence.label_agreement),
-                f"{evidence.latency_ms:.2f}",
+                milliseconds(evidence.latency_ms),
                 f"{evidence.throughput:,.0f}",
             )
     return table

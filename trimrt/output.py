@@ -1,4 +1,4 @@
-"""Files that commands write for people."""
+"""What commands write for people."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ def write_output(file: Path, text: str) -> None:
             new.write_text(text, encoding="utf-8")
     except OSError as error:
         raise click.ClickException(f"cannot write {file}: {error.strerror}") from error
+
+
+def milliseconds(value: float) -> str:
+    """A time in a table, in at most six characters up to a minute."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}"

@@ -24,7 +24,7 @@ from runtime.tuning import TUNING_NAME
 from trimrt.bench.timing import PERCENTILES, ROUNDS, Timing, time_engines
 from trimrt.bench.tuning import sample_photographs, tune
 from trimrt.options import COUNT, HELP, POSITIVE, Command, Existing, engine_dir_option
-from trimrt.output import OutputFile, write_output
+from trimrt.output import OutputFile, milliseconds, write_output
 
 _SHOWN_LAYERS = 20
 
@@ -209,11 +209,6 @@ def _print(report: Report, console: Console) -> None:
     table.add_column("engine", overflow="fold")
     for title in ("batch", "images/s", "x first", *(f"p{share}" for share in PERCENTILES)):
         table.add_column(title, justify="right", no_wrap=True)
-    device = sorted(
-        {stage for engine in report.engines for timing in engine.timings for stage in timing.device_ms}
-    )
-    for stage in device:
-        table.add_column(f"{stage} ms", justify="right")
     for number, first in enumerate(report.engines[0].timings):
         for engine in report.engines:
             timing = engine.timings[number]
@@ -222,19 +217,41 @@ def _print(report: Report, console: Console) -> None:
                 str(timing.batch),
                 f"{timing.throughput:.1f}",
                 f"{timing.throughput / first.throughput:.2f}",
-                *(f"{timing.percentiles_ms[f'p{share}']:.2f}" for share in PERCENTILES),
-                *(f"{timing.device_ms[stage]:.3f}" if stage in timing.device_ms else "" for stage in device),
+                *(milliseconds(timing.percentiles_ms[f"p{share}"]) for share in PERCENTILES),
             )
     console.print(table)
+    _print_device(report, console)
     for engine in report.engines:
         if engine.layers is not None:
             _print_layers(engine, engine.layers, console)
 
 
+def _print_device(report: Report, console: Console) -> None:
+    """The device's own stages, where it tells them: a table of their own, for the first has no room."""
+    stages = sorted(
+        {stage for engine in report.engines for each in engine.timings for stage in each.device_ms}
+    )
+    if not stages:
+        return
+    table = Table(box=SIMPLE_HEAD, caption="milliseconds of the device, medians", pad_edge=False)
+    table.add_column("engine", overflow="fold")
+    for title in ("batch", *stages):
+        table.add_column(title, justify="right", no_wrap=True)
+    for engine in report.engines:
+        for timing in engine.timings:
+            times = (timing.device_ms.get(stage) for stage in stages)
+            table.add_row(
+                escape(engine.name), str(timing.batch), *("" if ms is None else f"{ms:.3f}" for ms in times)
+            )
+    console.print(table)
+
+
 def _print_layers(engine: EngineReport, layers: list[Layer], console: Console) -> None:
     total = sum(layer.mean_ms for layer in layers)
     slowest = sorted(layers, key=lambda layer: -layer.mean_ms)[:_SHOWN_LAYERS]
-    table = Table("layer", "kind", "kernel", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("layer", "kind", "kernel"):
+        table.add_column(title, overflow="fold")
     table.title = (
         f"{escape(engine.name)}, batch {engine.timings[-1].batch}: the {len(slowest)} slowest layers"
     )
@@ -243,5 +260,7 @@ def _print_layers(engine: EngineReport, layers: list[Layer], console: Console) -
     table.add_column("share", justify="right", no_wrap=True)
     for layer in slowest:
         share = layer.mean_ms / total if total else 0
-        table.add_row(escape(layer.name), layer.kind, layer.kernel, f"{layer.mean_ms:.3f}", f"{share:.1%}")
+        # Of OpenVINO's names neither the part that all share nor what its transformations add says anything.
+        name = layer.name.removeprefix("network/").split("/WithoutBiases")[0]
+        table.add_row(escape(name), layer.kind, layer.kernel, f"{layer.mean_ms:.3f}", f"{share:.1%}")
     console.print(table)

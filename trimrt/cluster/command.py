@@ -85,10 +85,10 @@ def config(
     each = replicas or (options.Replicas(1, 1),)
     if len(each) == 1:
         each *= len(engines)
-    with options.needs_ray():
-        import yaml
+    import yaml
 
-        from trimrt.cluster.config import Pool, configure
+    from trimrt.cluster.config import Pool, configure
+
     pools = [
         Pool(resolve_package(engine, engine_dir), number, cpus, gpus, target_ongoing)
         for engine, number in zip(engines, each, strict=True)

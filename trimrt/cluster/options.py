@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import click
@@ -29,18 +27,3 @@ def replicas(text: str) -> Replicas:
     if parsed.most < max(1, parsed.least):
         raise click.BadParameter(f"{text!r}: the larger number comes second and is at least 1")
     return parsed
-
-
-@contextmanager
-def needs_ray() -> Iterator[None]:
-    """Around the imports of modules that import Ray.
-
-    Raises:
-        click.ClickException: it is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("ray", "yaml"):
-            raise
-        raise click.ClickException("this needs Ray: pip install 'trimrt[cluster]'") from None

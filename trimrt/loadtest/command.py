@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from trimrt.options import HELP, Choice, Command, Existing
-from trimrt.output import OutputFile, write_output
+from trimrt.output import OutputFile, milliseconds, write_output
 
 
 def _loads(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -81,14 +81,9 @@ def loadtest(
 
     The exit code is 1 if a threshold is missed.
     """
-    try:
-        from trimrt.loadtest.runs import Plan, default_loads, run
-    except ImportError as error:
-        raise click.ClickException(
-            f"{error}; install the load generators: pip install 'trimrt[loadtest]'"
-        ) from None
     from trimrt.loadtest.html import render
     from trimrt.loadtest.results import Thresholds, unit_of
+    from trimrt.loadtest.runs import Plan, default_loads, run
 
     plan = Plan(scenario=scenario, loads=loads or default_loads(scenario), **options)
     thresholds = Thresholds(p99_ms=p99_ms, min_rps=min_rps, max_errors=max_errors)
@@ -119,15 +114,19 @@ def _bars(unit: str) -> Iterator[Callable[[float], Callable[[float, int], None]]
 
 
 def _print(report: Any) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{report.scenario}: {report.engine} at {report.url}")
+    title = f"{report.scenario}: {report.engine} at {report.url}"
+    caption = f"load: {report.unit}. p50 to p99.9: milliseconds for a request."
+    table = Table(title=escape(title), caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     percentiles = ("p50", "p95", "p99", "p99_9")
-    headings = (f"{name.replace('_', '.')} ms" for name in percentiles)
-    for heading in (report.unit, "answered", "errors", "requests/s", "images/s", *headings):
-        table.add_column(heading, justify="right")
+    headings = (name.replace("_", ".") for name in percentiles)
+    for heading in ("load", "answered", "errors", "requests/s", "images/s", *headings):
+        table.add_column(heading, justify="right", no_wrap=True)
     for point in report.points:
         latencies = (getattr(point.latency_ms, name) for name in percentiles)
         table.add_row(
@@ -136,7 +135,7 @@ def _print(report: Any) -> None:
             str(sum(point.errors.values())),
             f"{point.requests_per_s:.1f}",
             f"{point.images_per_s:.1f}",
-            *("–" if value is None else f"{value:.2f}" for value in latencies),
+            *("–" if value is None else milliseconds(value) for value in latencies),
         )
     console.print(table)
     for failure in report.failures:

@@ -135,12 +135,8 @@ def predict(
     INPUT is a folder, image files, or one Parquet file. An image that cannot be decoded gets a row that
     says why. After an interruption the same command continues where it stopped.
     """
-    try:
-        from trimrt.predict import parts, scoring, sources
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "pyarrow":
-            raise
-        raise click.ClickException("this needs pyarrow: pip install 'trimrt[batch]'") from None
+    from trimrt.predict import parts, scoring, sources
+
     folder = resolve_package(engine, engine_dir)
     manifest = read_manifest(folder)
     top_k = top_k or min(_TOP_K, len(manifest.labels))
@@ -255,8 +251,8 @@ def _score(
 
             yield from score_parts(scorer, manifest, source, plan, missing, note)
         return
-    with options.needs_ray():
-        from trimrt.predict.cluster import connect, score_on_cluster
+    from trimrt.predict.cluster import connect, score_on_cluster
+
     connect(cluster.address)
     for part, table in score_on_cluster(
         *(workload, manifest, source, plan, missing),
@@ -269,8 +265,9 @@ def _score(
 
 
 def _report(plan: Plan, failures: Failures, images: int, seconds: float) -> None:
+    counted = f"{plan.images:,} image{'s' * (plan.images != 1)}"
     click.echo(
-        f"{plan.images:,} images by {plan.engine}: {images:,} now, in {seconds:.1f} s "
+        f"{counted} by {plan.engine}: {images:,} now, in {seconds:.1f} s "
         f"({images / seconds:,.0f} images/s)"
         + (f", {plan.images - images:,} before an interruption" if images < plan.images else "")
     )

@@ -77,11 +77,9 @@ def report(
     """
     console = Console(stderr=True)
     found = discover([locate(name, engine_dir) for name in names])
-    try:
-        from trimrt.report.measuring import measure
-        from trimrt.report.page import render
-    except ImportError as error:
-        raise click.ClickException(f"this needs `pip install 'trimrt[report]'` ({error})") from error
+    from trimrt.report.measuring import measure
+    from trimrt.report.page import render
+
     with _progress(console) as progress:
         measured = measure(
             found,

@@ -133,8 +133,8 @@ def test_a_replica_computes_on_its_share_of_the_machine() -> None:
 
 
 def test_without_ray_it_says_what_to_install(engine_dir: Path) -> None:
-    code = "import sys; sys.modules['ray'] = None; from trimrt.cluster.command import config; config()"
-    command = [sys.executable, "-c", code, str(engine_dir / "tiny-v1")]
+    code = "import sys; sys.modules['ray'] = None; from trimrt.cli import main; main()"
+    command = [sys.executable, "-c", code, "cluster", "config", str(engine_dir / "tiny-v1")]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert outcome.returncode == 1
     assert "pip install 'trimrt[cluster]'" in outcome.stderr

@@ -431,7 +431,7 @@ def test_a_second_run_on_the_same_output_is_refused_and_disturbs_nothing(
     photos: Path, tiny: Path, encode: Encode, tmp_path: Path
 ) -> None:
     os.mkfifo(pipe := photos / "1/pipe.png")
-    arguments = [str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
+    arguments = ["predict", str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
     with (
         subprocess.Popen([TRIMRT, "predict", *arguments], stdout=subprocess.PIPE, text=True) as first,
         pipe.open("wb") as file,  # somebody reads it: the first run is at work
@@ -518,8 +518,8 @@ def test_an_engine_that_cannot_be_used_leaves_nothing_behind(
 
 
 def test_without_pyarrow_it_says_what_to_install(photos: Path, tiny: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['pyarrow'] = None; from trimrt.predict.command import predict; predict()"
-    arguments = [str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
+    code = "import sys; sys.modules['pyarrow'] = None; from trimrt.cli import main; main()"
+    arguments = ["predict", str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
     outcome = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
     )
