@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from builder.prepare.export import ExportError, run_onnx
+from builder.prepare.named import open_named
 from builder.prepare.options import PrepareOptions
-from builder.prepare.sources import open_named
 from builder.prepare.unlabelled import open_unlabelled
 from models.datasets import DatasetError, DataSplit
 
