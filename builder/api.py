@@ -50,8 +50,8 @@ def build(
 
     Raises:
         GateError: an engine failed the gate. All others are published; the message names each that is not.
-        CheckpointError, DatasetError, ExportError, KitError, MissingSourceError, NetworkError: the source, its
-            data or the options cannot be used.
+        CheckpointError, DatasetError, ExportError, KitError, MissingSourceError, NetworkError: the source,
+            its data or the options cannot be used.
         CompileError, EngineError: the compiler is missing or refused a graph, or an engine does not run.
         PublicationError: a package cannot be put into `output`, or would replace one of another network.
     """
@@ -113,8 +113,8 @@ def make_kit(
         What the kit says of itself.
 
     Raises:
-        CheckpointError, DatasetError, ExportError, MissingSourceError, NetworkError: the source, its data or the
-            options cannot be used.
+        CheckpointError, DatasetError, ExportError, MissingSourceError, NetworkError: the source, its data or
+            the options cannot be used.
         KitError: `output` exists and is not a kit.
     """
     output, options, observer = Path(output), options or PrepareOptions(), observer or BuildObserver()

@@ -179,9 +179,9 @@ class _Unallocated(TorchFunctionMode):
 
 
 def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
-    """The network that `build` makes, without memory or values for its parameters, in a fraction of the time.
+    """The network that `build` makes, mostly without memory or values for its state, in little time.
 
-    Buffers that are no part of its state have their values.
+    Buffers that are no part of its state have their values: nothing else would bring them.
     """
     with torch.random.fork_rng(devices=[]):
         with _Unallocated():

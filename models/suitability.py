@@ -45,8 +45,11 @@ def require_trainable(architecture: str, classes: int, stem: Stem, spec: Preproc
 
 def require_prunable(
     architecture: str, classes: int, stem: Stem, spec: Preprocessing, settings: Pruning
-) -> None:
-    """Raise unless the architecture can be pruned, works afterwards, and can be rebuilt from its card.
+) -> nn.Module:
+    """Prune the architecture with random weights: it has to work afterwards, and be rebuilt from its card.
+
+    Returns:
+        The pruned network, without values.
 
     Raises:
         PruningError: it cannot; the message says why.
@@ -74,6 +77,7 @@ def require_prunable(
             f"{architecture} cannot be pruned: it does not run with fewer channels ({_first_line(error)}); "
             f"{PRUNABLE}"
         ) from error
+    return pruned
 
 
 def output_shape(network: nn.Module, spec: Preprocessing) -> tuple[int, ...] | None:

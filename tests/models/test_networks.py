@@ -63,7 +63,6 @@ def test_a_skeleton_can_be_filled(architecture: str) -> None:
     torch.manual_seed(0)
     network = build_network(architecture, 7).eval()
     rebuilt = build_planned_network(architecture, 7, "standard", None)
-    assert next(rebuilt.parameters()).is_meta
     rebuilt.load_state_dict(network.state_dict(), assign=True)
     spec = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 64, 64))
     images = torch.rand(1, *spec)
