@@ -226,8 +226,8 @@ def table(results: Results, library: str) -> str:
     return markdown_table(head, rows)
 
 
-def summary(results: Results) -> str:
-    """In a sentence, how many can do what."""
+def summary(results: Results, _: str) -> str:
+    """How many can do what, of each library."""
     lines = []
     for library in ("torchvision", "timm"):
         rows = [row for row in results.rows if row.name.startswith(TIMM) == (library == "timm")]
@@ -244,8 +244,10 @@ def summary(results: Results) -> str:
 
 def _reason(text: str | None) -> str:
     """Why, without the name before it and the advice after it."""
-    reason = (text or "").partition("cannot be pruned: ")[2] or (text or "")
-    return reason.split(";")[0].replace("|", "/")
+    reason = (text or "").split(";")[0]
+    for known in ("linear layers, in ", "cannot be pruned: ", "cannot follow this network "):
+        reason = reason.partition(known)[2] or reason
+    return reason.replace("|", "/")
 
 
 @click.command(context_settings=HELP)

@@ -154,7 +154,8 @@ def _replace_first_convolution(network: nn.Module, architecture: str) -> None:
 def classifier_head(network: nn.Module) -> tuple[str, nn.Module]:
     """The last layer, whose outputs are the classes, with its dotted name."""
     # timm's networks say which one it is; that need not be the last to be defined.
-    last: Any = network.get_classifier() if hasattr(network, "get_classifier") else network
+    own: Any = getattr(network, "get_classifier", None)
+    last = network if own is None else own()
     within = set(last.modules()) if isinstance(last, nn.Module) else set(network.modules())
     heads = [
         (name, module)

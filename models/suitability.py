@@ -34,10 +34,10 @@ def require_trainable(architecture: str, classes: int, stem: Stem, spec: Preproc
         shape = output_shape(network, spec)
     except Exception as error:  # networks refuse sizes in as many ways as there are architectures
         size = own_size(network)
-        own = f", which it has by default: --image-size {size}" if size not in (None, spec.height) else ""
+        made_for = f" (it is made for {size})" if size not in (None, spec.height) else ""
         raise NetworkError(
-            f"{architecture} cannot take {spec.height}x{spec.width} images ({_first_line(error)}); choose "
-            f"another size{own or ' (--image-size)'}, or another architecture"
+            f"{architecture} cannot take {spec.height}x{spec.width} images: {_first_line(error)}; choose "
+            f"another --image-size{made_for}, or another architecture"
         ) from error
     if shape != (2, classes):
         raise NetworkError(f"{architecture} gives scores of shape {shape}, not {classes} for each image")
@@ -62,8 +62,8 @@ def require_prunable(
     }
     if others:
         raise PruningError(
-            f"{architecture} cannot be pruned: only the channels of convolutions, batch normalisations and "
-            f"linear layers can, and {', '.join(sorted(others)[:3])} has weights of its own; {PRUNABLE}"
+            f"{architecture} cannot be pruned: it has weights outside of convolutions, batch normalisations "
+            f"and linear layers, in {', '.join(sorted(others)[:3])}; {PRUNABLE}"
         )
     network = build_network(architecture, classes, stem).eval()
     Pruner(network, spec, settings, settings.ratio).step()
