@@ -297,9 +297,9 @@ class TestErrors:
             (["digits", "--config", "missing.toml"], "does not exist"),
             (
                 ["{data}", "--teacher-architecture", "resnet19"],
-                "no architecture 'resnet19'; did you mean resnet18",
+                "no classifier 'resnet19' (did you mean",
             ),
-            (["{data}", "--student-architecture", "timm:resnet19"], "timm has no architecture 'resnet19'"),
+            (["{data}", "--student-architecture", "timm:resnet19"], "timm has no classifier 'resnet19'"),
             (
                 ["{data}", "--teacher-architecture", "alexnet", "--image-size", "8"],
                 "alexnet cannot take 8x8 images",

@@ -48,10 +48,10 @@ def test_patches_have_no_small_stem(architecture: str) -> None:
 def test_an_unknown_architecture_is_refused_with_one_like_it() -> None:
     assert {"resnet18", "efficientnet_b0", "vit_b_16"} < set(architectures())
     with pytest.raises(
-        NetworkError, match=r"torchvision has no architecture 'resnet19'; did you mean resnet18"
+        NetworkError, match=r"torchvision has no classifier 'resnet19' .did you mean resnet18"
     ):
         build_network("resnet19", 7)
-    with pytest.raises(NetworkError, match=r"timm has no architecture 'resnet18x'; did you mean resnet18"):
+    with pytest.raises(NetworkError, match=r"timm has no classifier 'resnet18x' .did you mean resnet18"):
         build_network("timm:resnet18x", 7)
 
 
