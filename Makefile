@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-long test-load soak test-gpu mutants test-python310 audit bench reproduce tables images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-long test-load soak test-gpu mutants test-python310 audit bench reproduce tables architectures images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -89,7 +89,11 @@ reproduce: $(VENV)/.install-dev  ## Repeat the report's experiments (STUDY=digit
 	@$(BIN)/python -m experiments.reproduce $(STUDY) --folds $(FOLDS) --jobs $(JOBS)
 	@$(BIN)/python -m experiments.tables
 
-tables: $(VENV)/.install-dev  ## Write the tables of docs/results.md and the README from experiments/results.
+tables: $(VENV)/.install-dev  ## Write the tables of docs and README from experiments/results.
+	@$(BIN)/python -m experiments.tables
+
+architectures: $(VENV)/.install-dev  ## Try every architecture and write docs/architectures.md's table (an hour; goes on).
+	@$(BIN)/python -m experiments.architectures
 	@$(BIN)/python -m experiments.tables
 
 images-check: $(VENV)/.install-dev  ## Build the container images and run them, without Docker (root; IMAGES=cpu for one).

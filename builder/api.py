@@ -15,7 +15,7 @@ from builder.compile.targets.base import INT8_REST
 from builder.compile.targets.choice import choose_backend, open_target
 from builder.compile.targets.tensorrt.progress import RichListener
 from builder.compile.verification import GateError
-from builder.finding import LIBRARIES, find_source
+from builder.finding import LIBRARIES, find_source, is_weights
 from builder.kit import GraphSource, Kit, KitError, KitManifest, is_kit, open_kit
 from builder.observer import BuildObserver
 from builder.options import BuildOptions
@@ -39,8 +39,8 @@ def build(
     """Build engine packages and publish those that pass the accuracy gate.
 
     Args:
-        source: a checkpoint's folder or name, a build kit's folder, an ONNX file, `torchvision:NAME` or
-            `timm:NAME`. All but a kit need `pip install 'trimrt[compress]'`.
+        source: a checkpoint's folder or name, a build kit's folder, an ONNX file, a file of weights,
+            `torchvision:NAME` or `timm:NAME`. All but a kit need `pip install 'trimrt[compress]'`.
         output: folder that the packages' folders go into.
         options: what to build, and how; None: an INT8 engine for this machine.
         observer: follows the build.
@@ -50,8 +50,8 @@ def build(
 
     Raises:
         GateError: an engine failed the gate. All others are published; the message names each that is not.
-        CheckpointError, DatasetError, ExportError, KitError, MissingSourceError: the source, its data or the
-            options cannot be used.
+        CheckpointError, DatasetError, ExportError, KitError, MissingSourceError, NetworkError: the source,
+            its data or the options cannot be used.
         CompileError, EngineError: the compiler is missing or refused a graph, or an engine does not run.
         PublicationError: a package cannot be put into `output`, or would replace one of another network.
     """
@@ -113,8 +113,8 @@ def make_kit(
         What the kit says of itself.
 
     Raises:
-        CheckpointError, DatasetError, ExportError, MissingSourceError: the source, its data or the options
-            cannot be used.
+        CheckpointError, DatasetError, ExportError, MissingSourceError, NetworkError: the source, its data or
+            the options cannot be used.
         KitError: `output` exists and is not a kit.
     """
     output, options, observer = Path(output), options or PrepareOptions(), observer or BuildObserver()
@@ -147,8 +147,7 @@ def _graphs(source: str, options: PrepareOptions, observer: BuildObserver) -> It
 @contextmanager
 def _prepared(source: str, options: PrepareOptions, observer: BuildObserver) -> Iterator[Preparation]:
     """The checkpoint or model, exported; its graphs live as long as the context."""
-    named = source.startswith(LIBRARIES)
-    if not named and not Path(source).is_file():
+    if _is_checkpoint(source):
         read_card(Path(source))  # says what is wrong before seconds of importing
         for name in FOREIGN:
             if getattr(options, name):
@@ -175,14 +174,26 @@ def _prepared(source: str, options: PrepareOptions, observer: BuildObserver) -> 
         yield graphs
 
 
-def _open(source: str, options: PrepareOptions) -> Subject:
-    from builder.prepare.preparation import open_checkpoint
-    from builder.prepare.sources import open_named, open_onnx
+def _is_checkpoint(source: str) -> bool:
+    """Whether it should be a folder that `trimrt compress` wrote, as all is that is nothing else."""
+    path = Path(source)
+    return not (source.startswith(LIBRARIES) or path.is_file() or is_weights(path))
 
+
+def _open(source: str, options: PrepareOptions) -> Subject:
+    from builder.prepare.named import open_named, open_weights
+    from builder.prepare.preparation import open_checkpoint
+    from builder.prepare.sources import open_onnx
+
+    path = Path(source)
     if source.startswith(LIBRARIES):
         return open_named(source, options)
-    if Path(source).is_file():
-        return open_onnx(Path(source), options)
+    if is_weights(path):
+        return open_weights(path, options)
+    if path.is_file():
+        if options.architecture is not None:
+            raise ExportError(f"{path} is taken for ONNX, which needs no --architecture")
+        return open_onnx(path, options)
     return open_checkpoint(Path(source), options.data, options.name, on_damaged=options.on_damaged)
 
 
@@ -196,5 +207,5 @@ def _remedies(source: GraphSource, options: PrepareOptions) -> Iterator[str]:
         where = " (of `trimrt prepare`)"
     if not sensitivity:
         yield f"--sensitivity{where} finds the layers that INT8 hurts most, and keeps them out of it"
-    if not qat and not source.path.is_file():  # a file is a graph, which cannot be trained
+    if not qat and (is_weights(source.path) or not source.path.is_file()):  # ONNX cannot be trained
         yield f"--qat{where} fine-tunes the network for INT8"

@@ -17,6 +17,9 @@ from runtime.packages import is_package
 LIBRARIES: Final = ("torchvision:", "timm:")
 
 
+WEIGHTS_SUFFIXES: Final = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar", ".th", ".pkl")
+
+
 class MissingSourceError(TrimRTError):
     """What a build is to start from is not there; the message says what is like it."""
 
@@ -50,3 +53,10 @@ def find_source(source: str | Path) -> str:
         return str(find_checkpoint(name))
     except CheckpointError as error:
         raise MissingSourceError(f"{nothing_at(path)}, and {error}") from None
+
+
+def is_weights(path: Path) -> bool:
+    """Whether there is a file of weights, by its suffix, or a folder of Hugging Face's."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / CARD_NAME).is_file()
+    return path.suffix.lower() in WEIGHTS_SUFFIXES and path.is_file()

@@ -1,4 +1,4 @@
-"""`python -m experiments.tables`: docs/results.md and the README's tables, from the result files."""
+"""`python -m experiments.tables`: the tables of docs and README, from the result files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final, get_args
 import click
 from rich.console import Console
 
-from experiments import calibration, qat
+from experiments import architectures, calibration, qat
 from experiments.markdown import megabytes, percent, percents, spread, table
 from experiments.results import FOLDER, Engine, Fold, Made, Network, Results
 from models.files import replace_file
@@ -21,7 +21,7 @@ from trimrt.report.statistics import wilson_interval
 
 ROOT: Final = Path(__file__).parent.parent
 
-DOCUMENTS: Final = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS: Final = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "architectures.md")
 
 # The report that TrimRT starts from, "Inference Efficient Vision Models": its three tables.
 _REPORT_TRAINING: Final = {"teacher": ("99.44 %", "0.0219"), "student": ("100 %", "0.0067")}
@@ -264,10 +264,16 @@ def machine(made: Made) -> str:
 
 
 MARKER: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
-_FILES: Final[dict[str, type[Made]]] = {"calibration": calibration.Results, "qat": qat.Results}
+_FILES: Final[dict[str, type[Made]]] = {
+    "architectures": architectures.Results,
+    "calibration": calibration.Results,
+    "qat": qat.Results,
+}
 _RENDERERS: Final[dict[str, Callable[..., str]]] = {
+    "architectures": architectures.table,
     "calibration": calibration.table,
     "qat": qat.table,
+    "abilities": architectures.summary,
     "training": training,
     "pruning": pruning,
     "quantisation": quantisation,
@@ -301,7 +307,7 @@ def render(text: str, folder: Path = FOLDER) -> str:
 
 @click.command(context_settings=HELP)
 def main() -> None:
-    """Bring the tables in README.md and docs/results.md up to date with experiments/results."""
+    """Bring the tables in README.md and docs up to date with experiments/results."""
     console = Console()
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")

@@ -23,11 +23,13 @@ from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.datasets import OnDamaged, open_dataset
 from models.evaluation import count_macs, count_parameters, evaluate
 from models.files import restore
-from models.networks import NetworkError, build_network, channel_plan, draw_weights, load_pretrained
+from models.networks import NetworkError, build_network, draw_weights
 from models.pruning import Pruner, find_ratio
 from models.recipe import Pruning, Recipe, Training, as_options
 from models.setup import Setup, fingerprint
+from models.suitability import require_prunable, require_trainable
 from models.training import Objective, TrueLabels, derive_seed, reproducible, train
+from models.weights import load_pretrained
 
 LIVE_SHARE: Final = 0.95  # below this most parameters are dead weights
 
@@ -163,7 +165,7 @@ class _Compression:
         suffix = "-unpruned" if role == "student" else ""
         return _Stage(
             role=role,
-            name=f"{self.setup.data.name}-{network.architecture}{suffix}",
+            name=f"{self.setup.data.name}-{network.architecture.replace(':', '-')}{suffix}",
             architecture=network.architecture,
             settings=settings,
             ancestors=ancestors,
@@ -290,17 +292,18 @@ class _Compression:
             self._fit(network, stage, self.setup.views, settings, part=f"-{step}")
         return network
 
-    def _check_that_the_student_can_be_pruned(self) -> None:
-        """Raise now what pruning would raise after hours of training."""
-        settings, architecture = self.setup.recipe.pruning, self.setup.recipe.student.architecture
-        classes, stem = len(self.setup.data.labels), self.setup.inputs[1]
-        student = build_network(architecture, classes, stem).eval()
-        self.setup.live_share(student, architecture)
-        Pruner(student, self.setup.spec, settings, settings.ratio).step()
-        channel_plan(student, architecture, classes, stem)
+    def _check_architectures(self) -> None:
+        """Raise now what would be raised after hours of training."""
+        spec, stem = self.setup.inputs
+        classes = len(self.setup.data.labels)
+        recipe, last = self.setup.recipe, get_args(Role).index(self.until)
+        for network in (recipe.teacher, recipe.student)[: last + 1]:
+            require_trainable(network.architecture, classes, stem, spec)
+        if self.until == "pruned":
+            require_prunable(recipe.student.architecture, classes, stem, spec, recipe.pruning)
 
     def _new_network(self, stage: _Stage) -> nn.Module:
-        self._check_that_the_student_can_be_pruned()
+        self._check_architectures()
         torch.manual_seed(derive_seed(self.setup.recipe.seed, f"{stage.role} weights"))
         network = build_network(stage.architecture, len(self.setup.data.labels), self.setup.inputs[1])
         live = self.setup.live_share(network, stage.architecture)

@@ -1,15 +1,18 @@
-"""Torchvision classifiers, with a stem that fits small images and channel counts that can be replayed."""
+"""Classifiers of torchvision and timm, with a stem for small images and channel counts that can be replayed.
+
+An architecture is a name of torchvision's, such as `resnet18`, or `timm:` and one of timm's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Final, Literal
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from models.errors import TrimRTError
 from models.naming import MANY, did_you_mean, few
@@ -24,7 +27,9 @@ _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.BatchNorm1d: ("num_features",),
     nn.Linear: ("in_features", "out_features"),
 }
-PRUNABLE: Final = "ResNet, MobileNet, EfficientNet, DenseNet and SqueezeNet students can be pruned"
+PRUNABLE: Final = "docs/architectures.md lists what can be pruned; --until student stops before pruning"
+TIMM: Final = "timm:"
+_TORCHVISION: Final = "torchvision:"
 
 
 class NetworkError(TrimRTError):
@@ -37,13 +42,67 @@ def architectures() -> list[str]:
     return names
 
 
+def architecture_of(name: str) -> str:
+    """The architecture of that name, which may begin with `torchvision:` or `timm:`.
+
+    Raises:
+        NetworkError: neither library has it, or timm is needed and not installed.
+    """
+    if name.startswith(TIMM):
+        library, plain = "timm", name.removeprefix(TIMM)
+        timm = _import_timm()
+        # A name with another colon begins with the place that the weights come from.
+        if ":" in plain or timm.is_model(plain):
+            return name
+        known = timm.list_models()
+    else:
+        library, plain = "torchvision", name.removeprefix(_TORCHVISION)
+        known = architectures()
+        if plain in known:
+            return plain
+    like = did_you_mean(plain, known) or f": {few(known, MANY)}"
+    raise NetworkError(f"{library} has no classifier {plain!r}{like}")
+
+
+def create_network(architecture: str, classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """A classifier as its library makes it, with random weights (drawn from torch's global generator).
+
+    Args:
+        architecture: as `architecture_of` takes it.
+        classes: number of outputs.
+        arguments: what timm's `create_model` is given besides.
+
+    Raises:
+        NetworkError: no such architecture.
+    """
+    architecture = architecture_of(architecture)
+    network: nn.Module
+    if architecture.startswith(TIMM):
+        name = architecture.removeprefix(TIMM)
+        network = _import_timm().create_model(name, **{**(arguments or {}), "num_classes": classes})
+        return network
+    # Auxiliary heads would change the output in training mode.
+    options = (
+        {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
+    )
+    network = torchvision.models.get_model(architecture, weights=None, num_classes=classes, **options)
+    return network
+
+
+def _import_timm() -> Any:
+    try:
+        return importlib.import_module("timm")  # so that types do not depend on its being installed
+    except ImportError as error:
+        raise NetworkError("timm is not installed: pip install 'trimrt[timm]'") from error
+
+
 def build_network(architecture: str, classes: int, stem: Stem = "standard") -> nn.Module:
-    """A torchvision classifier with random weights (drawn from torch's global generator).
+    """A classifier with random weights (drawn from torch's global generator).
 
     Residual branches start at zero (Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1).
 
     Args:
-        architecture: one of `architectures()`.
+        architecture: as `architecture_of` takes it.
         classes: number of outputs.
         stem: `small` replaces the first convolution by a 3x3 one of stride 1, so that images of a few
             dozen pixels still have an extent in the last stage.
@@ -51,18 +110,7 @@ def build_network(architecture: str, classes: int, stem: Stem = "standard") -> n
     Raises:
         NetworkError: no such classifier, or one that has no convolution to replace.
     """
-    if architecture not in architectures():
-        like = did_you_mean(architecture, architectures())
-        raise NetworkError(
-            f"torchvision has no classifier {architecture!r}{like or f': {few(architectures(), MANY)}'}"
-        )
-    # Auxiliary heads would change the output in training mode.
-    options = (
-        {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
-    )
-    network: nn.Module = torchvision.models.get_model(
-        architecture, weights=None, num_classes=classes, **options
-    )
+    network = create_network(architecture, classes)
     _start_residuals_at_zero(network)
     if stem == "small":
         _replace_first_convolution(network, architecture)
@@ -105,12 +153,44 @@ def _replace_first_convolution(network: nn.Module, architecture: str) -> None:
 
 def classifier_head(network: nn.Module) -> tuple[str, nn.Module]:
     """The last layer, whose outputs are the classes, with its dotted name."""
+    # timm's networks say which one it is; that need not be the last to be defined.
+    own: Any = getattr(network, "get_classifier", None)
+    last = network if own is None else own()
+    within = set(last.modules()) if isinstance(last, nn.Module) else set(network.modules())
     heads = [
         (name, module)
         for name, module in network.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module in within
     ]
     return heads[-1]
+
+
+class _Unallocated(TorchFunctionMode):
+    """Networks made in this context have no memory for what `torch.empty` makes, which is nearly everything.
+
+    Constructors may still compute with other tensors, as RegNet's do, which `torch.device("meta")` forbids.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
+
+
+def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `build` makes, mostly without memory or values for its state, in little time.
+
+    Buffers that are no part of its state have their values: nothing else would bring them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        with _Unallocated():
+            network = build()
+        state = network.state_dict()
+        if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in state):
+            network = build()
+    return network
 
 
 def channel_plan(network: nn.Module, architecture: str, classes: int, stem: Stem) -> ChannelPlan | None:
@@ -122,13 +202,12 @@ def channel_plan(network: nn.Module, architecture: str, classes: int, stem: Stem
     Raises:
         NetworkError: it differs in more than a plan can say, so it could not be rebuilt.
     """
-    with torch.device("meta"):
-        unpruned = dict(build_network(architecture, classes, stem).named_modules())
+    unpruned = dict(skeleton(lambda: build_network(architecture, classes, stem)).named_modules())
     plan: ChannelPlan = {}
     for name, module in network.named_modules():
         differing = {
             attribute: int(getattr(module, attribute))
-            for attribute in _SIZES.get(type(module), ())
+            for attribute in _sizes(module)
             if getattr(module, attribute) != getattr(unpruned[name], attribute)
         }
         if differing:
@@ -142,6 +221,10 @@ def channel_plan(network: nn.Module, architecture: str, classes: int, stem: Stem
     return plan or None
 
 
+def _sizes(module: nn.Module) -> tuple[str, ...]:
+    return next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
+
+
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
@@ -149,17 +232,17 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 def build_planned_network(
     architecture: str, classes: int, stem: Stem, plan: Mapping[str, Mapping[str, int]] | None
 ) -> nn.Module:
-    """A network of the plan's sizes on the meta device, to be filled by `load_state_dict(assign=True)`.
+    """A network of the plan's sizes without values, to be filled by `load_state_dict(assign=True)`.
 
     Raises:
         NetworkError: the plan names layers or sizes that the architecture does not have.
     """
+    network = skeleton(lambda: build_network(architecture, classes, stem))
+    modules = dict(network.named_modules())
     with torch.device("meta"):
-        network = build_network(architecture, classes, stem)
-        modules = dict(network.named_modules())
         for name, sizes in (plan or {}).items():
             module = modules.get(name)
-            if module is None or not set(sizes) <= set(_SIZES.get(type(module), ())):
+            if module is None or not set(sizes) <= set(_sizes(module)):
                 raise NetworkError(
                     f"the channel plan sets {', '.join(sizes)} of {name!r}, which is not in {architecture}"
                 )
@@ -186,44 +269,3 @@ def _reallocate(module: nn.Module) -> None:
     module.weight = nn.Parameter(torch.empty(shape))
     if module.bias is not None:
         module.bias = nn.Parameter(torch.empty(outputs))
-
-
-def load_pretrained(network: nn.Module, file: Path) -> list[str]:
-    """Fill `network` with the weights in `file`, but for a head or a first convolution of another shape.
-
-    Args:
-        network: changed in place.
-        file: a state dict, as safetensors or as torch's own format (read without pickle's code).
-
-    Returns:
-        Names of the parameters that kept their random weights.
-
-    Raises:
-        NetworkError: unreadable, or weights of another architecture.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            weights = safetensors.torch.load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many types on files that are not theirs
-        raise NetworkError(f"cannot read weights from {file}: {error}") from error
-    if not isinstance(weights, dict) or not all(
-        isinstance(value, torch.Tensor) for value in weights.values()
-    ):
-        raise NetworkError(f"{file} is not a state dict (a mapping of names to tensors)")
-    own = network.state_dict()
-    replaceable = {f"{classifier_head(network)[0]}.{suffix}" for suffix in ("weight", "bias")}
-    replaceable.add(next(name for name, tensor in own.items() if tensor.ndim == 4))
-    fitting = {
-        name: tensor for name, tensor in weights.items() if name in own and tensor.shape == own[name].shape
-    }
-    missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
-    if not set(missing) <= replaceable:
-        example = next(name for name in missing if name not in replaceable)
-        raise NetworkError(
-            f"{file} does not fit this architecture: {len(missing)} of {len(own)} tensors are missing or of "
-            f"another shape, e.g. {example}"
-        )
-    network.load_state_dict(fitting, strict=False)
-    return missing

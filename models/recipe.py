@@ -76,10 +76,10 @@ class Training(_Section):
 class Teacher(Training):
     """The large network that the student learns from."""
 
-    architecture: str = Field(default="resnet50", description="torchvision classifier")
+    architecture: str = Field(default="resnet50", description="torchvision classifier, or timm:NAME")
     weights: Path | None = Field(
         default=None,
-        description="start from this state dict (.safetensors or .pth); with 0 epochs it is kept as it is",
+        description="start from the weights in this file; with 0 epochs they are kept as they are",
     )
     epochs: int = Field(default=40, ge=0, description="passes over the training images")
     learning_rate: float = Field(default=1.5e-3, gt=0, description="peak of the one-cycle schedule")
@@ -88,7 +88,7 @@ class Teacher(Training):
 class Student(Training):
     """The small network."""
 
-    architecture: str = Field(default="resnet18", description="torchvision classifier")
+    architecture: str = Field(default="resnet18", description="torchvision classifier, or timm:NAME")
     epochs: int = Field(default=32, ge=1, description="passes over the training images")
     learning_rate: float = Field(default=2e-3, gt=0, description="peak of the one-cycle schedule")
 

@@ -22,7 +22,7 @@ QAT: Final = Training(epochs=16, learning_rate=1e-3, weight_decay=0)
 # Of networks from elsewhere alone.
 FOREIGN: Final = (
     *("unlabelled", "preprocess", "resize", "interpolation", "image_size", "output_name", "activation"),
-    *("labels", "allow_low_accuracy", "weights"),
+    *("labels", "allow_low_accuracy", "weights", "architecture"),
 )
 
 
@@ -119,8 +119,13 @@ class PrepareOptions(BaseModel):
     )
     weights: str | None = Field(
         default=None,
-        description="For torchvision:NAME and timm:NAME: a state dict's file, or `pretrained` for the "
+        description="For torchvision:NAME and timm:NAME: a file of weights, or `pretrained` for the "
         "library's own.",
+    )
+    architecture: str | None = Field(
+        default=None,
+        description="What a file of weights is of: torchvision's name for it, or timm:NAME; by default what "
+        "it says itself.",
     )
 
     @property

@@ -232,6 +232,23 @@ class TestChoices:
         assert spec.mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=1e-3)
         assert spec.std == pytest.approx(values.std(axis=(0, 1, 2)), abs=1e-3)
 
+    def test_networks_of_timm(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
+        names = ["--teacher-architecture", "timm:test_resnet", "--student-architecture", "timm:lcnet_035"]
+        run(few_digits, "--out", tmp_path, *SHORT, *names, "--pruning-ratio", "0.5")
+        _, teacher = load_checkpoint(tmp_path / "teacher")
+        _, student = load_checkpoint(tmp_path / "student")
+        network, pruned = load_checkpoint(tmp_path / "pruned")
+        assert (teacher.architecture, pruned.architecture) == ("timm:test_resnet", "timm:lcnet_035")
+        assert teacher.name.endswith("-timm-test_resnet")
+        assert pruned.metrics.parameters == count_parameters(network) < 0.8 * student.metrics.parameters
+
+    def test_what_cannot_be_pruned_can_be_a_student_all_the_same(
+        self, run: Compress, few_digits: Path, tmp_path: Path
+    ) -> None:
+        names = ["--teacher-architecture", "regnet_x_400mf", "--student-architecture", "shufflenet_v2_x0_5"]
+        run(few_digits, "--out", tmp_path, *SHORT, *names, "--until", "student")
+        assert load_checkpoint(tmp_path / "student")[1].architecture == "shufflenet_v2_x0_5"
+
     def test_until_the_student(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
         run(few_digits, "--out", tmp_path, *SHORT, "--until", "student")
         assert {path.name for path in tmp_path.iterdir()} == {"teacher", "student", ".training"}
@@ -278,13 +295,34 @@ class TestErrors:
             (["digits", "--fold", "7"], "0<=x<=4"),
             (["digits", "--pruning-ratio", "2"], "pruning.ratio: input should be less than 1, not 2.0"),
             (["digits", "--config", "missing.toml"], "does not exist"),
-            (["{data}", "--teacher-architecture", "resnet19"], "unknown architecture 'resnet19'"),
+            (
+                ["{data}", "--teacher-architecture", "resnet19"],
+                "no classifier 'resnet19' (did you mean",
+            ),
+            (["{data}", "--student-architecture", "timm:resnet19"], "timm has no classifier 'resnet19'"),
             (
                 ["{data}", "--teacher-architecture", "alexnet", "--image-size", "8"],
-                "choose a larger --image-size",
+                "alexnet cannot take 8x8 images",
             ),
             (["{data}", "--teacher-architecture", "vit_b_16"], "--image-stem standard"),
-            (["{data}", "--student-architecture", "shufflenet_v2_x0_5"], "students can be pruned"),
+            (
+                ["{data}", "--teacher-architecture", "vit_b_16", "--image-stem", "standard"],
+                "Expected 224 but got 24!; choose another --image-size (it is made for 224), or another",
+            ),
+            (
+                [
+                    "{data}",
+                    "--student-architecture",
+                    "inception_v3",
+                    "--image-size=48",
+                    "--image-stem=standard",
+                ],
+                "inception_v3 cannot take 48x48 images",
+            ),
+            (
+                ["{data}", "--student-architecture", "shufflenet_v2_x0_5"],
+                "docs/architectures.md lists what can be",
+            ),
             (
                 [
                     "{data}",
@@ -293,11 +331,11 @@ class TestErrors:
                     "--image-stem=standard",
                     "--image-size=64",
                 ],
-                "cannot be rebuilt",
+                "convolutions, batch normalisations and linear layers, in CNBlock, LayerNorm",
             ),
             (
                 ["{data}", "--student-architecture", "alexnet", "--image-size", "8"],
-                "choose a larger --image-size",
+                "alexnet cannot take 8x8 images",
             ),
             (["{data}", "--teacher-weights", "missing.pth"], "cannot read weights from missing.pth"),
         ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,16 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from builder.prepare.export import ExportError, add_pixels_input, export_onnx, run_onnx
+from builder.prepare.export import (
+    ExportError,
+    add_pixels_input,
+    export_onnx,
+    random_pixels,
+    require_same,
+    run_onnx,
+)
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import open_checkpoint, prepare
 from models.checkpoint import load_checkpoint
 from models.datasets import DataSplit
 from models.evaluation import predict_logits
@@ -88,8 +98,20 @@ class _TwoHeads(nn.Module):
 def test_network_that_the_graph_does_not_reproduce_is_refused(tmp_path: Path) -> None:
     network = _Noisy()
     network.weight = nn.Parameter(torch.zeros(1))
+    export_onnx(network, SPEC, tmp_path / "noisy.onnx")
+    pixels = random_pixels(SPEC, 3)
     with pytest.raises(ExportError, match="more than rounding explains"):
-        export_onnx(network, SPEC, tmp_path / "noisy.onnx")
+        require_same(tmp_path / "noisy.onnx", pixels, predict_logits(network, pixels, SPEC).numpy())
+
+
+def test_the_export_is_held_against_the_network_on_the_users_images(checkpoint: Path, tmp_path: Path) -> None:
+    subject = open_checkpoint(checkpoint, None)
+    network, card = load_checkpoint(checkpoint)
+    with torch.no_grad():
+        network.get_parameter("fc.bias")[3] += 0.1
+    other = replace(subject, export=lambda master: export_onnx(network, card.preprocessing, master))
+    with pytest.raises(ExportError, match="more than rounding explains"):
+        prepare(other, tmp_path, PrepareOptions(verification_images=64), lambda line: None)
 
 
 def test_network_with_two_outputs_is_refused(tmp_path: Path) -> None:
