@@ -52,7 +52,7 @@ __all__ = [
     "plan_loading",
 ]
 
-Interpolation = Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"]
+Interpolation = Literal["auto", "nearest", "bilinear", "bicubic", "lanczos", "opencv-bilinear"]
 
 DEFAULT_MAX_PIXELS: Final = 64_000_000
 
@@ -85,17 +85,26 @@ class Preprocessing(BaseModel):
     )
     fit: Literal["crop", "squash", "letterbox", "none"] = Field(
         default="crop",
-        description="crop: the shorter side becomes `resize`, then a centre crop; squash: both sides are "
-        "resized, whatever the shape; letterbox: all of the image fits in, the rest is `fill`; none: a "
-        "centre crop of the image as it is, `fill` where it is smaller",
+        description="crop: the shorter side becomes `resize`, then a centre crop; squash: the longer side of "
+        "the input becomes `resize` and the other as much, whatever the image's shape, then a centre crop; "
+        "letterbox: all of the image fits in, the rest is `fill`; none: a centre crop of the image as it is, "
+        "`fill` where it is smaller",
     )
     fill: tuple[int, int, int] = Field(default=(0, 0, 0), description="RGB colour beside the image")
     interpolation: Interpolation = Field(
-        default="auto", description="auto is OpenCV's, the fastest; the others are Pillow's"
+        default="auto",
+        description="auto is OpenCV's, the fastest; opencv-bilinear its bilinear one, which does not smooth; "
+        "the others are Pillow's",
     )
     channels: Literal["RGB", "BGR", "L"] = Field(
         default="RGB", description="what the network itself takes; L is grey"
     )
+
+    @property
+    def squashed(self) -> tuple[int, int]:
+        """Height and width of any image before the crop, where `fit` is squash."""
+        factor = self.resize / max(self.height, self.width)
+        return round(self.height * factor), round(self.width * factor)
 
     @model_validator(mode="before")
     @classmethod
@@ -199,7 +208,7 @@ def load_pixels(
 
 def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
     if spec.fit == "squash":
-        return _resized(image, spec.height, spec.width, spec)
+        return _crop(_resized(image, *spec.squashed, spec), spec.height, spec.width)
     if spec.fit == "letterbox":
         factor = min(spec.height / image.shape[0], spec.width / image.shape[1])
         height, width = (max(1, round(side * factor)) for side in image.shape[:2])
@@ -220,6 +229,8 @@ def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
 def _resized(image: Pixels, height: int, width: int, spec: Preprocessing) -> Pixels:
     if image.shape[:2] == (height, width):
         return image
+    if spec.interpolation == "opencv-bilinear":
+        return cv2.resize(image, (width, height)).astype(np.uint8, copy=False)
     if spec.interpolation != "auto":
         how = Image.Resampling[spec.interpolation.upper()]
         return np.array(Image.fromarray(image).resize((width, height), how))  # Pillow's memory is read-only

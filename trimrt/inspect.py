@@ -120,7 +120,8 @@ def _pixels(spec: Preprocessing) -> str:
     size = f"{spec.height}x{spec.width}"
     return {
         "crop": f"shorter side to {spec.resize}, centre crop {size}, {spec.channels}",
-        "squash": f"resized to {size}, whatever the shape, {spec.channels}",
+        "squash": f"resized to {'x'.join(map(str, spec.squashed))}, whatever the shape, centre crop {size}, "
+        f"{spec.channels}",
         "letterbox": f"fitted into {size}, the rest {spec.fill}, {spec.channels}",
         "none": f"the middle {size}, not resized, {spec.channels}",
     }[spec.fit]

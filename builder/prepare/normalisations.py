@@ -65,12 +65,16 @@ class Taken(NamedTuple):
 
     def __str__(self) -> str:
         spec = self.spec
+        size = f"{spec.height}x{spec.width}"
+        squashed = "{}x{}".format(*spec.squashed)
         how = {
-            "crop": f"the shorter side becomes {spec.resize}, then the middle {spec.height}x{spec.width}",
-            "squash": f"both sides are resized, to {spec.height}x{spec.width}",
-            "letterbox": f"all of it fits into {spec.height}x{spec.width}, the rest is {spec.fill}",
-            "none": f"the middle {spec.height}x{spec.width}, not resized",
+            "crop": f"the shorter side becomes {spec.resize}, then the middle {size}",
+            "squash": f"both sides are resized, to {squashed}",
+            "letterbox": f"all of it fits into {size}, the rest is {spec.fill}",
+            "none": f"the middle {size}, not resized",
         }[spec.fit]
+        if spec.fit == "squash" and squashed != size:
+            how += f", then the middle {size}"
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (spec.mean, spec.std))
         kind = "" if spec.interpolation == "auto" else f" ({spec.interpolation})"
         return f"images: {how}{kind}; {spec.channels}, mean {mean}, std {std} of 0..1 ({self.source})"
@@ -111,6 +115,8 @@ def find_preprocessing(
         fields |= {"resize": int(fit)} if fit.isdecimal() else {"fit": fit}
     if resizing.interpolation is not None:
         fields = {**fields, "interpolation": resizing.interpolation}
+    if fields.get("interpolation", "auto") != "auto":  # said to be exact
+        fields = {"scaled_decoding": False, **fields}
     try:
         return Taken(_parse(fields, size), source)
     except ValueError as error:
@@ -268,10 +274,13 @@ def _from_hugging_face(found: dict[str, Any], size: tuple[int, int]) -> dict[str
         fit: dict[str, Any] = {"fit": "none"}
     elif isinstance(resized, dict) and "height" in resized:
         fit = {"height": resized["height"], "width": resized["width"], "fit": "squash"}
-        if found.get("do_center_crop") and cropped and cropped != resized:
-            raise ValueError(
-                f"it squashes images to {resized} and then crops {cropped}, which is not offered"
-            )
+        if found.get("do_center_crop") and cropped:
+            if cropped["height"] * resized["width"] != cropped["width"] * resized["height"]:
+                raise ValueError(
+                    f"it squashes images to {resized} and then crops {cropped}, of another shape, which is "
+                    "not offered"
+                )
+            fit["resize"] = max(resized["height"], resized["width"])
     else:
         shorter = resized.get("shortest_edge") if isinstance(resized, dict) else resized
         shorter = shorter or max(size)
@@ -326,6 +335,9 @@ def _from_paddle(found: Any) -> dict[str, Any]:
         fields |= {"height": height, "width": width}
     if "resize_short" in resize:
         return fields | {"resize": resize["resize_short"]}
+    if crop and "size" in resize:
+        whole = resize["size"]
+        fields["resize"] = whole if isinstance(whole, int) else max(whole)
     return fields | {"fit": "squash"}
 
 

@@ -84,6 +84,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 
         model = inliner.inline_local_functions(model)
     _weights_are_constants(model)
+    _dequantise_weights(model)
     for node in model.graph.node:
         if node.domain not in STANDARD_DOMAINS:
             raise ExportError(
@@ -263,6 +264,40 @@ def _constant_of(node: onnx.NodeProto) -> NDArray[Any] | None:
         "value_ints": (list(attribute.ints), np.int64),
     }
     return np.array(*numbers[attribute.name]) if attribute.name in numbers else None
+
+
+def _dequantise_weights(model: onnx.ModelProto) -> None:
+    """Floats for weights in few bits that the network unpacks as it starts, as TFLite keeps them."""
+    from onnx import numpy_helper
+
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        of_weights = all(name in weights or not name for name in node.input)
+        if node.op_type == "DequantizeLinear" and of_weights and len(weights[node.input[1]].dims) <= 1:
+            arrays = [numpy_helper.to_array(weights[name]) for name in node.input if name]
+            values = _dequantised(
+                *arrays, axis=next((each.i for each in node.attribute if each.name == "axis"), 1)
+            )
+            graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _dequantised(
+    values: NDArray[Any], scale: NDArray[Any], zero: NDArray[Any] | None = None, *, axis: int
+) -> NDArray[np.float32]:
+    """As DequantizeLinear computes it, for one scale or one for each place along `axis`."""
+    shape = [1] * values.ndim
+    if scale.size > 1:
+        shape[axis] = scale.size
+    shifted = values.astype(np.float32)
+    if zero is not None:
+        shifted -= zero.astype(np.float32).reshape(shape)
+    return np.asarray(shifted * scale.astype(np.float32).reshape(shape), np.float32)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -374,6 +375,19 @@ def test_squash_is_pillows_resize_of_both_sides(how: str) -> None:
     spec = Preprocessing(height=32, width=48, fit="squash", interpolation=how)
     expected = Image.fromarray(image).resize((48, 32), Image.Resampling[how.upper()])
     np.testing.assert_array_equal(load_pixels(_png(image), spec), np.asarray(expected))
+
+
+def test_squash_to_more_than_the_input_is_followed_by_a_crop() -> None:
+    image = _blocks(60, 90)
+    spec = Preprocessing(resize=40, height=32, width=32, fit="squash", interpolation="bilinear")
+    expected = Image.fromarray(image).resize((40, 40), Image.Resampling.BILINEAR).crop((4, 4, 36, 36))
+    np.testing.assert_array_equal(load_pixels(_png(image), spec), np.asarray(expected))
+
+
+def test_opencvs_bilinear_does_not_smooth() -> None:
+    image = _blocks(120, 180)
+    spec = Preprocessing(height=16, width=24, fit="squash", interpolation="opencv-bilinear")
+    np.testing.assert_array_equal(load_pixels(_png(image), spec), cv2.resize(image, (24, 16)))
 
 
 def test_squash_looks_at_all_of_a_very_long_image() -> None:

@@ -78,11 +78,15 @@ def test_timms_file_gives_the_pixels_that_timms_transform_gives(
         ({"size": {"height": 32, "width": 32}}, transforms.Resize((32, 32))),
         ({"size": 32}, transforms.Resize((32, 32))),
         (
+            {"size": {"height": 40, "width": 40}, "crop_size": 32, "do_center_crop": True},
+            transforms.Compose([transforms.Resize((40, 40)), transforms.CenterCrop(32)]),
+        ),
+        (
             {"size": {"shortest_edge": 32}, "crop_pct": 0.875},
             transforms.Compose([transforms.Resize(36), transforms.CenterCrop(32)]),
         ),
     ],
-    ids=["shorter side and crop", "squash", "squash by one number", "crop_pct"],
+    ids=["shorter side and crop", "squash", "squash by one number", "squash and crop", "crop_pct"],
 )
 def test_hugging_faces_file_gives_the_pixels_that_its_processors_give(
     tmp_path: Path, fields, expected
@@ -115,6 +119,20 @@ def test_paddles_file_is_read(tmp_path: Path) -> None:
     assert (spec.resize, spec.height, spec.fit) == (40, 32, "crop")
     assert spec.mean == pytest.approx(IMAGENET[0])
     assert spec.std == pytest.approx(IMAGENET[1])
+
+
+def test_paddles_file_may_squash_and_crop(tmp_path: Path) -> None:
+    text = "PreProcess: {transform_ops: [{ResizeImage: {size: 40}}, {CropImage: {size: 32}}]}"
+    spec = found(tmp_path, text, name="inference.yml")
+    assert (spec.fit, spec.squashed, spec.height) == ("squash", (40, 40), 32)
+
+
+def test_a_way_of_resizing_that_is_named_decodes_large_jpegs_in_full(tmp_path: Path) -> None:
+    named = {"resize": 40, "interpolation": "bicubic"}
+    assert not found(tmp_path, named).scaled_decoding
+    assert found(tmp_path, {**named, "scaled_decoding": True}).scaled_decoding
+    assert read_preprocessing("imagenet", Resizing(), 32, 32).spec.scaled_decoding
+    assert not read_preprocessing("imagenet", Resizing(None, "bilinear"), 32, 32).spec.scaled_decoding
 
 
 def test_ultralytics_metadata_are_read(tmp_path: Path) -> None:

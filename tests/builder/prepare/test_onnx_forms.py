@@ -112,6 +112,15 @@ def plain(x: torch.Tensor) -> torch.Tensor:
     return network()(x)
 
 
+def of_eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """Logits, with weights of eight bits."""
+    rounded = network()
+    for weights in (rounded.first.weight, rounded.second.weight, rounded.last.weight):
+        scale = weights.data.abs().flatten(1).amax(1).reshape(-1, *[1] * (weights.ndim - 1)) / 127
+        weights.data = (weights.data / scale).round() * scale
+    return rounded(x)
+
+
 def nhwc(path: Path) -> None:
     """As tf2onnx does: transposed before the first convolution."""
     module = Tail(network(), lambda y: y, lambda x: x.permute(0, 3, 1, 2))
@@ -180,6 +189,24 @@ def constants(path: Path) -> None:
     nodes += list(graph.node)
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
+    onnx.save(model, path)
+
+
+def weights_of_eight_bits(path: Path) -> None:
+    """Weights in eight bits, unpacked by DequantizeLinear: tf2onnx, of TFLite files."""
+    model = export(network(), path)
+    graph = model.graph
+    for tensor in list(graph.initializer):
+        values = numpy_helper.to_array(tensor)
+        if values.ndim < 2:
+            continue
+        scale = np.abs(values).max(axis=tuple(range(1, values.ndim))) / 127
+        quantised = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8)
+        graph.initializer.remove(tensor)
+        for name, array in (("q", quantised), ("s", scale), ("z", np.zeros(len(scale), np.int8))):
+            graph.initializer.append(numpy_helper.from_array(array, f"{tensor.name}_{name}"))
+        inputs = [f"{tensor.name}_{name}" for name in "qsz"]
+        graph.node.insert(0, helper.make_node("DequantizeLinear", inputs, [tensor.name], axis=0))
     onnx.save(model, path)
 
 
@@ -307,6 +334,7 @@ FORMS = {
     "newest opset": Form(lambda path: export(network(), path, opset=20) and None, plain),
     "constant nodes": Form(constants, plain),
     "external data": Form(external, plain),
+    "weights of eight bits": Form(weights_of_eight_bits, of_eight_bits),
     "open sizes": Form(open_sizes, plain, PrepareOptions(preprocess="imagenet", image_size=str(SIDE))),
     "two outputs": Form(two_outputs, plain, PrepareOptions(preprocess="imagenet", output_name="scores")),
     "dynamo": Form(dynamo, plain),
