@@ -7,6 +7,7 @@ STUDY  ?= digits
 FOLDS  ?= 0
 SOAK_MINUTES ?= 10
 JOBS   ?= 1
+BACKEND ?= tensorrt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -54,8 +55,10 @@ test-load: $(VENV)/.install-dev  ## Load a server: overload, abuse, thousands of
 soak: $(VENV)/.install-dev  ## Good and hostile clients at one server for SOAK_MINUTES, memory limited where we may.
 	@PYTHONPATH=tests/support $(BIN)/python tests/load/soak.py --minutes $(SOAK_MINUTES)
 
-test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (or TensorRT-RTX).
-	@$(BIN)/python -m pytest tests/gpu -m gpu -v
+# A device without torch runs `trimrt selftest` alone (docs/tensorrt.md). What cannot run here is a failure.
+test-gpu: $(VENV)/.install-dev  ## Run the tests that need an NVIDIA GPU and TensorRT (BACKEND=tensorrt-rtx for RTX).
+	@$(BIN)/trimrt selftest --backend $(BACKEND) --soak-seconds 60
+	@TRIMRT_GPU_BACKEND=$(BACKEND) $(BIN)/python -m pytest tests/gpu -m gpu -v
 
 mutants: $(VENV)/.install-dev  ## Break the code that decides in small ways; each must fail a test (MUTANTS=file).
 	@$(BIN)/python -m tests.mutants $(MUTANTS)

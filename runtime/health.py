@@ -1,4 +1,4 @@
-"""Does an engine still work? Its batches tell; a GPU that is gone for good comes back with a new process alone."""
+"""Does an engine still work? Its batches tell. A GPU that is gone for good needs a new process."""
 
 from __future__ import annotations
 

@@ -18,6 +18,10 @@ LOST_CODE: Final = 70  # the exit code when an engine was lost
 log = logging.getLogger("trimrt")
 
 
+class _Lost(click.ClickException):
+    exit_code = LOST_CODE
+
+
 def run(settings: Settings) -> None:
     """Serve until a signal ends it.
 
@@ -57,9 +61,8 @@ def run(settings: Settings) -> None:
     log.info("listening", extra={"url": f"http://{f'[{address}]' if ':' in address else address}:{port}"})
     server.run(sockets=[listener])
     if failures:
-        failure = click.ClickException(str(failures[0]))
-        failure.exit_code = LOST_CODE if isinstance(failures[0], EngineLostError) else failure.exit_code
-        raise failure
+        lost = isinstance(failures[0], EngineLostError)
+        raise (_Lost if lost else click.ClickException)(str(failures[0]))
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -98,8 +98,8 @@ class Settings(BaseSettings):
     max_failed_batches: int = Field(
         default=5,
         ge=1,
-        description="Batches that an engine may fail on in a row before the server is not ready. An error that "
-        "CUDA does not recover from counts as all of them.",
+        description="Failed batches in a row that make the server not ready; "
+        "an error that CUDA does not recover from does so at once.",
     )
     exit_when_lost: bool = Field(
         default=False,

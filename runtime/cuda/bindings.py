@@ -22,7 +22,7 @@ from runtime.cuda import (
 )
 from runtime.cuda.nodes import advice
 
-# After these, CUDA's documentation says, the process must be ended to use the GPU again. Older versions lack the last.
+# After these, says CUDA's documentation, only a new process can use the GPU. Older versions lack the last.
 LASTING: Final = frozenset(
     (
         *("cudaErrorIllegalAddress", "cudaErrorMisalignedAddress", "cudaErrorInvalidAddressSpace"),

@@ -1,7 +1,7 @@
 """What the GPU tests run on: this machine's TensorRT or TensorRT-RTX, and engines built with it.
 
 `TRIMRT_GPU_KIT` names a build kit to use (on a device without torch); by default a small student is
-trained and prepared here.
+trained and prepared here. `TRIMRT_GPU_BACKEND` names the library to test, without which nothing is skipped.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from builder.kit import Kit, open_kit
 from runtime.cuda import open_cuda
 from runtime.manifest import EngineError
-from runtime.tensorrt.library import TensorRTBackend, find_tensorrt
+from runtime.tensorrt.library import TensorRTBackend, find_tensorrt, load_tensorrt
 from trimrt.cli import main
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -25,11 +26,14 @@ Trimrt = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def backend() -> TensorRTBackend:
-    """Skips every test that uses it, saying why, where there is no TensorRT or no GPU."""
+    """Where there is no TensorRT or no GPU, skips every test that uses it, unless one was asked for."""
+    wanted = os.environ.get("TRIMRT_GPU_BACKEND")
     try:
-        library = find_tensorrt()
+        library = find_tensorrt() if wanted is None else load_tensorrt(cast(TensorRTBackend, wanted))
         open_cuda()
     except EngineError as error:
+        if wanted is not None:
+            pytest.fail(f"{wanted} was to be tested: {error}")
         pytest.skip(f"needs an NVIDIA GPU and TensorRT: {error}")
     return library.backend
 

@@ -164,6 +164,23 @@ def golden(image: str) -> dict[str, str]:
     return tensors
 
 
+def check_selftest(image: str) -> str:
+    """The image's own acceptance test passes on a CPU, and is no success where TensorRT is asked for."""
+    passed = call(image, "selftest", "--backend", "openvino", "--soak-seconds", "1")
+    expect(passed.returncode == 0, f"the self-test to pass:\n{passed.stdout}{passed.stderr}")
+    check_selftest_without_tensorrt(image)
+    return passed.stdout.splitlines()[-1]
+
+
+def check_selftest_without_tensorrt(image: str) -> str:
+    """The acceptance test fails on one screen, and says what is missing."""
+    failed = call(image, "selftest", "--backend", "tensorrt")
+    said = failed.stdout.splitlines()
+    expect(failed.returncode == 1 and len(said) <= 24, f"a failure on one screen:\n{failed.stdout}")
+    expect("tensorrt cannot be imported" in failed.stdout, "the missing library's name")
+    return said[-1]
+
+
 # x86 ----------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +194,7 @@ def check_cpu(image: str) -> Facts:
     empty = call(image)
     expect(empty.returncode == 1 and "`trimrt build` makes one" in empty.stderr, "the remedy, without engine")
 
+    facts["selftest"] = check_selftest(image)
     make_kit()
     folders = (*mount(KIT, "/kit"), *mount(emptied(ENGINES), "/engines", "rw"))
     command = ("build", "/kit", "--target", "openvino", "--precision", "int8", "--output", "/engines")
@@ -239,7 +257,8 @@ def without_tensorrt(image: str, builder: str) -> Facts:
     refused = call(builder, "build", "/kit", "--target", "tensorrt", options=mount(KIT, "/kit"))
     said = " ".join(refused.stderr.split())
     expect(refused.returncode == 1 and "Traceback" not in said and remedy in said, f"the remedy, not {said}")
-    facts: Facts = {"build": said}
+    facts: Facts = {"build": said, "selftest": check_selftest_without_tensorrt(builder)}
+    check_selftest_without_tensorrt(image)
 
     engines = emptied(SCRATCH)
     options = (*mount(engines, "/engines"), "--env", "TRIMRT_WATCH=1", "--env", "TRIMRT_DRAIN_DELAY_S=1")

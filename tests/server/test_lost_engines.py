@@ -1,4 +1,4 @@
-"""A GPU that is gone for good: a real server over a stand-in for CUDA, of which every call fails from then on."""
+"""A GPU that is gone for good: a real server over a stand-in for CUDA, whose calls fail from then on."""
 
 from __future__ import annotations
 
