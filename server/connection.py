@@ -78,7 +78,7 @@ class Connection(HardenedProtocol):
     def _begin(self, call: HttpCall) -> None:
         straight = self.cycle = self._straight
         straight.response_complete = False
-        straight.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        straight.keep_alive = self.version != "1.0" and self.parser.should_keep_alive()
         self._admission = Admission(self.service, call, self._respond)
         self._admission.open()
 

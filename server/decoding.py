@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Final
 
-import cv2
 from PIL import Image as PillowImage
-from PIL import _imaging
 
 from models.preprocessing import ImageError, Pixels, Preprocessing, plan_loading
 from server.backlog import Backlog
 from server.decoding_limits import DecodingLimits
 from server.jobs import Failed, Image, Outcome
-from server.linux_scheduling import Mailbox
+from server.mailbox import Mailbox
 from server.problems import Problem, image_problem
 
 log = logging.getLogger("trimrt.scheduler")
@@ -83,26 +77,6 @@ class Decoder:
         else:
             image.ready_at = image.decoded
             backlog.put([image])
-
-
-_M_MMAP_THRESHOLD: Final = -3  # of mallopt(3)
-_MAPPED_BYTES: Final = 4 << 20
-
-
-def configure_decoders() -> None:
-    """Set what decoders keep for a whole process, in one that is the server's own."""
-    PillowImage.MAX_IMAGE_PIXELS = None  # `DecodingLimits` are the limit
-    # What they say about damaged files would let anyone fill the log, and Python remembers each warning.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
-    # JetPack 6's OpenCV 4.11 has the function elsewhere.
-    logs: Any = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2
-    logs.setLogLevel(0)  # silent
-    with suppress(OSError, AttributeError):  # Pillow was built without libtiff
-        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
-    # glibc raises this threshold by itself, and then keeps up to 64 MiB of each thread's images for good.
-    with suppress(OSError, AttributeError, TypeError):  # another C library, or system
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 class DecodePool:

@@ -15,7 +15,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from server.devices import Device, Reading
+from runtime.devices import Device, Reading
 from server.registry import Registry
 from server.telemetry import EngineKey, Telemetry
 from server.version import VERSION

@@ -7,9 +7,7 @@ that are lost because the rest of the request was not read, and offers to speak 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-import re
 import time
 from contextlib import suppress
 from typing import Any, Final
@@ -18,14 +16,10 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.deadline import Deadline
-from server.problems import Problem, internal_error
+from server.heads import HEAD_LIMIT, as_problem, check_size, check_target, check_version, head_too_large
+from server.problems import Problem
 from server.service import service_of
 from server.transport import CycleTransport, Flow
-
-log = logging.getLogger("trimrt")
-
-HEAD_LIMIT: Final = 32 << 10
-"""Most bytes of a request's line and headers; each header counts 32 more, as in HTTP/2 (RFC 9113, 6.5.2)."""
 
 LINGER_S: Final = 30.0
 """How long the rest of a request is read that was answered before its end, seconds."""
@@ -41,8 +35,6 @@ _SMALL: Final = HEAD_LIMIT // 2  # a head of so many bytes and `_FEW` headers is
 _FEW: Final = HEAD_LIMIT // 2 // 32
 _TURN_S: Final = 0.002  # how long what one connection received is parsed before others get their turn
 _PROBE_S: Final = 1.0
-_TARGET: Final = re.compile(rb"(?:https?://[\x21-\x7e]+?)?/[\x21-\x7e]*")
-_CONTROLS: Final = re.compile(rb"[^?]*%(?:[01][0-9A-Fa-f]|7[Ff])")  # escaped in a path
 _CHECKED: Final = frozenset({b"host", b"transfer-encoding", b"expect"})
 _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; its head, its body is coming
 
@@ -59,6 +51,7 @@ class HardenedProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.service = service_of(self.config.app)  # type: ignore[arg-type]
+        self.version = ""  # of the newest request's HTTP
         self._phase = _IDLE
         self._head_size = 0  # bytes of the head, and at most a piece more
         self.progress = False  # a part of the body has come since the last look
@@ -140,7 +133,7 @@ class HardenedProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as error:
             offer = error.args[0]
         except httptools.HttpParserError as error:
-            self._reject(_as_problem(error))
+            self._reject(as_problem(error))
             return None
         else:
             if self._phase != _IDLE:
@@ -165,7 +158,7 @@ class HardenedProtocol(HttpToolsProtocol):
             self.progress = False
             too_much = self._framing > HEAD_LIMIT
         if too_much:
-            self._reject(_head_too_large())
+            self._reject(head_too_large())
 
     def _head_without_offer(self) -> bytes:
         line = b"%b %b HTTP/%b" % (
@@ -220,33 +213,21 @@ class HardenedProtocol(HttpToolsProtocol):
                 raise Problem("method-not-allowed", "this server is no proxy")
             return False  # it is parsed again, without the offer
         if self._head_size > _SMALL or len(self.headers) > _FEW:
-            size = len(self.url) + sum(len(name) + len(value) + 32 for name, value in self.headers)
-            if size > HEAD_LIMIT:
-                raise _head_too_large()
-        version = self.parser.get_http_version()
-        if version != "1.1" or not self._host:
-            self._check_version(version)
+            check_size(self.url, self.headers)
+        self.version = self.parser.get_http_version()
+        if self.version != "1.1" or not self._host:
+            check_version(self.version, host=self._host, chunked=self._chunked)
         self._phase = _BODY
         self._latest = 0.0
         self.progress = True
         return not self._closing
 
-    def _check_version(self, version: str) -> None:
-        """Refuse a head that its version does not allow (RFC 9112, sections 2.3, 3.2 and 6.1)."""
-        if version not in ("1.0", "1.1"):
-            raise Problem("version-not-supported", f"HTTP/{version} is not supported; send HTTP/1.1")
-        if version == "1.1":
-            raise Problem("malformed-request", "the request has no Host header")
-        if self._chunked:
-            raise Problem("malformed-request", "HTTP/1.0 has no Transfer-Encoding")
-
     def hand_to_application(self) -> None:
         """Let uvicorn make of the head what the application needs."""
         url, headers, expects = self.url, self.headers, self.expect_100_continue
-        # Starlette finds a route also with a newline behind its path.
-        if not _TARGET.fullmatch(url) or _CONTROLS.match(url):
-            self._phase = _HEAD
-            raise Problem("malformed-request", "the request's target is no path, or has control characters")
+        self._phase = _HEAD
+        check_target(url)
+        self._phase = _BODY
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
         self.headers += headers  # the list that the scope has
@@ -329,7 +310,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self.loop.call_later(_PROBE_S, self._probe_again)
 
     def _probe_again(self) -> None:
-        if self.transport.is_closing() or not self._under_way() or self.parser.get_http_version() == "1.0":
+        if self.transport.is_closing() or not self._under_way() or self.version == "1.0":
             return
         if not self.pipeline and not getattr(self.cycle, "response_started", False):
             self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
@@ -414,22 +395,3 @@ class HardenedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             super().shutdown()
-
-
-def _as_problem(error: httptools.HttpParserError) -> Problem:
-    """What the client is told; what went wrong here is logged."""
-    cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
-    if isinstance(cause, Problem):
-        return cause
-    if isinstance(cause, httptools.HttpParserError):
-        return Problem("malformed-request", f"the request is not valid HTTP: {cause}")
-    log.error("a request failed", exc_info=cause)
-    return internal_error()
-
-
-def _head_too_large() -> Problem:
-    return Problem(
-        "head-too-large",
-        f"the request's line, headers and trailers, or what surrounds its chunks, take more than "
-        f"{HEAD_LIMIT:,} bytes",
-    )

@@ -25,7 +25,7 @@ from server.batching import Shares
 from server.decoding import DecodePool, Decoder
 from server.decoding_limits import DecodingLimits
 from server.jobs import Computed, Done, Failed, Image, Job, Outcome, Result
-from server.linux_scheduling import Mailbox
+from server.mailbox import Mailbox
 from server.problems import Problem
 from server.stats import EngineStats
 from server.workers import Worker
@@ -65,7 +65,7 @@ class Scheduler:
         decoding_limits: on what decoding may take; shared with other engines.
         health: learns which batches failed.
         max_batch_delay: how long an idle slot waits for a fuller batch, seconds.
-        linux_scheduling: see `server.linux_scheduling`.
+        linux_scheduling: see `runtime.priority`.
     """
 
     def __init__(

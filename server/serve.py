@@ -44,8 +44,8 @@ def run(settings: Settings) -> None:
         importlib.import_module("server.v2.grpc")
     listener = listen(settings)
 
+    from models.images.process import configure_decoders
     from server.app import create_app
-    from server.decoding import configure_decoders
     from server.draining import DrainingServer
 
     configure_decoders()

@@ -11,11 +11,12 @@ from contextlib import closing, nullcontext
 from runtime.engine import Engine, Slot
 from runtime.finite import NOT_FINITE, all_finite, finite_rows
 from runtime.manifest import EngineError
+from runtime.priority import giving_way
 from runtime.ranking import ranked
 from server.backlog import Backlog
 from server.decoding import Decoder
 from server.jobs import Computed, Failed, Image, Outcome
-from server.linux_scheduling import Mailbox, giving_way
+from server.mailbox import Mailbox
 from server.problems import Problem
 
 log = logging.getLogger("trimrt.scheduler")

@@ -22,7 +22,7 @@ from prometheus import Prometheus, scraping
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, running, wait_until
 
-from server.devices import find_devices
+from runtime.devices import find_devices
 from server.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -322,7 +322,7 @@ def test_a_servers_decoders_write_nothing_to_standard_error() -> None:
 import io
 from PIL import Image
 from models.preprocessing import ImageError, Preprocessing, load_pixels
-from server.decoding import configure_decoders
+from models.images.process import configure_decoders
 configure_decoders()
 spec = Preprocessing(resize=8, height=8, width=8)
 bad_exif = b"Exif\\0\\0II*\\0" + bytes([8, 0, 0, 0, 9, 9] * 9)

@@ -16,6 +16,7 @@ from running import Running, running, wait_until
 from wire import Wire, head
 
 from server import protocol
+from server.heads import HEAD_LIMIT
 from server.settings import Settings
 from server.telemetry import RequestKey
 
@@ -221,9 +222,9 @@ def test_a_client_that_closes_its_half_too_early_is_gone(
 
 _MANY = b"".join(b"a%d: b\r\n" % n for n in range(2000))
 _TOO_LONG = {
-    "a header": b"GET / HTTP/1.1\r\nX: " + b"a" * protocol.HEAD_LIMIT + b"\r\n\r\n",
-    "a header's name": b"GET / HTTP/1.1\r\n" + b"a" * protocol.HEAD_LIMIT + b": b\r\n\r\n",
-    "a path": b"GET /" + b"a" * protocol.HEAD_LIMIT + b" HTTP/1.1\r\n\r\n",
+    "a header": b"GET / HTTP/1.1\r\nX: " + b"a" * HEAD_LIMIT + b"\r\n\r\n",
+    "a header's name": b"GET / HTTP/1.1\r\n" + b"a" * HEAD_LIMIT + b": b\r\n\r\n",
+    "a path": b"GET /" + b"a" * HEAD_LIMIT + b" HTTP/1.1\r\n\r\n",
     "many headers": b"GET / HTTP/1.1\r\n" + _MANY + b"\r\n",
     "a header without an end": b"GET / HTTP/1.1\r\nX: " + b"a" * (4 << 20),
     "headers without an end": b"GET / HTTP/1.1\r\n" + _MANY * 100,
@@ -247,7 +248,7 @@ def test_a_head_may_come_byte_by_byte_and_fill_its_limit(connect: Callable[..., 
     wire = connect()
     wire.send(*(LIVE[at : at + 1] for at in range(len(LIVE))))
     assert wire.answer()[0] == 200
-    wire.send(head(0, "X: " + "a" * (protocol.HEAD_LIMIT - 1000), path="/health/live", method="GET"))
+    wire.send(head(0, "X: " + "a" * (HEAD_LIMIT - 1000), path="/health/live", method="GET"))
     assert wire.answer()[0] == 200
 
 

@@ -14,9 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope
 
+from models.images.process import configure_decoders
 from server import logs
 from server.app import create_app
-from server.decoding import configure_decoders
 from server.problems import Problem
 from server.service import service_of
 from trimrt.cluster.arguments import on_share

@@ -9,8 +9,8 @@ import pytest
 from jetson_files import write_orin_nano
 from running import running
 
-from server.devices import find_devices
-from server.devices.base import Reading
+from runtime.devices import find_devices
+from runtime.devices.base import Reading
 from server.settings import Settings
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.devices.base import Device, Reading
-from server.devices.jetson import find_jetson
+from runtime.devices.base import Device, Reading
+from runtime.devices.jetson import find_jetson
 
 __all__ = ["Device", "Reading", "find_devices"]
 
@@ -20,7 +20,7 @@ def find_devices(root: Path = Path("/")) -> list[Device]:
     if jetson is not None:
         return [jetson]
     if (root / "dev/nvidiactl").exists():
-        from server.devices.nvml import find_gpus
+        from runtime.devices.nvml import find_gpus
 
         return [*find_gpus()]
     return []

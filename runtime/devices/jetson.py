@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.devices.base import Device, Reading
 from runtime.jetson import jetson_model
-from server.devices.base import Device, Reading
 
 _MEMINFO = re.compile(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", re.MULTILINE)
 

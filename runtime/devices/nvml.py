@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from server.devices.base import Quantity, Reading
+from runtime.devices.base import Quantity, Reading
 
 log = logging.getLogger("trimrt.devices")
 
