@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -99,6 +100,67 @@ def resolve_package(engine: str | Path, directory: Path) -> Path:
         raise EngineError(nothing_at(folder))
     read_manifest(folder)  # says what is missing
     return folder
+
+
+def choose_packages(directory: Path, names: Sequence[str], *, may_be_empty: bool = False) -> list[Path]:
+    """The package folders that `names` name: names in `directory`, or paths.
+
+    Args:
+        directory: the engine directory.
+        names: none of them: the one package in `directory` that can be used.
+        may_be_empty: without names there may also be none.
+
+    Raises:
+        EngineError: one of them does not exist or has no valid manifest; or none is named, and `directory`
+            holds several that can be used, or none.
+    """
+    if names:
+        return [_named(directory, name) for name in names]
+    packages = find_packages(directory)
+    usable = [folder for folder, manifest in packages.items() if isinstance(manifest, Manifest)]
+    if len(usable) == 1 or (not usable and may_be_empty):
+        return usable
+    if usable:
+        raise EngineError(
+            f"{directory} holds {len(usable)} engine packages; choose with --engine NAME: "
+            + ", ".join(folder.name for folder in usable)
+        )
+    if packages:
+        reasons = "; ".join(map(str, packages.values()))
+        raise EngineError(f"no engine package in {directory} can be used: {reasons}")
+    raise EngineError(f"no engine package in {directory}; `trimrt build` makes one")
+
+
+def _named(directory: Path, name: str) -> Path:
+    folder = resolve_package(name, directory)
+    read_manifest(folder)
+    return folder
+
+
+def survey(
+    directory: Path, refusals: Mapping[Path, tuple[Stamp, str]]
+) -> tuple[dict[str, Manifest], dict[Path, str]]:
+    """The newest usable manifest of each name, and why other packages are refused.
+
+    Args:
+        directory: the engine directory.
+        refusals: what came of attempts to load packages, which were as the stamps say.
+    """
+    usable: dict[str, Manifest] = {}
+    refused: dict[Path, str] = {}
+    try:
+        packages = find_packages(directory)
+    except EngineError as error:
+        return usable, {directory: str(error)}
+    for folder, manifest in packages.items():
+        stamp, reason = refusals.get(folder, ("", ""))
+        if isinstance(manifest, EngineError):
+            refused[folder] = str(manifest)
+        elif reason and stamp == stamp_of(folder):
+            refused[folder] = reason
+        elif manifest.name not in usable or int(usable[manifest.name].version) < int(manifest.version):
+            usable[manifest.name] = manifest
+    return usable, refused
 
 
 def stamp_of(folder: Path) -> Stamp:

@@ -18,9 +18,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
+from runtime.devices import find_devices
 from runtime.manifest import EngineError
 from server.bodies import BodyMemory
-from server.devices import find_devices
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext

@@ -7,11 +7,11 @@ import logging
 import socket
 import time
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from server.connection import Connection
 from server.service import service_of
 from server.settings import Settings
 
@@ -20,14 +20,6 @@ log = logging.getLogger("trimrt")
 _POLL_S = 0.05
 # Long enough for busy keep-alive connections to be told `Connection: close` before theirs is closed.
 _LEAST_REFUSING_S = 0.25
-
-
-def _http() -> Any:
-    try:
-        from server.connection import Connection
-    except ModuleNotFoundError:  # no httptools, as on Windows
-        return "auto"
-    return Connection
 
 
 class DrainingServer(uvicorn.Server):
@@ -42,7 +34,7 @@ class DrainingServer(uvicorn.Server):
         config = uvicorn.Config(
             app,
             loop="auto",  # uvloop where it is installed: everywhere but Windows
-            http=_http(),
+            http=Connection,
             ws="none",
             lifespan="on",
             log_config=None,

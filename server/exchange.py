@@ -23,7 +23,7 @@ from server.admission import Admission, Call
 from server.auth import Caller
 from server.bodies import Part, parse_multipart
 from server.jobs import Result
-from server.problems import Problem
+from server.problems import MEDIA_TYPE, Problem
 from server.registry import Registry
 from server.scheduler import Scheduler
 from server.service import service_of
@@ -88,10 +88,7 @@ class HttpCall(Call[HttpAnswer]):
 
     def refusal(self, problem: Problem) -> HttpAnswer:
         """See `Call`."""
-        response = problem.response()
-        headers = dict(response.headers)
-        del headers["content-length"]
-        return problem.status, headers, bytes(response.body)
+        return problem.status, {**problem.headers, "Content-Type": MEDIA_TYPE}, problem.body()
 
 
 class PredictCall(HttpCall):

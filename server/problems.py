@@ -70,16 +70,14 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         self.headers = dict(headers or {})
         self.extra = dict(extra or {})
 
+    def body(self) -> bytes:
+        """The problem object, in JSON."""
+        said = {"title": self.title, "status": self.status, "detail": self.detail}
+        return orjson.dumps({"type": _TYPE_PREFIX + self.name, **said, **self.extra})
+
     def response(self) -> Response:
         """This problem as an HTTP response."""
-        body = {
-            "type": _TYPE_PREFIX + self.name,
-            "title": self.title,
-            "status": self.status,
-            "detail": self.detail,
-            **self.extra,
-        }
-        return Response(orjson.dumps(body), self.status, self.headers, MEDIA_TYPE)
+        return Response(self.body(), self.status, self.headers, MEDIA_TYPE)
 
 
 def internal_error() -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from runtime.engine import Engine, Options
 from runtime.health import EngineLostError, Health
 from runtime.loading import load_engine
 from runtime.manifest import Activation, EngineError, Manifest, read_manifest
-from runtime.packages import Stamp, find_package, find_packages, resolve_package, stamp_of
+from runtime.packages import Stamp, choose_packages, find_package, stamp_of, survey
 from runtime.threads import run_in_engine_thread
 from server.decoding import DecodePool
 from server.decoding_limits import DecodingLimits
@@ -40,34 +40,9 @@ def _engine_options(settings: Settings) -> Options:
 
 
 def resolve_engines(settings: Settings) -> list[Path]:
-    """The package folders that `settings.engine` names; the first is the default.
-
-    Raises:
-        EngineError: one of them does not exist or has no valid manifest, or none is named and the directory
-            does not hold exactly one that can be used (or with `settings.watch`, holds several).
-    """
+    """The package folders that `settings.engine` names; the first is the default. See `choose_packages`."""
     names = [name.strip() for name in settings.engine.split(",") if name.strip()]
-    if names:
-        return [_named(settings.engine_dir, name) for name in names]
-    packages = find_packages(settings.engine_dir)
-    usable = [folder for folder, manifest in packages.items() if isinstance(manifest, Manifest)]
-    if len(usable) == 1 or (not usable and settings.watch):
-        return usable  # of a watched directory, the first that appears is the default
-    if usable:
-        raise EngineError(
-            f"{settings.engine_dir} holds {len(usable)} engine packages; choose with --engine NAME: "
-            + ", ".join(folder.name for folder in usable)
-        )
-    if packages:
-        reasons = "; ".join(map(str, packages.values()))
-        raise EngineError(f"no engine package in {settings.engine_dir} can be used: {reasons}")
-    raise EngineError(f"no engine package in {settings.engine_dir}; `trimrt build` makes one")
-
-
-def _named(directory: Path, name: str) -> Path:
-    folder = resolve_package(name, directory)
-    read_manifest(folder)
-    return folder
+    return choose_packages(settings.engine_dir, names, may_be_empty=settings.watch)
 
 
 class EngineRow(BaseModel):
@@ -133,7 +108,7 @@ class Registry:
             if scheduler.health.lost is not None:
                 raise Problem("not-ready", scheduler.health.lost)
 
-    async def load_by_name(self, name: str) -> Scheduler:
+    async def load_by_name(self, name: str) -> EngineRow:
         """Load the newest package of that name; see `load`.
 
         Raises:
@@ -147,9 +122,10 @@ class Registry:
                 raise Problem("engine-not-found", _readable(str(error))) from None
             folder = loaded  # served from outside the engine directory
         try:
-            return await self.load(folder)
+            scheduler = await self.load(folder)
         except EngineError as error:
             raise Problem("engine-refused", _readable(str(error))) from None
+        return self._row(scheduler.engine.manifest, "loaded")
 
     async def load(self, folder: Path) -> Scheduler:
         """Load the package in `folder` beside what runs, then put it in the place of its namesake, if any.
@@ -257,7 +233,7 @@ class Registry:
     async def describe(self) -> list[EngineRow]:
         """Every engine that is loaded or could be, and every package that is refused, by name."""
         refusals = dict(self._refusals)
-        usable, refused = await asyncio.to_thread(_survey, self._settings.engine_dir, refusals)
+        usable, refused = await asyncio.to_thread(survey, self._settings.engine_dir, refusals)
         rows = [
             EngineRow(name=_readable(folder.name), state="refused", reason=_readable(reason))
             for folder, reason in refused.items()
@@ -265,12 +241,8 @@ class Registry:
         rows += [
             self._row(manifest, "available") for name, manifest in usable.items() if name not in self.loaded
         ]
-        rows += map(self.row, self.loaded.values())
+        rows += [self._row(it.engine.manifest, "loaded") for it in self.loaded.values()]
         return sorted(rows, key=lambda row: (row.name, row.state != "refused"))
-
-    def row(self, scheduler: Scheduler) -> EngineRow:
-        """A loaded engine's description."""
-        return self._row(scheduler.engine.manifest, "loaded")
 
     def _row(self, manifest: Manifest, state: Literal["loaded", "available"]) -> EngineRow:
         return EngineRow(
@@ -286,32 +258,6 @@ class Registry:
             width=manifest.preprocessing.width,
             max_batch=manifest.batch.max,
         )
-
-
-def _survey(
-    directory: Path, refusals: Mapping[Path, tuple[Stamp, str]]
-) -> tuple[dict[str, Manifest], dict[Path, str]]:
-    """The newest usable manifest of each name, and why other packages are refused.
-
-    Args:
-        directory: the engine directory.
-        refusals: what came of attempts to load packages, which were as the stamps say.
-    """
-    usable: dict[str, Manifest] = {}
-    refused: dict[Path, str] = {}
-    try:
-        packages = find_packages(directory)
-    except EngineError as error:
-        return usable, {directory: str(error)}
-    for folder, manifest in packages.items():
-        stamp, reason = refusals.get(folder, ("", ""))
-        if isinstance(manifest, EngineError):
-            refused[folder] = str(manifest)
-        elif reason and stamp == stamp_of(folder):
-            refused[folder] = reason
-        elif manifest.name not in usable or int(usable[manifest.name].version) < int(manifest.version):
-            usable[manifest.name] = manifest
-    return usable, refused
 
 
 def _readable(text: str) -> str:

@@ -190,7 +190,7 @@ class Scheduler:
         Its `done` is never called, and images whose batch has not begun are skipped.
         """
         if not job.over:
-            self.stats.drop(reason, job.remaining)
+            self.stats.dropped[reason] += job.remaining
             self._end(job)
 
     async def close(self) -> None:
@@ -222,7 +222,7 @@ class Scheduler:
             if outcome.error is not None:
                 self.health.failed(outcome.error)
             if outcome.problem.name == "inference-failed":
-                self.stats.fail(len(outcome.images))
+                self.stats.failed += len(outcome.images)
             for image in outcome.images:
                 self._fail(image.job, outcome.problem)
         else:
@@ -261,7 +261,7 @@ class Scheduler:
                 self._jobs.remove(job)
                 job.done(cast("list[Result]", job.results))
         self.health.succeeded()
-        self.stats.batch(size)
+        self.stats.batches[size] += 1
         self._service_time.measure(size, batch.started, now)
 
     def _end(self, job: Job) -> None:

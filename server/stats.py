@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -31,22 +32,20 @@ class Histogram:
     """Log-bucketed durations, after HdrHistogram; only the buckets in use are kept."""
 
     def __init__(self) -> None:
-        self.counts: dict[int, int] = {}
+        self.counts: Counter[int] = Counter()
         self.count = 0
         self.sum = 0.0
 
     def add(self, seconds: Sequence[float]) -> None:
         """Count durations."""
         buckets, counts = np.unique(buckets_of(seconds), return_counts=True)
-        for bucket, count in zip(buckets.tolist(), counts.tolist(), strict=True):
-            self.counts[bucket] = self.counts.get(bucket, 0) + count
+        self.counts.update(dict(zip(buckets.tolist(), counts.tolist(), strict=True)))
         self.count += len(seconds)
         self.sum += sum(seconds)
 
     def merge(self, other: Histogram) -> None:
         """Count everything `other` counted."""
-        for bucket, count in other.counts.items():
-            self.counts[bucket] = self.counts.get(bucket, 0) + count
+        self.counts.update(other.counts)
         self.count += other.count
         self.sum += other.sum
 
@@ -100,11 +99,17 @@ class Distribution:
 
 
 class EngineStats:
-    """What one engine did. Touched by the event loop's thread only, so it needs no lock."""
+    """What one engine did. Touched by the event loop's thread only, so it needs no lock.
+
+    Attributes:
+        batches: how many there were of each size.
+        dropped: images dropped before they were computed, by reason.
+        failed: images that the engine failed on.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.batches: dict[int, int] = {}
-        self.dropped: dict[str, int] = {}
+        self.batches: Counter[int] = Counter()
+        self.dropped: Counter[str] = Counter()
         self.failed = 0
         self._clock = clock
         self._stages = {stage: Distribution(clock) for stage in STAGES}
@@ -117,10 +122,6 @@ class EngineStats:
         """Durations by stage."""
         self._sort()
         return self._stages
-
-    def batch(self, size: int) -> None:
-        """Count a batch of `size` images."""
-        self.batches[size] = self.batches.get(size, 0) + 1
 
     def image(
         self, decode: float, queue: float, inference: float, total: float, device: Mapping[str, float]
@@ -140,11 +141,3 @@ class EngineStats:
         self._images.clear()
         for stage, values in durations.items():
             self._stages.setdefault(stage, Distribution(self._clock)).add(values, self._second)
-
-    def drop(self, reason: str, images: int) -> None:
-        """Count images that were dropped before compute."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + images
-
-    def fail(self, images: int) -> None:
-        """Count images that the engine failed on."""
-        self.failed += images

@@ -6,15 +6,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from runtime.manifest import Manifest
+from server.jobs import Result
 from server.problems import Problem
 from server.stats import EngineStats
-
-if TYPE_CHECKING:
-    from server.jobs import Result
-
 
 log = logging.getLogger("trimrt")
 

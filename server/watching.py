@@ -42,14 +42,11 @@ class Watcher:
             holds_still = stamp == self._seen.get(folder)
             if holds_still and stamp != self._known.get(folder):
                 self._known[folder] = stamp
-                await self._load(folder)
+                try:
+                    await self._registry.load_changed(folder)
+                except Exception:
+                    log.exception("an engine package could not be loaded", extra={"folder": str(folder)})
         self._seen = now
-
-    async def _load(self, folder: Path) -> None:
-        try:
-            await self._registry.load_changed(folder)
-        except Exception:
-            log.exception("an engine package could not be loaded", extra={"folder": str(folder)})
 
     def _stamps(self) -> dict[Path, Stamp]:
         """The stamp of every package; none while the directory cannot be read, which is logged once."""

@@ -90,7 +90,7 @@ async def load(registry: Manager, name: EngineName) -> EngineRow:
 
     The running one answers what it had admitted; if the package is refused, it runs on.
     """
-    return registry.row(await registry.load_by_name(name))
+    return await registry.load_by_name(name)
 
 
 @router.post("/{name}/unload", responses=_MANAGED)
