@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
@@ -18,6 +18,8 @@ from server.exchange import HttpAnswer, HttpCall, PredictCall
 from server.middleware import REQUEST_TIMEOUT, access_log, request_id_of
 from server.protocol import HardenedProtocol
 from server.v2.rest import infer_call
+
+_BEGINNING: Final = b"HTTP/1.1 "
 
 
 class _Straight:
@@ -42,6 +44,7 @@ class Connection(HardenedProtocol):
         self._admission: Admission[HttpAnswer] | None = None  # the request under way, if it goes straight
         self._date: list[tuple[bytes, bytes]] = []
         self._date_lines = b""
+        self._said = 0  # bytes of the answer that were sent before it was there
 
     # --- the parser's calls, in their order ------------------------------------------------------------
 
@@ -118,7 +121,8 @@ class Connection(HardenedProtocol):
         )
         connection = "" if keep_alive else "connection: close\r\n"
         end = f"{lines}{connection}x-request-id: {self._request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
-        self.transport.write(b"".join((STATUS_LINE[status], self._date_lines, end.encode(), body)))
+        answered = b"".join((STATUS_LINE[status], self._date_lines, end.encode(), body))
+        self.transport.write(answered[self._said :] if self._said else answered)
         if not keep_alive:
             self.end()
         if self.pipeline or self.flow.read_paused:
@@ -126,6 +130,13 @@ class Connection(HardenedProtocol):
         else:
             self.server_state.total_requests += 1
             self.await_client()
+
+    def say_something(self) -> None:
+        """See `HardenedProtocol`. To HTTP/1.0, a byte of what every answer begins with."""
+        super().say_something()
+        if self.version == "1.0" and self._admission is not None and self._said < len(_BEGINNING):
+            self._said += 1
+            self.transport.write(_BEGINNING[self._said - 1 : self._said])
 
     def abandon(self) -> None:
         """See `HardenedProtocol`."""

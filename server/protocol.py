@@ -303,18 +303,20 @@ class HardenedProtocol(HttpToolsProtocol):
         return True
 
     def _probe(self) -> None:
-        """Tell a client that left from one that waits: the system of the first resets the connection.
-
-        An interim answer does no harm to the other (RFC 9110, 15.2), but HTTP/1.0 has none.
-        """
+        """Tell a client that left from one that waits: the system of the first resets the connection."""
         self.loop.call_later(_PROBE_S, self._probe_again)
 
     def _probe_again(self) -> None:
-        if self.transport.is_closing() or not self._under_way() or self.version == "1.0":
+        if self.transport.is_closing() or not self._under_way():
             return
         if not self.pipeline and not getattr(self.cycle, "response_started", False):
-            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            self.say_something()
         self._probe()
+
+    def say_something(self) -> None:
+        """Send what may come before any answer: an interim one (RFC 9110, 15.2), unknown to HTTP/1.0."""
+        if self.version != "1.0":
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
     def _under_way(self) -> bool:
         return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)

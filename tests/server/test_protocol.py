@@ -206,6 +206,27 @@ def test_a_client_that_leaves_is_told_from_one_that_waits(
         assert waits.answer()[0] == 200
 
 
+def test_a_client_of_http_1_0_that_leaves_is_told_from_one_that_waits(
+    connect: Callable[..., Wire], engine_dir: Path, encode: Encode
+) -> None:
+    """As nginx's clients leave; there are no interim answers, but an answer may come in pieces."""
+    gate = Gate()
+    image = encode(3)
+    with running(Settings(engine="tiny", engine_dir=engine_dir, port=0), load_gated(gate)) as gated:
+        gate.close()
+        waits, leaves = connect(gated), connect(gated)
+        for wire in (waits, leaves):
+            wire.send(head(len(image), version="1.0") + image)
+        gate.wait_for_arrivals(1)
+        waits.socket.shutdown(socket.SHUT_WR)
+        leaves.socket.close()
+        counted = gated.service.telemetry.requests
+        wait_until(lambda: counted[RequestKey("predict", "cancelled", "disconnected")] == 1)
+        gate.open()
+        assert waits.answer()[0] == 200
+        assert waits.closed_by_server()
+
+
 def test_a_client_that_closes_its_half_too_early_is_gone(
     connect: Callable[..., Wire], server: Running, encode: Encode
 ) -> None:
