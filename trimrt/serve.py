@@ -1,16 +1,22 @@
-"""`trimrt serve`: every setting of the server as an option."""
+"""`trimrt serve`: every setting of the server as an option; it runs until a signal ends it."""
 
 from __future__ import annotations
 
+import importlib
+import logging
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import click
 
-from server.serve import run
+from runtime.health import EngineLostError
 from server.settings import Settings
 from trimrt.options import HELP, Choice, Command, shown_default, take
+
+LOST_CODE: Final = 70  # the exit code when an engine was lost
+
+log = logging.getLogger("trimrt")
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -54,4 +60,44 @@ def serve(**options: Any) -> None:
 
     Every option can also be set in the environment, by the name in brackets.
     """
-    run(take(Settings, options))
+    _run(take(Settings, options))
+
+
+class _Lost(click.ClickException):
+    exit_code = LOST_CODE
+
+
+def _run(settings: Settings) -> None:
+    """Serve until a signal ends it."""
+    from server.listening import listen
+    from server.registry import resolve_engines
+    from trimrt import logs
+
+    logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
+    resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
+    # What is not installed is found out before a port is opened.
+    if settings.otlp_endpoint:
+        importlib.import_module("server.tracing")
+    if settings.grpc_port is not None:
+        importlib.import_module("server.v2.grpc")
+    listener = listen(settings)
+
+    from models.images.process import configure_decoders
+    from server.app import create_app
+    from server.draining import DrainingServer
+
+    configure_decoders()
+    failures: list[Exception] = []
+
+    def stop(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=stop)
+    server = DrainingServer(app, settings)
+    address, port = listener.getsockname()[:2]
+    log.info("listening", extra={"url": f"http://{f'[{address}]' if ':' in address else address}:{port}"})
+    server.run(sockets=[listener])
+    if failures:
+        lost = isinstance(failures[0], EngineLostError)
+        raise (_Lost if lost else click.ClickException)(str(failures[0]))

@@ -13,8 +13,8 @@ from recorded_machine import SIZE, Machine, write_package
 from recording_cuda import RecordingCuda
 from running import Running, running
 
-from server.serve import LOST_CODE
 from server.settings import Settings
+from trimrt.serve import LOST_CODE
 
 NAME = "digits-fp16-tensorrt"
 

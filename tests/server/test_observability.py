@@ -14,8 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, running, wait_until
 
-from server.logs import JsonFormatter, TextFormatter
 from server.settings import Settings
+from trimrt.logs import JsonFormatter, TextFormatter
 
 Encode = Callable[..., bytes]
 

@@ -13,8 +13,8 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.draining import DrainingServer
+from server.listening import listen
 from server.registry import LoadEngine
-from server.serve import listen
 from server.service import Service, service_of
 from server.settings import Settings
 

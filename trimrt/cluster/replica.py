@@ -15,10 +15,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 from models.images.process import configure_decoders
-from server import logs
 from server.app import create_app
 from server.problems import Problem
 from server.service import service_of
+from trimrt import logs
 from trimrt.cluster.arguments import on_share
 from trimrt.cluster.metrics import ReplicaMetrics
 
