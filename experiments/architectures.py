@@ -6,9 +6,11 @@ exported and quantised at all, not how accurate it is.
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +32,7 @@ from models.errors import TrimRTError
 from models.evaluation import count_macs, count_parameters, normalise, predict_logits, to_float
 from models.networks import TIMM, NetworkError, architectures, build_network, skeleton
 from models.preprocessing import Pixels, Preprocessing
+from models.pruning import PruningError
 from models.recipe import Pruning
 from models.suitability import own_size, require_prunable, require_trainable
 from trimrt.options import FILE, HELP
@@ -37,6 +40,7 @@ from trimrt.options import FILE, HELP
 CLASSES: Final = 10
 RATIO: Final = 0.5
 SIZES: Final = (64, 128, 224)  # pixels; the smallest that an architecture takes, to save time
+LONGEST: Final = 30.0  # seconds of processor time to find out what can be pruned
 IMAGES: Final = 32  # crops of photographs, to calibrate and to compare with
 
 # One small network of each of timm's families (its modules).
@@ -150,7 +154,8 @@ def measure(name: str, *, graph: bool) -> Row:
     row = Row(name=name, size=size, parameters=count_parameters(empty), macs=macs)
     started = time.process_time()
     try:
-        pruned = require_prunable(name, CLASSES, "standard", spec, Pruning(ratio=RATIO))
+        with _limited(LONGEST):
+            pruned = require_prunable(name, CLASSES, "standard", spec, Pruning(ratio=RATIO))
         row.pruned_macs = count_macs(pruned.to("meta").eval(), size, size) / macs
     except TrimRTError as error:
         row.unprunable, row.refusal_seconds = str(error), round(time.process_time() - started, 2)
@@ -160,6 +165,22 @@ def measure(name: str, *, graph: bool) -> Row:
         except (ExportError, TrimRTError) as error:
             row.unbuildable = str(error)
     return row
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise PruningError once that much processor time has passed."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise PruningError(f"torch-pruning takes longer than {seconds:g} s to follow it")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _export(name: str, spec: Preprocessing) -> Graph:

@@ -66,11 +66,22 @@ class Pruner:
                     out_channel_groups={},
                 )
         except Exception as error:  # tracing fails in as many ways as there are architectures
-            raise PruningError(f"torch-pruning cannot follow this network ({error}); {PRUNABLE}") from error
+            raise _unprunable(error) from error
 
     def step(self) -> None:
-        """Remove the next step's channels."""
-        self._pruner.step()
+        """Remove the next step's channels.
+
+        Raises:
+            PruningError: layers that torch-pruning misunderstood; the network is spoilt.
+        """
+        try:
+            self._pruner.step()
+        except Exception as error:  # as above
+            raise _unprunable(error) from error
+
+
+def _unprunable(error: Exception) -> PruningError:
+    return PruningError(f"torch-pruning cannot follow this network ({error}); {PRUNABLE}")
 
 
 def find_ratio(
