@@ -130,7 +130,7 @@ proto: $(VENV)/.install-dev  ## Compile the Open Inference Protocol's messages.
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. server/v2/inference.proto
 	sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' server/v2/inference_pb2.py  # other users of the protocol may share the process
 
-JETSON_PINS = build/constraints/bin/uv pip compile -q pyproject.toml --extra tensorrt --only-binary :all: \
+JETSON_PINS = build/constraints/bin/uv pip compile -q pyproject.toml --extra cuda --only-binary :all: \
 	--no-annotate --no-emit-package openvino --no-emit-package openvino-telemetry --no-strip-markers \
 	--custom-compile-command "make constraints"
 

@@ -14,6 +14,11 @@ from pathlib import Path
 # What running a plan needs, by the names that the loader asks for; `import tensorrt` loads all three.
 LIBRARIES = ("libnvinfer.so.", "libnvinfer_plugin.so.", "libnvonnxparser.so.")
 
+# Which releases build for a Jetson's GPU, as (first, last) of each range: JetPack 6's own end with 10.7,
+# JetPack 7 has those for Arm servers, which build for Thor since 10.13, for Orin only since 10.16.
+RELEASES = {"87": [((10, 0), (10, 7)), ((10, 16), None)], "110": [((10, 13), None)]}
+BOARDS = {"87": "Orin", "110": "Thor"}
+
 
 def find_libraries(root: Path) -> list[Path]:
     """TensorRT's shared libraries: `libnvinfer.so.10`, not `libnvinfer.so.10.3.0` or `libnvinfer.so`."""
@@ -47,11 +52,31 @@ def missing(libraries: list[Path], package: list[Path]) -> Iterator[str]:
         yield "the Python package tensorrt is not there"
 
 
-def collect(root: Path, into: Path, *, required: bool) -> list[str]:
+def refusal(libraries: list[Path], sm: str) -> str | None:
+    """Why this TensorRT builds nothing for a GPU of that SM; None if it does, or its release is not known."""
+    names = [path.resolve().name for path in libraries if path.name.startswith("libnvinfer.so.")]
+    numbers = names[0].removeprefix("libnvinfer.so.").split(".")[:2] if names else []
+    if len(numbers) < 2 or not all(number.isdigit() for number in numbers):
+        return None
+    release = (int(numbers[0]), int(numbers[1]))
+
+    def builds_for(ranges: list[tuple[tuple[int, int], tuple[int, int] | None]]) -> bool:
+        return any(first <= release and (last is None or release <= last) for first, last in ranges)
+
+    if builds_for(RELEASES[sm]):
+        return None
+    others = [f"{each} ({BOARDS[each]})" for each, ranges in RELEASES.items() if builds_for(ranges)]
+    return (
+        f"TensorRT {'.'.join(numbers)} of this base builds nothing for SM {sm} ({BOARDS[sm]}); "
+        f"of Jetsons it knows SM {' and '.join(others) or 'none'}"
+    )
+
+
+def collect(root: Path, into: Path, *, required: bool, sm: str) -> list[str]:
     """Copy TensorRT from `root` to `into/lib` and `into/python`, and say what was copied.
 
     Raises:
-        SystemExit: it is not complete.
+        SystemExit: it is not complete, or not for this GPU.
     """
     libraries, package = find_libraries(root), find_package(root)
     for name in ("lib", "python"):
@@ -62,6 +87,8 @@ def collect(root: Path, into: Path, *, required: bool) -> list[str]:
             "This base image has no complete TensorRT: " + "; ".join(problems) + ".\n"
             "Choose another with --build-arg BASE_IMAGE=... (docs/containers.md)."
         )
+    if required and (reason := refusal(libraries, sm)):
+        sys.exit(f"{reason}.\nChoose another with --build-arg BASE_IMAGE=... (docs/containers.md).")
     for library in libraries:
         shutil.copy2(library.resolve(), into / "lib" / library.name)
     for path in package:
@@ -75,6 +102,8 @@ if __name__ == "__main__":
     parser.add_argument("--root", type=Path, default=Path("/"))
     parser.add_argument("--into", type=Path, required=True)
     parser.add_argument("--tensorrt", choices=("required", "absent"), default="required")
+    parser.add_argument("--sm", choices=sorted(RELEASES), default="87")
     options = parser.parse_args()
-    copied = collect(options.root, options.into, required=options.tensorrt == "required")
+    required = options.tensorrt == "required"
+    copied = collect(options.root, options.into, required=required, sm=options.sm)
     print("\n".join(copied) or "no TensorRT here")

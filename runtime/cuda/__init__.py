@@ -169,7 +169,7 @@ def open_cuda(name: CudaName | None = None) -> Cuda:
             return implementation
     raise CudaUnavailableError(
         f"no CUDA interface is installed ({'; '.join(missing)}); "
-        "`pip install trimrt[tensorrt]` brings cuda-bindings"
+        "`pip install trimrt[cuda]` brings cuda-bindings"
     )
 
 

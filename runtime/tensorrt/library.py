@@ -22,8 +22,9 @@ TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 
 MODULES: Final[dict[TensorRTBackend, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 REMEDIES: Final[dict[TensorRTBackend, str]] = {
-    "tensorrt": "it comes with JetPack (create the virtual environment with --system-site-packages) "
-    "or with NVIDIA's TensorRT packages",
+    "tensorrt": "it comes with JetPack (a virtual environment sees it with --system-site-packages, a "
+    "container with --runtime nvidia; libnvdla_compiler.so is of the host's package nvidia-l4t-dla-compiler) "
+    "or with NVIDIA's TensorRT packages (on x86 `pip install trimrt[tensorrt]`)",
     "tensorrt-rtx": "`pip install trimrt[rtx]` installs it on x86-64 Linux",
 }
 

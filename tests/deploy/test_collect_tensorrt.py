@@ -100,6 +100,54 @@ def test_a_missing_python_package_stops_the_build(root: Path, collect: Collect) 
     assert "the Python package tensorrt is not there" in done.stderr
 
 
+def rename(root: Path, release: str) -> None:
+    """Make it TensorRT of another release."""
+    libraries = root / LIBRARIES
+    for real in libraries.glob("*.so.10.3.0"):
+        name = real.name.removesuffix(".10.3.0")
+        new = real.rename(libraries / f"{name}.{release}")
+        (libraries / f"{name}.10").unlink()
+        (libraries / f"{name}.{release.split('.')[0]}").symlink_to(new.name)
+
+
+@pytest.mark.parametrize(
+    ("release", "sm"),
+    [("10.3.0", "87"), ("10.7.0", "87"), ("10.16.1", "87"), ("11.4.1", "87"), ("10.13.3", "110")],
+)
+def test_a_release_that_builds_for_this_gpu_is_taken(
+    root: Path, collect: Collect, release: str, sm: str
+) -> None:
+    rename(root, release)
+    done = collect("--sm", sm)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("release", "sm", "reason"),
+    [
+        (
+            "10.13.3",
+            "87",
+            "10.13 of this base builds nothing for SM 87 (Orin); of Jetsons it knows SM 110",
+        ),
+        (
+            "10.3.0",
+            "110",
+            "10.3 of this base builds nothing for SM 110 (Thor); of Jetsons it knows SM 87",
+        ),
+        ("10.9.0", "87", "builds nothing for SM 87 (Orin); of Jetsons it knows SM none"),
+    ],
+)
+def test_one_that_does_not_stops_the_build_and_names_the_sms(
+    root: Path, collect: Collect, release: str, sm: str, reason: str
+) -> None:
+    rename(root, release)
+    done = collect("--sm", sm)
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert "--build-arg BASE_IMAGE" in done.stderr
+
+
 def test_a_base_without_tensorrt_must_be_asked_for(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -27,7 +27,8 @@ def filled(value: str) -> str:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_compose_parser_takes_it(name: str) -> None:
-    compose = compose_spec.PyCompose.from_yaml(FILES[name].replace(" !override", ""))
+    text = re.sub(r"\$\{RENDER_GROUP:\?.*?\}", "104", FILES[name])  # Compose fills in before it parses
+    compose = compose_spec.PyCompose.from_yaml(text.replace(" !override", ""))
     compose.validate()
 
 
@@ -66,6 +67,13 @@ def test_services_have_no_more_rights_than_they_need() -> None:
         assert "no-new-privileges:true" in service["security_opt"]
         assert "privileged" not in service
     assert SERVER["read_only"] is True
+
+
+def test_on_a_jetson_the_server_is_in_both_groups_that_may_use_the_gpu() -> None:
+    """The second has another number on every host, so there is no default to be wrong."""
+    video, render = CONTENT["compose.jetson.yaml"]["services"]["server"]["group_add"]
+    assert video == "video"
+    assert re.fullmatch(r"\$\{RENDER_GROUP:\?.*/dev/dri/renderD128.*\}", render)
 
 
 def test_images_of_others_are_pinned() -> None:

@@ -281,7 +281,7 @@ def test_no_server_image_installs_torch(file: str, name: str) -> None:
         extras
         == {
             "trimrt:cpu": set(),
-            "trimrt:gpu": {"nvml", "tensorrt"},
+            "trimrt:gpu": {"cuda", "nvml"},
             "trimrt:ray": {"cluster"},
             "trimrt:jetson": set(),
         }[SERVERS[file, name]]
@@ -323,7 +323,7 @@ def pins(jetpack: str) -> list[Requirement]:
 def test_the_pins_are_what_the_server_asks_for_but_for_openvino(jetpack: str, python: str) -> None:
     pinned = {pin.name: next(iter(pin.specifier)).version for pin in pins(jetpack)}
     target = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": "aarch64"}
-    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["tensorrt"]]
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cuda"]]
     asked = [requirement for line in lines if (requirement := Requirement(line)).name != "openvino"]
     for requirement in asked:
         if requirement.marker is None or requirement.marker.evaluate({**target, "extra": ""}):
@@ -365,7 +365,7 @@ def test_compose_builds_the_target_that_its_image_is_named_after(compose: str, i
 def test_every_image_of_the_manifests_is_a_target_with_their_user_port_and_folder() -> None:
     text = "".join(path.read_text("utf-8") for path in (ROOT / "deploy/kubernetes").rglob("*.yaml"))
     assert set(re.findall(r"image: (trimrt:\w+)", text)) <= set(SERVERS.values())
-    assert set(re.findall(r"newTag: (\w+)", text)) == {"gpu"}
+    assert set(re.findall(r"newTag: (\w+)", text)) == {"gpu", "jetson"}
     assert set(re.findall(r"runAsUser: (\d+)", text)) == {USER}
     for file, name in SERVERS:
         variables = environment(file, name)

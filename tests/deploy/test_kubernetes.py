@@ -42,7 +42,7 @@ def _documents() -> dict[str, dict[str, Any]]:
     return {path: document for path, document in loaded.items() if not path.endswith(NOT_MANIFESTS)}
 
 
-NOT_MANIFESTS = ("kustomization.yaml", "gpu/deployment.yaml", "adapter-values.yaml")
+NOT_MANIFESTS = ("kustomization.yaml", "gpu/deployment.yaml", "jetson/deployment.yaml", "adapter-values.yaml")
 DOCUMENTS = _documents()
 CUSTOM = ("InferenceService", "RayService", "ServiceMonitor")
 CORE = [path for path, document in DOCUMENTS.items() if document["kind"] not in CUSTOM]
@@ -161,6 +161,14 @@ class TestKustomize:
         assert environment(pod) == environment(base) | own
         assert container(pod)["readinessProbe"] == container(base)["readinessProbe"]
         assert pod["securityContext"] == base["securityContext"]
+
+    def test_a_jetsons_pod_is_a_gpus_in_the_groups_that_may_use_it(self) -> None:
+        pod = self.build(MANIFESTS / "jetson")["Deployment"]["spec"]["template"]["spec"]
+        gpu = self.build(MANIFESTS / "gpu")["Deployment"]["spec"]["template"]["spec"]
+        assert container(pod) == {**container(gpu), "image": "trimrt:jetson"}
+        assert pod["runtimeClassName"] == "nvidia"
+        assert len(pod["securityContext"].pop("supplementalGroups")) == 2, "of /dev/nvmap and the render node"
+        assert pod["securityContext"] == gpu["securityContext"]
 
     def test_with_the_autoscaler_no_manifest_sets_the_replicas(self, tmp_path: Path) -> None:
         overlay = {

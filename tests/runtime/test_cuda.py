@@ -35,6 +35,13 @@ def test_without_a_driver_the_reason_and_the_remedy_are_told():
 
 
 @without_driver
+def test_device_files_that_may_not_be_opened_are_part_of_the_reason(monkeypatch):
+    monkeypatch.setattr(bindings, "advice", lambda: " This process may not open /dev/nvmap (group video, 44)")
+    with pytest.raises(CudaUnavailableError, match=r"may not open /dev/nvmap \(group video, 44\)"):
+        open_cuda()
+
+
+@without_driver
 def test_an_error_of_cudas_names_the_call():
     with pytest.raises(CudaError, match=r"^cudaMalloc: cudaErrorInsufficientDriver: CUDA driver version"):
         bindings._call(runtime.cudaMalloc, 16)
@@ -43,7 +50,7 @@ def test_an_error_of_cudas_names_the_call():
 def test_what_is_not_installed_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycuda", None)
     monkeypatch.delitem(sys.modules, "runtime.cuda.pycuda", raising=False)
-    with pytest.raises(CudaUnavailableError, match=r"pycuda: .*pip install trimrt\[tensorrt\]"):
+    with pytest.raises(CudaUnavailableError, match=r"pycuda: .*pip install trimrt\[cuda\]"):
         open_cuda("pycuda")
 
 
