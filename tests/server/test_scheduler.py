@@ -145,6 +145,28 @@ def test_a_failed_batch_is_answered_to_its_own_jobs_and_to_no_other(
     asyncio.run(main())
 
 
+def test_a_request_has_its_first_turn_in_the_next_round_behind_those_that_wait_for_it(
+    start: Callable[..., Any], gate: Gate, encode: Encode, decoded: list[bytes]
+) -> None:
+    form = [encode(number) for number in range(1, 6)]
+
+    async def main() -> None:
+        async with start() as scheduler:
+            answers = [submit(scheduler, encode(0))]
+            await arrivals(gate, 1)
+            answers.append(submit(scheduler, *form))
+            gate.allow(1)
+            await arrivals(gate, 2)
+            assert decoded == [encode(0), *form[:4]]
+            answers.append(submit(scheduler, encode(9)))
+            gate.open()
+            for answer in answers:
+                assert not isinstance(await answered(answer), Problem)
+        assert decoded[5:] == [form[4], encode(9)]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "device"])
 def test_a_job_whose_deadline_passed_is_not_computed_even_before_it_is_dropped(
     start: Callable[..., Any], gate: Gate, encode: Encode, on_cpu: bool
