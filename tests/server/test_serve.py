@@ -21,6 +21,7 @@ from processes import TRIMRT, Started, start_process
 from running import wait_until
 
 from server.settings import Settings
+from trimrt.cli import main
 from trimrt.serve import serve
 
 Start = Callable[..., Started]
@@ -100,7 +101,7 @@ def test_settings_come_from_the_environment_and_the_command_line_wins(start: Sta
 
 
 def _refusal(*arguments: str) -> str:
-    outcome = CliRunner().invoke(serve, arguments)
+    outcome = CliRunner().invoke(main, ["serve", *arguments])
     assert outcome.exit_code != 0
     assert "Traceback" not in outcome.output
     return outcome.output
