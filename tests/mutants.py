@@ -43,6 +43,7 @@ HARMLESS: Final = {
     "share = max(1, max(pending, *self._loads, 1) // self._slots)": "what is pending is never below 0",
     "share = max(1, max(pending, *self._loads, -1) // self._slots)": "the same",
     "@dataclass(frozen=False)": "nothing writes to it",
+    "/,": "arguments are named all the same",
     "if not drop < self.max_drop + 1e-9:  # the shares are rounded quotients; NaN fails too": "never equal",
     "if not comparison.label_agreement > self.min_agreement - 1e-9:": "the same",
     "waiting: deque[ImageT], now: float, max_size: int, delay: float = -1.0": "no delay either",
