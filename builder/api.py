@@ -66,7 +66,11 @@ def build(
     refused: list[str] = []
     with _graphs(source, options.prepare, observer) as graphs:
         for precision in options.precisions:
-            build_one = build_best if precision == "best" else partial(build_package, precision=precision)
+            build_one = (
+                partial(build_best, objective=options.objective)
+                if precision == "best"
+                else partial(build_package, precision=precision)
+            )
             try:
                 package = build_one(
                     source=graphs,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from builder.compile.selection import Objective
 from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.verification import Gate
 from builder.prepare.options import PrepareOptions
@@ -24,6 +25,7 @@ class BuildOptions:
         gate: what an engine may lose and still be published.
         tensorrt: for TensorRT's builder.
         prepare: how the graphs are made. A build kit has its graphs already and takes only the defaults.
+        objective: what `best` prefers: less time for one image, or more images a second.
         replace: replace packages of the same name that were made of other networks.
     """
 
@@ -33,4 +35,5 @@ class BuildOptions:
     gate: Gate = field(default_factory=Gate)
     tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
     prepare: PrepareOptions = field(default_factory=PrepareOptions)
+    objective: Objective = "latency"
     replace: bool = False

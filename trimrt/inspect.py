@@ -103,6 +103,7 @@ def _evidence(evidence: Evidence | None) -> list[tuple[str, str]]:
         ("logits", f"differ by at most {evidence.max_logit_difference:.3g}"),
         ("latency", f"{evidence.latency_ms:.3f} ms for the smallest batch"),
         ("throughput", f"{evidence.throughput:,.0f} images per second at the largest batch"),
+        *([("power", str(evidence.power))] if evidence.power else []),
         ("weights", f"{evidence.weights_bytes / 1e6:.2f} MB"),
     ]
 
