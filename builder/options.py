@@ -19,7 +19,7 @@ class BuildOptions:
 
     Attributes:
         precisions: one package each; `best` is the faster one of INT8 and FP16 (FP32 for OpenVINO) that
-            passes the gate.
+            passes the gate. None: INT8, of TensorRT-RTX FP16.
         target: compiler; `auto` is TensorRT where it and a GPU are, else OpenVINO.
         batch: batch sizes to compile for.
         gate: what an engine may lose and still be published.
@@ -29,7 +29,7 @@ class BuildOptions:
         replace: replace packages of the same name that were made of other networks.
     """
 
-    precisions: Sequence[Precision | Literal["best"]] = ("int8",)
+    precisions: Sequence[Precision | Literal["best"]] | None = None
     target: Backend | Literal["auto"] = "auto"
     batch: BatchSizes = field(default_factory=lambda: BatchSizes(min=1, opt=8, max=32))
     gate: Gate = field(default_factory=Gate)

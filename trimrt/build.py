@@ -46,7 +46,7 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     "precisions",
     callback=one_or_more_of((*get_args(Precision), "best")),
     metavar="LIST",
-    default="int8",
+    show_default="int8; of tensorrt-rtx fp16",
     help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the faster one of "
     "int8 and fp16 (fp32 for OpenVINO) that passes the gate.",
 )
@@ -103,7 +103,7 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
 @options_of(PrepareOptions)
 def build(
     source: str,
-    precisions: Sequence[Precision | Literal["best"]],
+    precisions: Sequence[Precision | Literal["best"]] | None,
     target: Backend | Literal["auto"],
     output: Path,
     objective: Objective,

@@ -56,6 +56,7 @@ class TensorRTTarget:
             workspace=self._workspace(),
             timing_cache=self._timing_cache(),
             log=folder / LOG_NAME,
+            layers=folder,
             jetson=compatibility.board is not None,
         )
         report(f"compiling with {self.backend} {self._library.version}")
