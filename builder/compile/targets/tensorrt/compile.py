@@ -102,14 +102,13 @@ def build_engine(
 
 def _inspected(library: TensorRTLibrary, plan: bytes) -> str:
     """What the engine inspector lists, for a builder that does not say; nothing without a GPU."""
-    trt = library.trt
     with library.log.capture():
-        runtime = trt.Runtime(library.logger)
+        runtime = library.trt.Runtime(library.logger)
         engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             return ""
         inspector = engine.create_engine_inspector()
-        return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
+        return str(inspector.get_engine_information(library.trt.LayerInformationFormat.ONELINE))
 
 
 def _build(
