@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 from builder.compile.packages import Package, build_package
 from builder.compile.selection import build_best
@@ -30,6 +30,17 @@ if TYPE_CHECKING:
     from builder.prepare.preparation import Preparation, Subject
 
 
+DEFAULT_PRECISIONS: Final[dict[Backend, tuple[Precision, ...]]] = {
+    "openvino": ("int8",),
+    "tensorrt": ("int8",),
+    "tensorrt-rtx": ("fp16",),
+}
+RTX_INT8: Final = (
+    "TensorRT-RTX computes INT8 convolutions into FP32, with a kernel more for each: FP16, which it fuses, "
+    "is likely faster, and for small networks smaller (docs/tensorrt.md)"
+)
+
+
 def build(
     source: str | Path,
     output: str | Path = "engines",
@@ -46,7 +57,7 @@ def build(
         observer: follows the build.
 
     Returns:
-        The published packages, in the order of `options.precisions`.
+        The published packages, in the order of the precisions.
 
     Raises:
         GateError: an engine failed the gate. All others are published; the message names each that is not.
@@ -62,11 +73,18 @@ def build(
         backend, reason = choose_backend()
         observer.chose_target(backend, reason)
     target = open_target(backend, options.tensorrt, listener)
+    precisions = options.precisions or DEFAULT_PRECISIONS[backend]
+    if backend == "tensorrt-rtx" and "int8" in precisions:
+        observer.noted(RTX_INT8)
     packages: list[Package] = []
     refused: list[str] = []
     with _graphs(source, options.prepare, observer) as graphs:
-        for precision in options.precisions:
-            build_one = build_best if precision == "best" else partial(build_package, precision=precision)
+        for precision in precisions:
+            build_one = (
+                partial(build_best, objective=options.objective)
+                if precision == "best"
+                else partial(build_package, precision=precision)
+            )
             try:
                 package = build_one(
                     source=graphs,
@@ -83,7 +101,7 @@ def build(
                 continue
             observer.published(package)
             packages.append(package)
-        if refused and {"int8", "best"} & set(options.precisions):
+        if refused and {"int8", "best"} & set(precisions):
             refused += _remedies(graphs, options.prepare)
     if refused:
         raise GateError("\n".join(refused))

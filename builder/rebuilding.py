@@ -26,6 +26,8 @@ def build_command(
         words += _changed(f"--{name}-batch", getattr(options.batch, name), getattr(default.batch, name))
     words += _changed("--max-drop", *_percent(options.gate.max_drop, default.gate.max_drop))
     words += _changed("--min-agreement", *_percent(options.gate.min_agreement, default.gate.min_agreement))
+    if precision == "best":
+        words += _changed("--objective", options.objective, default.objective)
     words += ["--replace"] if options.replace else []
     return shlex.join([*words, *_tensorrt_words(options.tensorrt), *_prepare_words(options.prepare)])
 

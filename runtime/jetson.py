@@ -48,17 +48,17 @@ def jetson_model(root: Path = _ROOT) -> str | None:
     Containers do not see the device tree, which lies in the masked /sys/firmware; there the kernel's
     description of the chip tells, as it tells NVIDIA's container toolkit.
     """
-    compatible = _text(root / "proc/device-tree/compatible") or ""
-    family = _text(root / "sys/devices/soc0/family") or ""
+    compatible = text_of(root / "proc/device-tree/compatible") or ""
+    family = text_of(root / "sys/devices/soc0/family") or ""
     if "nvidia,tegra" not in compatible and not family.lower().startswith("tegra"):
         return None
-    model = _text(root / "proc/device-tree/model") or _text(root / "sys/devices/soc0/machine")
+    model = text_of(root / "proc/device-tree/model") or text_of(root / "sys/devices/soc0/machine")
     return (model or "NVIDIA Jetson").strip("\0")
 
 
 def jetson_linux(root: Path = _ROOT) -> str | None:
     """The release of Jetson Linux (L4T), e.g. `36.4.3`; None elsewhere, and in most containers."""
-    match = _RELEASE.search(_text(root / "etc/nv_tegra_release") or "")
+    match = _RELEASE.search(text_of(root / "etc/nv_tegra_release") or "")
     return f"{match[1]}.{match[2]}" if match else None
 
 
@@ -67,7 +67,7 @@ def available_memory(root: Path = _ROOT) -> int | None:
 
     CUDA's own figure on a Jetson, whose GPU shares this memory, leaves the page cache out.
     """
-    match = _AVAILABLE.search(_text(root / "proc/meminfo") or "")
+    match = _AVAILABLE.search(text_of(root / "proc/meminfo") or "")
     return int(match[1]) * 1024 if match else None
 
 
@@ -76,25 +76,25 @@ def power(root: Path = _ROOT) -> Power | None:
     if jetson_model(root) is None:
         return None
     gpu = next(iter(sorted((root / "sys/class/devfreq").glob("*gpu*"))), root / "absent")
-    least, most = _number(gpu / "min_freq"), _number(gpu / "max_freq")
+    least, most = number_of(gpu / "min_freq"), number_of(gpu / "max_freq")
     cpus = root / "sys/devices/system/cpu"
-    kilohertz = _number(cpus / "cpu0/cpufreq/scaling_max_freq")
+    kilohertz = number_of(cpus / "cpu0/cpufreq/scaling_max_freq")
     return Power(
         mode=_mode(root),
         gpu_max_hz=most,
         gpu_fixed=None if least is None or most is None else least == most,
         cpu_max_hz=None if kilohertz is None else 1000 * kilohertz,
-        cores=_cores(_text(cpus / "online") or ""),
+        cores=_cores(text_of(cpus / "online") or ""),
     )
 
 
 def _mode(root: Path) -> str | None:
     """The mode's name in nvpmodel's configuration, or its number."""
-    match = _MODE.search(_text(root / "var/lib/nvpmodel/status") or "")
+    match = _MODE.search(text_of(root / "var/lib/nvpmodel/status") or "")
     if match is None:
         return None
     number = int(match[1])
-    configured = _text(root / "etc/nvpmodel.conf") or ""
+    configured = text_of(root / "etc/nvpmodel.conf") or ""
     name = re.search(rf"^<\s*POWER_MODEL\s+ID=0*{number}\s+NAME=(\S+)", configured, re.MULTILINE)
     return name[1] if name else str(number)
 
@@ -105,13 +105,17 @@ def _cores(ranges: str) -> int | None:
     return sum(int(last or first) - int(first) + 1 for first, last in found) or None
 
 
-def _text(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
+    """What a file of `proc` or `sys` says; None where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
 
 
-def _number(path: Path) -> int | None:
-    text = _text(path) or ""
-    return int(text) if text.isdigit() else None
+def number_of(path: Path) -> int | None:
+    """The whole number in a file; None where there is none."""
+    try:
+        return int(text_of(path) or "")
+    except ValueError:
+        return None

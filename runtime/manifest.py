@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.errors import TrimRTError
 from models.files import restore
 from models.preprocessing import Preprocessing
+from runtime.jetson import Power
 from runtime.reading import TEXT_BYTES, read_file
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -146,6 +147,7 @@ class Evidence(_Strict):
     latency_ms: float = Field(description="median of one image alone, milliseconds")
     throughput: float = Field(description="images per second at the largest batch")
     weights_bytes: int = Field(description="weights as stored in the ONNX graph")
+    power: Power | None = Field(default=None, description="the Jetson's power mode and clocks meanwhile")
 
 
 class Candidate(_Strict):

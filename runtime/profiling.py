@@ -15,27 +15,26 @@ class Layer(BaseModel):
     """One layer as the backend runs it, which may be several of the graph's in one."""
 
     name: str
-    kind: str = Field(description="e.g. `Convolution`")
-    kernel: str = Field(description="what computes it, e.g. `brgconv_avx512_I8`")
+    kind: str = Field(description="e.g. `Convolution`; empty where it is not known")
+    kernel: str = Field(description="what computes it, e.g. `brgconv_avx512_I8`; likewise")
     mean_ms: float
 
 
 # Each module has `profile(folder, manifest, batch, runs) -> list[Layer]`.
-_PROFILERS: Final[dict[Backend, str]] = {"openvino": "runtime.openvino_profile"}
+_PROFILERS: Final[dict[Backend, str]] = {
+    "openvino": "runtime.openvino_profile",
+    "tensorrt": "runtime.tensorrt.profile",
+    "tensorrt-rtx": "runtime.tensorrt.profile",
+}
 
 
 def profile_layers(folder: Path, batch: int, runs: int) -> list[Layer]:
     """The layers of the engine package in `folder` in their order, with mean times over `runs` batches.
 
     Raises:
-        EngineError: not a usable package, or its backend cannot time layers.
+        EngineError: not a usable package, or one of another machine.
     """
     manifest = read_manifest(folder)
-    if manifest.backend not in _PROFILERS:
-        raise EngineError(
-            f"{folder} is a {manifest.backend} engine; layers are timed for {', '.join(_PROFILERS)} only "
-            "(for TensorRT: trtexec --loadEngine=engine.plan --dumpProfile)"
-        )
     try:
         profiler = importlib.import_module(_PROFILERS[manifest.backend])
     except ImportError as error:

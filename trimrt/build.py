@@ -10,6 +10,7 @@ import click
 
 from builder import BuildOptions, Gate, PrepareOptions, TensorRTOptions
 from builder import build as build_packages
+from builder.compile.selection import Objective
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, BatchSizes, Precision
 from trimrt.display import Display
@@ -45,7 +46,7 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     "precisions",
     callback=one_or_more_of((*get_args(Precision), "best")),
     metavar="LIST",
-    default="int8",
+    show_default="int8; of tensorrt-rtx fp16",
     help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the faster one of "
     "int8 and fp16 (fp32 for OpenVINO) that passes the gate.",
 )
@@ -57,6 +58,12 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
 )
 @click.option(
     "-o", "--output", type=FOLDER, default=Path("engines"), help="Folder that the packages' folders go into."
+)
+@click.option(
+    "--objective",
+    type=click.Choice(get_args(Objective)),
+    default="latency",
+    help="What --precision best prefers: less time for one image, or more images a second.",
 )
 @click.option("--min-batch", type=COUNT, default=1, help="Least images in a batch.")
 @click.option("--opt-batch", type=COUNT, default=8, help="What it is tuned for.")
@@ -79,7 +86,8 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     multiple=True,
     metavar="MIN:OPT:MAX",
     callback=_profiles,
-    help="TensorRT: sizes to tune for, instead of --min-batch, --opt-batch and --max-batch; repeatable.",
+    help="TensorRT: sizes to tune for, instead of one image and, by --opt-batch, the larger batches; "
+    "repeatable.",
 )
 @click.option(
     "--compute-capability",
@@ -95,9 +103,10 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
 @options_of(PrepareOptions)
 def build(
     source: str,
-    precisions: Sequence[Precision | Literal["best"]],
+    precisions: Sequence[Precision | Literal["best"]] | None,
     target: Backend | Literal["auto"],
     output: Path,
+    objective: Objective,
     min_batch: int,
     opt_batch: int,
     max_batch: int,
@@ -123,6 +132,7 @@ def build(
         gate=Gate(max_drop=max_drop / 100, min_agreement=min_agreement / 100),
         tensorrt=take(TensorRTOptions, values),
         prepare=take(PrepareOptions, values),
+        objective=objective,
         replace=replace,
     )
     with Display() as display:

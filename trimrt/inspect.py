@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE
+from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,6 +14,7 @@ from models.naming import shortened
 from models.preprocessing import Preprocessing
 from runtime.manifest import Evidence, Manifest, Tensor, read_artefact, read_manifest
 from runtime.packages import resolve_package
+from runtime.tensorrt.layers import PlanLayer, read_layers
 from trimrt.options import HELP, Command, engine_dir_option
 from trimrt.report.provenance import calibration_text
 
@@ -29,8 +30,11 @@ from trimrt.report.provenance import calibration_text
 @click.argument("engine")
 @engine_dir_option
 @click.option("--labels", "all_labels", is_flag=True, help="List all labels, however many there are.")
+@click.option(
+    "--layers", "with_layers", is_flag=True, help="TensorRT: also show what the graph became, layer by layer."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
-def inspect(engine: str, engine_dir: Path, all_labels: bool, as_json: bool) -> None:
+def inspect(engine: str, engine_dir: Path, all_labels: bool, as_json: bool, with_layers: bool) -> None:
     """Show what an engine package is: built from what, for which machine, how good and how fast.
 
     ENGINE is its folder or its name. The exit code is 0 if the artefact matches the manifest, and not 0
@@ -42,6 +46,8 @@ def inspect(engine: str, engine_dir: Path, all_labels: bool, as_json: bool) -> N
         click.echo(manifest.model_dump_json(indent=2))
     else:
         _print(folder, manifest, all_labels)
+        if with_layers:
+            _print_layers(read_layers(folder))
     read_artefact(folder, manifest)
 
 
@@ -51,6 +57,14 @@ def _print(folder: Path, manifest: Manifest, all_labels: bool) -> None:
     table.add_column(overflow="fold")
     for name, value in _rows(folder, manifest, all_labels):
         table.add_row(name, escape(value))
+    Console().print(table, highlight=False)
+
+
+def _print_layers(layers: list[PlanLayer]) -> None:
+    table = Table("layer", "kind", "gives", "of the graph", box=SIMPLE_HEAD, title=f"{len(layers)} layers")
+    for layer in layers:
+        gives = ", ".join(f"{tensor.dtype} {tensor.shape}" for tensor in layer.outputs)
+        table.add_row(escape(layer.name), layer.kind, escape(gives), escape(", ".join(layer.graph_layers)))
     Console().print(table, highlight=False)
 
 
@@ -103,6 +117,7 @@ def _evidence(evidence: Evidence | None) -> list[tuple[str, str]]:
         ("logits", f"differ by at most {evidence.max_logit_difference:.3g}"),
         ("latency", f"{evidence.latency_ms:.3f} ms for the smallest batch"),
         ("throughput", f"{evidence.throughput:,.0f} images per second at the largest batch"),
+        *([("power", str(evidence.power))] if evidence.power else []),
         ("weights", f"{evidence.weights_bytes / 1e6:.2f} MB"),
     ]
 

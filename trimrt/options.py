@@ -111,10 +111,16 @@ def take(model: type[_Model], values: dict[str, Any]) -> _Model:
         raise click.UsageError(f"{flag}{first['msg']}") from None
 
 
-def one_or_more_of(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+def one_or_more_of(
+    known: Sequence[str],
+) -> Callable[[click.Context, click.Parameter, str | None], tuple[str, ...] | None]:
     """A callback that splits an option's value at its commas; each part must be one of `known`."""
 
-    def parse(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    def parse(
+        _context: click.Context, _parameter: click.Parameter, value: str | None
+    ) -> tuple[str, ...] | None:
+        if value is None:
+            return None
         chosen = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
         if unknown := [part for part in chosen if part not in known]:
             like = did_you_mean(unknown[0], known)

@@ -19,6 +19,7 @@ from builder.compile.verification import Gate, GateError, compare, told_images
 from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph, GraphSource, KitError, Report, VerificationSet
 from models.files import clear_folder, replace_folder
 from runtime.engine import Engine
+from runtime.jetson import power
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
 
@@ -148,7 +149,13 @@ def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: in
         comparison = compare(engine, images)
         gate.check(comparison)
         speed = measure(engine)
-    return Evidence(image_set=images.name, **asdict(comparison), **asdict(speed), weights_bytes=weights_bytes)
+    return Evidence(
+        image_set=images.name,
+        **asdict(comparison),
+        **asdict(speed),
+        weights_bytes=weights_bytes,
+        power=power(),
+    )
 
 
 def _verify_graph(

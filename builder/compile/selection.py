@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from builder.compile.measurement import measure_in_turns
 from builder.compile.packages import Package, build_package
@@ -21,6 +21,8 @@ from builder.kit import GraphSource, Report
 from models.files import replace_folder
 from runtime.loading import load_engine
 from runtime.manifest import Backend, BatchSizes, Candidate, Evidence, Precision
+
+Objective = Literal["latency", "throughput"]
 
 # CPUs compute FP16 graphs in FP32, so FP16 is no choice of its own there.
 COMPARED: Final[dict[Backend, tuple[Precision, ...]]] = {
@@ -40,10 +42,12 @@ def build_best(
     command: str,
     report: Report,
     replace: bool = False,
+    objective: Objective = "latency",
 ) -> Package:
-    """Build INT8 and the best precision beside it, time them in turns, and publish the one with less latency.
+    """Build INT8 and the best precision beside it, time them in turns, and publish the one that is faster.
 
-    The published manifest says what was compared. Arguments as for `build_package`.
+    The published manifest says what was compared. Arguments as for `build_package`; `objective` says whether
+    faster is less time for the smallest batch, or more images a second at the largest.
 
     Raises:
         CompileError: engines cannot be run here, so there is nothing to measure.
@@ -69,7 +73,7 @@ def build_best(
         report("comparing speeds")
         packages = _timed_in_turns(packages)
         candidates += [_measured(package) for package in packages]
-        best = min(packages, key=lambda package: _evidence(package).latency_ms)
+        best = max(packages, key=lambda package: _speed(package, objective))
         folder = output / best.manifest.name
         with replace_folder(folder) as new:
             shutil.copytree(best.folder, new, dirs_exist_ok=True)
@@ -94,6 +98,12 @@ def _timed_in_turns(packages: Sequence[Package]) -> list[Package]:
             dataclasses.replace(package, manifest=package.manifest.model_copy(update={"evidence": evidence}))
         )
     return found
+
+
+def _speed(package: Package, objective: Objective) -> float:
+    """The more the better: images a second at the largest batch, or one after the other."""
+    evidence = _evidence(package)
+    return evidence.throughput if objective == "throughput" else 1 / evidence.latency_ms
 
 
 def _measured(package: Package) -> Candidate:

@@ -17,10 +17,9 @@ def find_devices(root: Path = Path("/")) -> list[Device]:
         root: where `proc`, `sys` and `dev` are found.
     """
     jetson = find_jetson(root)
-    if jetson is not None:
-        return [jetson]
-    if (root / "dev/nvidiactl").exists():
+    found: list[Device] = [] if jetson is None else [jetson]
+    if (root / "dev/nvidiactl").exists() and (jetson is None or not jetson.tells_load):
         from runtime.devices.nvml import find_gpus
 
-        return [*find_gpus()]
-    return []
+        found += find_gpus()
+    return found

@@ -11,6 +11,8 @@ Quantity = Literal[
     "memory_used_bytes",
     "memory_total_bytes",
     "clock_hertz",
+    "clock_limit_hertz",
+    "throttling_events",
 ]
 
 

@@ -137,6 +137,11 @@ class TensorRTEngine:
         return self._manifest
 
     @property
+    def trt(self) -> Any:
+        """The module that deserialised it."""
+        return self._library.trt
+
+    @property
     def slots(self) -> int:
         """What was asked for, or two, so that one's copies overlap the other's computation.
 

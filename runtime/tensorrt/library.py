@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from runtime.manifest import EngineError
+from runtime.tensorrt.layers import LIST_BEGINS
 
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -143,7 +144,8 @@ def _logger_for(trt: Any, log: TensorRTLog) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
-            if severity != trt.ILogger.VERBOSE:  # hundreds of thousands of lines in one build
+            # Hundreds of thousands of lines in one build, of which one lists the engine's layers.
+            if severity != trt.ILogger.VERBOSE or msg.startswith(LIST_BEGINS):
                 log.write(severity.name, msg)
 
     return Logger()

@@ -184,6 +184,12 @@ class TensorRTSlot:
         }
         return Outputs(logits, probabilities, timings)
 
+    def report_layers(self, count: int, profiler: trt.IProfiler) -> None:
+        """Let TensorRT tell `profiler` the time of each layer, after every batch of that size."""
+        _, size = self._places[count]
+        context: trt.IExecutionContext = self._executions[size].context
+        context.profiler = profiler
+
     def _run(self, execution: _Execution, count: int) -> None:
         cuda, stream = self._cuda, self._stream
         begin, copied_in, computed, copied_out = self._events

@@ -34,7 +34,9 @@ from runtime.cuda import Cuda
 from runtime.engine import Options
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, EngineError
+from runtime.profiling import profile_layers
 from runtime.tensorrt.compatibility import driver_version
+from runtime.tensorrt.layers import PlanLayer, write_layers
 from server.settings import Settings
 
 
@@ -238,6 +240,22 @@ def test_behind_the_server_every_size_is_captured_first_and_every_answer_has_the
     assert "compute;dur=1.500" in response.headers["Server-Timing"]
     assert '"h2d"' in stats
     assert 'stage="d2h"' in metrics
+
+
+def test_layers_are_timed_batch_by_batch_without_graphs(machine, package):
+    layers = [
+        PlanLayer(
+            name="first", kind="correlation", kernel="xmma", inputs=[], outputs=[], graph_layers=["conv1"]
+        )
+    ]
+    write_layers(package, layers)
+    timed = profile_layers(package, batch=3, runs=10)
+    assert [(layer.name, layer.kind, layer.kernel, layer.mean_ms) for layer in timed] == [
+        ("first", "correlation", "xmma", 0.5),
+        ("second", "", "", 0.25),
+    ]
+    assert machine.cuda.names("launch") == []
+    assert machine.cuda.in_use() == 0
 
 
 # Threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 # The files of an Orin Nano that matter here, as JetPack 6 lays them out.
@@ -38,6 +39,27 @@ ORIN_NANO = {
     "sys/class/hwmon/hwmon1/in2_input": "5064\n",
     "sys/class/hwmon/hwmon1/curr2_input": "128\n",
     "sys/class/hwmon/hwmon1/in3_label": "VDD_SOC\n",
+    "sys/class/hwmon/hwmon3/name": "soctherm_oc\n",
+    "sys/class/hwmon/hwmon3/oc1_event_cnt": "0\n",
+    "sys/class/hwmon/hwmon3/oc2_event_cnt": "15\n",
+    "sys/class/hwmon/hwmon3/oc3_event_cnt": "37\n",
+}
+
+# Of a Thor with JetPack 7, as public reports have them: no load in sysfs, and an NVIDIA driver like a PC's.
+THOR = {
+    "proc/device-tree/compatible": "nvidia,p3971-0089+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0",
+    "proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0",
+    "etc/nv_tegra_release": "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64, "
+    "DATE: Fri Aug 22 00:55:42 UTC 2025\n",
+    "sys/devices/soc0/family": "Tegra\n",
+    "sys/class/devfreq/gpu-gpc-0/cur_freq": "1575000000\n",
+    "sys/class/devfreq/gpu-gpc-0/max_freq": "1575000000\n",
+    "sys/class/devfreq/gpu-gpc-0/min_freq": "315000000\n",
+    "sys/class/thermal/thermal_zone0/type": "gpu-thermal\n",
+    "sys/class/thermal/thermal_zone0/temp": "41500\n",
+    "sys/class/hwmon/hwmon5/name": "soctherm_oc\n",
+    "sys/class/hwmon/hwmon5/oc3_event_cnt": "179\n",
+    "dev/nvidiactl": "",
 }
 
 
@@ -46,7 +68,11 @@ HIDDEN = ("proc/device-tree/", "etc/", "var/")
 
 
 def write_orin_nano(root: Path, *, container: bool = False) -> None:
-    for name, content in ORIN_NANO.items():
+    write_files(root, ORIN_NANO, container=container)
+
+
+def write_files(root: Path, files: Mapping[str, str], *, container: bool = False) -> None:
+    for name, content in files.items():
         if container and name.startswith(HIDDEN):
             continue
         path = root / name

@@ -265,6 +265,7 @@ class RecordingContext:
         self._profile = 0
         self._count = 0
         self._scratch: tuple[int, int] | None = None
+        self.profiler: Any = None
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._cuda._called("set_optimization_profile_async", profile_index)
@@ -305,6 +306,9 @@ class RecordingContext:
                 memory[name][: values.nbytes] = values.reshape(-1).view(np.uint8)
 
         self._cuda.stream(stream_handle).add(compute)
+        if self.profiler is not None:
+            for name, milliseconds in (("first", 0.5), ("second", 0.25)):
+                self.profiler.report_layer_time(name, milliseconds)
         return True
 
 
@@ -373,6 +377,7 @@ class RecordingTensorRT:
         self.refuse: Callable[[], bool] = lambda: False
         self.deserialised: list[tuple[bytes, bool, int]] = []
         self.DataType = real.DataType
+        self.IProfiler = real.IProfiler
         self.TensorIOMode = real.TensorIOMode
         self.ExecutionContextAllocationStrategy = real.ExecutionContextAllocationStrategy
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from builder.compile.measurement import Speed
 from builder.compile.selection import build_best
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
 from builder.kit import Kit
+from runtime.jetson import Power
 from runtime.loading import load_engine
-from runtime.manifest import BatchSizes
+from runtime.manifest import BatchSizes, read_manifest
 
 BATCH = BatchSizes(min=1, opt=8, max=16)
 
@@ -73,3 +75,38 @@ def test_if_neither_passes_nothing_is_published(kit: Kit, tmp_path: Path) -> Non
             report=lambda _: None,
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("objective", "chosen"), [("latency", "fp32"), ("throughput", "int8")])
+def test_the_objective_decides_what_is_fast(
+    kit: Kit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trimrt: Callable[..., Result],
+    objective,
+    chosen,
+) -> None:
+    speeds = [Speed(latency_ms=1, throughput=2000), Speed(latency_ms=2, throughput=9000)]  # FP32, INT8
+    monkeypatch.setattr("builder.compile.selection.measure_in_turns", lambda _engines: speeds)
+    result = trimrt(
+        *("build", kit.path, "-p", "best", "--objective", objective, "--target", "openvino", "-o", tmp_path),
+        *("--max-drop", 2, "--min-agreement", 95),
+    )
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / f"tiny-digits-{chosen}-openvino")
+    assert {candidate.throughput for candidate in manifest.candidates} == {2000, 9000}
+    assert ("--objective throughput" in manifest.build_command) == (objective == "throughput")
+
+
+def test_the_power_mode_is_recorded_with_the_figures(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trimrt: Callable[..., Result]
+) -> None:
+    mode = Power(mode="25W", gpu_max_hz=918_000_000, gpu_fixed=True, cpu_max_hz=1_344_000_000, cores=6)
+    monkeypatch.setattr("builder.compile.packages.power", lambda: mode)
+    result = trimrt("build", kit.path, "-p", "fp32", "--target", "openvino", "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "tiny-digits-fp32-openvino"
+    evidence = read_manifest(folder).evidence
+    assert evidence is not None
+    assert evidence.power == mode
+    assert "mode 25W; GPU up to 918 MHz, held there" in " ".join(trimrt("inspect", folder).output.split())

@@ -22,6 +22,7 @@ from builder.compile.targets.tensorrt.options import (
 from builder.compile.targets.tensorrt.progress import BuildListener, Monitoring
 from builder.compile.targets.tensorrt.timing_cache import attach_timing_cache, save_timing_cache
 from runtime.manifest import BatchSizes
+from runtime.tensorrt.layers import LIST_BEGINS, parse_layers, write_layers
 from runtime.tensorrt.library import TensorRTLibrary, errors_in
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ class BuildResources:
         workspace: bytes of scratch memory for one layer, from `memory.default_workspace` or the user.
         timing_cache: file to read and update; None for TensorRT-RTX, which has none.
         log: file for TensorRT's messages.
+        layers: folder for `layers.json`.
         jetson: whether this is one.
     """
 
     workspace: int
     timing_cache: Path | None = None
     log: Path | None = None
+    layers: Path | None = None
     jetson: bool = False
 
 
@@ -90,7 +93,22 @@ def build_engine(
     if plan is None:
         reason = errors_in(lines) or "TensorRT gave no reason"
         raise CompileError(f"{library.backend} {library.version} did not build the engine:\n{reason}")
+    if resources.layers is not None:
+        listed = next((line.message for line in lines if line.message.startswith(LIST_BEGINS)), "")
+        if layers := parse_layers(listed) or parse_layers(_inspected(library, plan)):
+            write_layers(resources.layers, layers)
     return plan
+
+
+def _inspected(library: TensorRTLibrary, plan: bytes) -> str:
+    """What the engine inspector lists, for a builder that does not say; nothing without a GPU."""
+    with library.log.capture():
+        runtime = library.trt.Runtime(library.logger)
+        engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            return ""
+        inspector = engine.create_engine_inspector()
+        return str(inspector.get_engine_information(library.trt.LayerInformationFormat.ONELINE))
 
 
 def _build(

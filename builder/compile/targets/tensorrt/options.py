@@ -39,7 +39,7 @@ class TensorRTOptions(BaseModel):
         description="Streams for parallel layers; 0 saves memory; by default TensorRT decides.",
     )
     profiling: Literal["none", "layer_names_only", "detailed"] = Field(
-        default="layer_names_only", description="What the plan tells profilers of its layers."
+        default="detailed", description="What the plan, and layers.json, tell of its layers."
     )
     tf32: bool = Field(default=True, description="Let FP32 layers use TF32 tensor cores.")
     sparsity: bool = Field(default=False, description="Use 2:4 sparse kernels where weights fit.")

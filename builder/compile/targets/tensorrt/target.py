@@ -47,13 +47,16 @@ class TensorRTTarget:
     def compile(self, graph: Path, folder: Path, batch: BatchSizes, report: Report) -> Artefact:
         """Write `engine.plan` and TensorRT's messages to `folder`."""
         options = self._options
-        if not options.profiles:
-            options = options.model_copy(update={"profiles": [batch]})
+        if options.profiles:
+            batch = _envelope(options.profiles)
+        else:
+            options = options.model_copy(update={"profiles": default_profiles(batch)})
         compatibility = self._compatibility()
         resources = BuildResources(
             workspace=self._workspace(),
             timing_cache=self._timing_cache(),
             log=folder / LOG_NAME,
+            layers=folder,
             jetson=compatibility.board is not None,
         )
         report(f"compiling with {self.backend} {self._library.version}")
@@ -66,7 +69,7 @@ class TensorRTTarget:
             PLAN_NAME,
             self._library.version,
             compatibility,
-            batch=_envelope(options.profiles),
+            batch=batch,
             profiles=tuple(options.profiles),
         )
 
@@ -118,6 +121,14 @@ class TensorRTTarget:
         if self.backend == "tensorrt-rtx" or self._device is None:
             return None
         return usable_timing_cache(timing_cache_path(CACHE, self._library.version, self._device))
+
+
+def default_profiles(batch: BatchSizes) -> list[BatchSizes]:
+    """One for a lone image, which then gets kernels tuned for one, and one for the larger batches."""
+    if batch.min > 1 or batch.max == 1:
+        return [batch]
+    larger = BatchSizes(min=2, opt=max(2, batch.opt), max=batch.max)
+    return [BatchSizes(min=1, opt=1, max=1), larger]
 
 
 def _envelope(profiles: list[BatchSizes]) -> BatchSizes:

@@ -28,7 +28,7 @@ MIB = 1 << 20
 def resources(rtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a build would get on a machine with that device, which `tmp_path/root` describes."""
 
-    def ask(device: Device, *, container: bool = False) -> BuildResources:
+    def ask(device: Device, *, container: bool = False, artefact: bool = False):
         cuda, given = RecordingCuda(device), []
         cuda.memory = lambda: (316260 * 1024, 7802676 * 1024)  # CUDA leaves the page cache out
         root = tmp_path / "root"
@@ -39,16 +39,16 @@ def resources(rtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(targets, "available_memory", lambda: available_memory(root))
         monkeypatch.setattr(targets, "this_machine", lambda device: this_machine(device, root))
         monkeypatch.setattr(targets, "CACHE", tmp_path / "cache")
-        monkeypatch.setattr(
-            targets,
-            "build_engine",
-            lambda _library, _graph, _options, given_, _listener: given.append(given_) or b"plan",
-        )
+
+        def build_engine(_library, _graph, _options, resources: BuildResources, _listener) -> bytes:
+            given.append(resources)
+            return b"plan"
+
+        monkeypatch.setattr(targets, "build_engine", build_engine)
         target = targets.TensorRTTarget("tensorrt", TensorRTOptions())
-        target.compile(
-            tmp_path / "graph.onnx", tmp_path, BatchSizes(min=1, opt=8, max=32), lambda _step: None
-        )
-        return given[0]
+        batch = BatchSizes(min=1, opt=8, max=32)
+        made = target.compile(tmp_path / "graph.onnx", tmp_path, batch, lambda _step: None)
+        return made if artefact else given[0]
 
     return ask
 
@@ -68,6 +68,24 @@ def test_a_jetson_is_known_as_one_in_a_container_too(resources, rtx, container) 
     options = TensorRTOptions(hardware_compatibility="ampere+")
     with pytest.raises(UnsupportedOptionError, match="not supported on Jetson"):
         refuse_unsupported(replace(rtx, backend="tensorrt"), options, jetson=found.jetson)
+
+
+def test_a_lone_image_gets_kernels_of_its_own() -> None:
+    """By default; `--profile` says otherwise."""
+    sizes = targets.default_profiles(BatchSizes(min=1, opt=8, max=32))
+    assert sizes == [BatchSizes(min=1, opt=1, max=1), BatchSizes(min=2, opt=8, max=32)]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 8, 16), (8, 8, 8)])
+def test_where_there_is_no_lone_image_or_nothing_else_one_profile_is_enough(sizes) -> None:
+    batch = BatchSizes(min=sizes[0], opt=sizes[1], max=sizes[2])
+    assert targets.default_profiles(batch) == [batch]
+
+
+def test_the_best_size_of_a_package_is_the_one_asked_for_not_that_of_its_first_profile(resources) -> None:
+    artefact = resources(ORIN, artefact=True)
+    assert artefact.batch == BatchSizes(min=1, opt=8, max=32)
+    assert [profile.opt for profile in artefact.profiles] == [1, 8]
 
 
 def test_the_timing_cache_is_of_this_model(resources, tmp_path) -> None:
