@@ -24,6 +24,7 @@ from builder.prepare.options import FOREIGN, PrepareOptions
 from builder.prepare.quiet_import import import_onnxruntime
 from builder.rebuilding import build_command, changed_options, prepare_command
 from models.card import read_card
+from models.files import require_writable
 from runtime.manifest import Backend, Precision
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def build(
     """
     output, options, observer = Path(output), options or BuildOptions(), observer or BuildObserver()
     source = find_source(source)
+    require_writable(output)
     backend, listener = options.target, RichListener(observer.progress) if observer.progress else None
     if backend == "auto":
         backend, reason = choose_backend()
@@ -137,6 +139,7 @@ def make_kit(
     """
     output, options, observer = Path(output), options or PrepareOptions(), observer or BuildObserver()
     source = find_source(source)
+    require_writable(output)
     if output.exists() and not is_kit(output):
         raise KitError(f"{output} exists and is not a build kit; choose another --output")
     rests = list(dict.fromkeys(INT8_REST[target] for target in targets))

@@ -186,9 +186,19 @@ class DataSplit:
 
 
 def default_cache_dir() -> Path:
-    """`$TRIMRT_CACHE`, or `~/.cache/trimrt`."""
-    configured = os.environ.get("TRIMRT_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "trimrt"
+    """`$TRIMRT_CACHE`, or `~/.cache/trimrt`.
+
+    Raises:
+        DatasetError: neither is known, for this user has no home folder.
+    """
+    if configured := os.environ.get("TRIMRT_CACHE"):
+        return Path(configured)
+    try:
+        return Path.home() / ".cache" / "trimrt"
+    except RuntimeError:
+        raise DatasetError(
+            "this user has no home folder to unpack data sets in; name a folder in TRIMRT_CACHE"
+        ) from None
 
 
 def open_dataset(
@@ -216,7 +226,7 @@ def open_dataset(
     if not 0 <= fold < FOLDS:
         raise DatasetError(f"fold {fold} is not one of 0 to {FOLDS - 1}")
     if source in _NAMED:
-        root, name = _NAMED[source](cache_dir), source
+        root, name = _unpacked(source, cache_dir), source
     else:
         given, root = source, Path(source).expanduser().resolve()
         name, source = _slug(root.name), str(root)
@@ -233,6 +243,16 @@ def open_dataset(
     if found.part_names:
         return _presplit(name, source, root, found, cache_dir)
     return _cross_validation(name, source, root, fold, found, cache_dir)
+
+
+def _unpacked(name: str, cache_dir: Path) -> Path:
+    try:
+        return _NAMED[name](cache_dir)
+    except OSError as error:
+        raise DatasetError(
+            f"cannot unpack {name} in {cache_dir}: {error.strerror or error}; "
+            "name another folder in TRIMRT_CACHE"
+        ) from error
 
 
 def _no_such_data(source: str) -> str:

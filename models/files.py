@@ -80,6 +80,23 @@ def replace_folder(folder: Path, *, cache: bool = False) -> Iterator[Path]:
             _clean(folder)
 
 
+def require_writable(path: Path) -> None:
+    """Find out before hours of work that a folder cannot be made or written; nothing is made.
+
+    Raises:
+        OSError: it names `path`.
+    """
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
+    if not os.access(place, os.W_OK | os.X_OK):
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), os.fspath(path))
+
+
 def restore(folder: Path) -> None:
     """Put `folder` back if its writer was killed while it was moved aside; readers call this first."""
     with suppress(OSError):  # some readers may not write here, or not even look

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtime.loading import load_engine
 
 __all__ = ["load_engine"]
+
+# OpenVINO reports that it is imported, and keeps a file in the home folder for that: users without one get an
+# error, and those who may not write to theirs are warned. Where this module is missing it reports nothing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from models.files import require_writable
+from models.finding import RUNS
 from models.folders import OnDamaged
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
 from trimrt.options import FOLDER, HELP, Choice, Command, Existing, on_damaged_option, options_of
@@ -130,6 +132,7 @@ def compress(
 
     console = Console()
     try:
+        require_writable(out or RUNS)
         run = run_compression(
             source,
             out,

@@ -101,16 +101,22 @@ class Display(BuildObserver):
         verified = [package.manifest for package in self._packages if package.manifest.evidence is not None]
         if verified:
             self.note(_evidence_table(verified))
+            for line in _evidence_legend(verified):
+                self.note(line)
+
+
+def _evidence_legend(manifests: Sequence[Manifest]) -> list[str]:
+    legend = ["MB: weights. INT8: of the work. FP32: the original's top-1. ms: one image."]
+    evidences = [manifest.evidence for manifest in manifests if manifest.evidence is not None]
+    if any(evidence.originals not in (None, evidence.images) for evidence in evidences):
+        legend.append("Top-1 is of the images as they are, agreement of shifted copies, too.")
+    if any(evidence.engine_top1 is None for evidence in evidences):
+        legend.append("The images have no labels: agreement with FP32 alone was judged.")
+    return legend
 
 
 def _evidence_table(manifests: Sequence[Manifest]) -> Table:
-    caption = ["MB: weights. INT8: of the work. FP32: the original's top-1. ms: one image."]
-    evidences = [manifest.evidence for manifest in manifests if manifest.evidence is not None]
-    if any(evidence.originals not in (None, evidence.images) for evidence in evidences):
-        caption.append("Top-1 is of the images as they are, agreement of shifted copies, too.")
-    if any(evidence.engine_top1 is None for evidence in evidences):
-        caption.append("The images have no labels: agreement with FP32 alone was judged.")
-    table = Table(box=SIMPLE_HEAD, caption="\n".join(caption), pad_edge=False, padding=(0, 0, 0, 1))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     # Short enough for 80 columns.
     for heading in ("precision", "MB", "INT8", "FP32", "top-1", "agreed", "ms", "images/s"):
         table.add_column(heading, justify="left" if heading == "precision" else "right", no_wrap=True)

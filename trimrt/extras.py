@@ -11,12 +11,13 @@ _MODULES: Final = {
         *("lief", "ml_dtypes", "modelopt", "onnx", "onnx_graphsurgeon", "onnxruntime", "onnxscript"),
         *("onnxslim", "polygraphy", "safetensors", "torch", "torch_pruning", "torchvision"),
     ),
+    "cuda": ("cuda",),
     "grpc": ("google", "grpc"),
     "loadtest": ("gevent", "geventhttpclient", "httpx", "locust"),
     "nvml": ("pynvml",),
     "otel": ("opentelemetry",),
+    "pycuda": ("pycuda",),
     "report": ("jinja2", "matplotlib", "sklearn"),
-    "tensorrt": ("cuda",),
     "timm": ("timm",),
 }
 EXTRA_OF: Final = {module: extra for extra, modules in _MODULES.items() for module in modules}

@@ -13,14 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime.manifest import Backend
-from trimrt.options import FOLDER, HELP
+from trimrt.options import FOLDER, HELP, Choice, Command
 from trimrt.selftest.run import Result, SelfTest, choose, run
 
 
-@click.command(context_settings=HELP)
+@click.command(
+    cls=Command,
+    context_settings=HELP,
+    examples=["trimrt selftest", "trimrt selftest --backend openvino --soak-seconds 60 --json"],
+)
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "openvino"]),
+    type=Choice(["auto", "tensorrt", "tensorrt-rtx", "openvino"]),
     default="auto",
     help="What to test; auto takes TensorRT or TensorRT-RTX where there is an NVIDIA GPU, else OpenVINO.",
 )
