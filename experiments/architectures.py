@@ -148,9 +148,8 @@ def measure(name: str, *, graph: bool) -> Row:
             refused = str(error)
     else:
         return Row(name=name, size=None, refused=refused)
-    with torch.no_grad():
-        empty = unallocated.to("meta").eval()
-        macs = count_macs(empty, size, size)
+    empty = unallocated.to("meta").eval()
+    macs = count_macs(empty, size, size)
     row = Row(name=name, size=size, parameters=count_parameters(empty), macs=macs)
     started = time.process_time()
     try:
