@@ -148,9 +148,8 @@ def measure(name: str, *, graph: bool) -> Row:
             refused = str(error)
     else:
         return Row(name=name, size=None, refused=refused)
-    with torch.no_grad():
-        empty = unallocated.to("meta").eval()
-        macs = count_macs(empty, size, size)
+    empty = unallocated.to("meta").eval()
+    macs = count_macs(empty, size, size)
     row = Row(name=name, size=size, parameters=count_parameters(empty), macs=macs)
     started = time.process_time()
     try:
@@ -225,13 +224,21 @@ def photographs(size: int) -> Pixels:
     return np.stack(crops)
 
 
+def names_of(library: str) -> Sequence[str]:
+    """The architectures of one library that are tried."""
+    return FAMILIES if library == "timm" else architectures()
+
+
 def table(results: Results, library: str) -> str:
     """Markdown: the architectures of one library."""
+    known = {row.name: row for row in results.rows}
     rows = []
-    for row in results.rows:
-        if row.name.startswith(TIMM) != (library == "timm"):
+    for architecture in names_of(library):
+        name = f"`{architecture}`"
+        row = known.get(architecture)
+        if row is None:
+            rows.append([name, "", "", "not tried", "not tried", "", ""])
             continue
-        name = f"`{row.name}`"
         if row.size is None:
             rows.append([name, "", "", f"refused: {_reason(row.refused)}", "", "", ""])
             continue
@@ -247,19 +254,24 @@ def table(results: Results, library: str) -> str:
     return markdown_table(head, rows)
 
 
-def summary(results: Results, _: str) -> str:
+def summary(results: Results) -> str:
     """How many can do what, of each library."""
     lines = []
     for library in ("torchvision", "timm"):
-        rows = [row for row in results.rows if row.name.startswith(TIMM) == (library == "timm")]
+        names = names_of(library)
+        rows = [row for row in results.rows if row.name in names]
         tried = [row for row in rows if row.graph is not None or row.unbuildable is not None]
         exported = sum(row.graph is not None for row in tried)
         pruned = sum(row.pruned_macs is not None for row in rows)
         trained = sum(row.size is not None for row in rows)
         lines.append(
-            f"- {library}: {trained} of {len(rows)} can be trained, {pruned} pruned; of {len(tried)} that "
-            f"were exported and quantised, {exported} can be.\n"
+            f"- {library}, {len(names)} names, {len(rows)} of them tried: {trained} can be trained and "
+            f"{pruned} pruned; {exported} of {len(tried)} can be exported and quantised.\n"
         )
+    slowest = max(results.rows, key=lambda row: row.refusal_seconds or 0)
+    lines.append(
+        f"- The slowest refusal took {slowest.refusal_seconds} s of processor time: `{slowest.name}`.\n"
+    )
     return "".join(lines)
 
 

@@ -93,7 +93,8 @@ def count_macs(network: nn.Module, height: int, width: int) -> int:
     example = torch.zeros(1, 3, height, width, device=next(network.parameters()).device)
     training = network.training
     network.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The counter asks parameters that are a layer's input, such as PiT's, for their gradients' functions.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         network(example)
     network.train(training)
     return int(counter.get_total_flops()) // 2

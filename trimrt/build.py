@@ -119,8 +119,8 @@ def build(
 
     From a CHECKPOINT (`trimrt compress`), its folder or name: export, conversion to each precision and
     compilation. From a build KIT (`trimrt prepare`): compilation alone, which needs neither torch nor
-    ModelOpt. A MODEL that was not made here is an ONNX file, or torchvision:NAME or timm:NAME with
-    --weights; it needs --data.
+    ModelOpt. A MODEL that was not made here is an ONNX file, a file of weights (with --architecture, unless
+    it says whose), or torchvision:NAME or timm:NAME with --weights; it needs --data.
 
     Each engine runs on held-out validation images. One that fails the accuracy gate is not published, and
     the exit code is not 0.

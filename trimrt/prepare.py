@@ -54,8 +54,8 @@ def prepare(
 ) -> None:
     """Turn a student into a build kit: everything that compiling on another machine needs.
 
-    A CHECKPOINT is a folder or a name. A MODEL that was not made here is an ONNX file, or torchvision:NAME
-    or timm:NAME with --weights.
+    A CHECKPOINT is a folder or a name. A MODEL that was not made here is an ONNX file, a file of
+    weights (with --architecture, unless it says whose), or torchvision:NAME or timm:NAME with --weights.
 
     Carry the kit to the device and run `trimrt build KIT` there.
     """

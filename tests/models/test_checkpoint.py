@@ -141,7 +141,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "an unknown architecture",
         edit_card(lambda card: card.update(architecture="resnet19")),
-        "unknown architecture 'resnet19'",
+        "torchvision has no classifier 'resnet19'",
     ),
 ]
 

@@ -61,6 +61,22 @@ def test_resnet18_has_its_published_size() -> None:
     assert count_macs(network, 224, 224) == 1_814_073_344
 
 
+class TokenFirst(nn.Module):
+    """Gives a parameter to a layer, as PiT does with its class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 3))
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.token) + self.layer(images.mean(dim=(2, 3)))
+
+
+def test_macs_of_a_layer_whose_input_is_a_parameter() -> None:
+    assert count_macs(TokenFirst().eval(), 6, 6) == 2 * 3 * 5
+
+
 @pytest.mark.parametrize(
     ("size", "stem", "alive"), [(24, "small", True), (32, "small", True), (32, "standard", False)]
 )
