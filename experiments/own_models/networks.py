@@ -246,7 +246,7 @@ NETWORKS: Final = (
         write=_shipped("docorient/models/orientation_detector.onnx"),
         pictures="flips",
         original=lambda picture: _normalised(_cropped(picture, 256, 224, _LANCZOS), *_IMAGENET),
-        options=("--preprocess", "imagenet", "--interpolation", "lanczos"),
+        options=("--preprocess", "imagenet", "--interpolation", "lanczos", "--unlabelled"),
     ),
     OwnNetwork(
         name="page-orientation",

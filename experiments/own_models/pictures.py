@@ -28,23 +28,20 @@ _LINES: Final = 60
 _SMALLEST: Final = 200  # pixels; icons and logos are no photographs
 
 
-def make(name: str, packages: Path, folder: Path) -> Path:
-    """The folder of that set of pictures, made unless it is there.
+def make(name: str, packages: Path, folder: Path) -> None:
+    """Make a set of pictures.
 
     Args:
         name: of `SETS`.
         packages: where the packages are unpacked.
-        folder: that the sets' folders are in.
+        folder: that is made, once all of it is there.
     """
-    made = folder / name
-    if not made.exists():
-        unfinished = folder / f"{name}.unfinished"
-        for path, picture in SETS[name](packages, random.Random(5)):
-            target = unfinished / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(target, quality=92)
-        unfinished.rename(made)
-    return made
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    for path, picture in SETS[name](packages, random.Random(5)):
+        target = unfinished / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target, quality=92)
+    unfinished.rename(folder)
 
 
 def find(folder: Path) -> list[Path]:

@@ -85,17 +85,20 @@ def try_network(network: OwnNetwork, place: Place, precisions: Sequence[Precisio
     """Build the network's engines by the documented command, and hold their labels against the file's."""
     import onnx
 
-    place.fetch((*network.packages, *pictures.PACKAGES))
     folder = place.models / network.name
     path = folder / "model.onnx"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        place.fetch(network.packages)
         network.write(place.packages, path)
     options = [*network.options]
     if network.preprocess is not None:
         (folder / "preprocess.json").write_text(json.dumps(network.preprocess), encoding="utf-8")
         options += ["--preprocess", str(folder / "preprocess.json")]
-    data = pictures.make(network.pictures, place.packages, place.pictures)
+    data = place.pictures / network.pictures
+    if not data.exists():
+        place.fetch(pictures.PACKAGES)
+        pictures.make(network.pictures, place.packages, data)
     expected = _own_labels(network, path, data)
     model = onnx.load(str(path), load_external_data=False)
     trial = Trial(
