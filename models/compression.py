@@ -169,6 +169,8 @@ class _Compression:
             if setup.teacher is not None:
                 lineage.append(self._measured_teacher(setup.teacher))
             for role in self._roles:
+                if cards:
+                    lineage.append(_ancestor(cards[-1]))
                 stage = self._stage(role, lineage)
                 card = self._finished_anywhere(stage)
                 if card is None:
@@ -176,7 +178,6 @@ class _Compression:
                     for state in setup.work.glob(f"{role}*.pt"):
                         state.unlink()
                 cards.append(card)
-                lineage.append(Ancestor.model_validate(card.model_dump(include=set(Ancestor.model_fields))))
         if setup.progress.foretold_s is not None:
             took, foretold = in_words(time.monotonic() - began), in_words(setup.progress.foretold_s)
             setup.say(f"this took {took}; about {foretold} were estimated")
@@ -301,8 +302,11 @@ class _Compression:
         if weights is not None:
             random = load_pretrained(network, weights)
             if random:
+                untrained = not self.setup.recipe.teacher.epochs
                 self.setup.say(
                     f"teacher: not in {weights} in this shape, so trained from scratch: {', '.join(random)}"
+                    + ("; with 0 epochs that teaches nothing, so give --teacher-epochs" if untrained else ""),
+                    "yellow" if untrained else None,
                 )
         self._foretell("teacher")
         seed = derive_seed(self.setup.recipe.seed, "teacher")
@@ -404,6 +408,10 @@ class _Compression:
             progress=self.setup.progress,
             precision=self.setup.precision,
         )
+
+
+def _ancestor(card: Card) -> Ancestor:
+    return Ancestor.model_validate(card.model_dump(include=set(Ancestor.model_fields)))
 
 
 def _file_sha256(path: Path) -> str:

@@ -157,7 +157,7 @@ def label_views(
         KeyboardInterrupt: Ctrl-C; what was done is kept.
     """
     logits, done = (None, 0) if kept is None else _load(kept, fingerprint)
-    count, size = len(pixels), images_at_once(spec)
+    count, size = len(pixels), images_at_once(spec, device)
 
     def save() -> None:
         if kept is not None and logits is not None:

@@ -17,7 +17,7 @@ from models.preprocessing import Pixels, Preprocessing
 
 _MOST_IMAGES: Final = 256
 _FEWEST_IMAGES: Final = 8
-_MOST_PIXELS: Final = 256 * 64 * 64
+_MOST_PIXELS: Final = 256 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class Score:
     images: int
 
 
-def images_at_once(spec: Preprocessing) -> int:
-    """How many images are computed together: many small ones, or few large ones, for these take memory."""
+def images_at_once(spec: Preprocessing, device: torch.device) -> int:
+    """How many images are computed together: many small ones; on a CPU few large ones, to save memory."""
+    if device.type != "cpu":
+        return _MOST_IMAGES
     return max(_FEWEST_IMAGES, min(_MOST_IMAGES, _MOST_PIXELS // (spec.height * spec.width)))
 
 
@@ -70,7 +72,7 @@ def predict_logits(network: nn.Module, pixels: Pixels, spec: Preprocessing) -> T
     device = next(network.parameters()).device
     training = network.training
     network.eval()
-    size = images_at_once(spec)
+    size = images_at_once(spec, device)
     batches = [
         network(normalise(to_float(pixels[start : start + size], device), spec)).cpu()
         for start in range(0, len(pixels), size)

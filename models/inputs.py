@@ -11,13 +11,12 @@ import PIL.Image
 
 from models.card import CARD_NAME, read_card
 from models.datasets import ImageSet
-from models.defaults import PHOTO_SIDE
+from models.defaults import PHOTO_INPUT, PHOTO_SIDE
 from models.networks import Stem
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Pixels, Preprocessing
 from models.recipe import Recipe
 
 _SMALLEST_INPUT: Final = 24  # below it a ResNet's last stage is one pixel wide even with the small stem
-_PHOTO_INPUT: Final = 224
 _PHOTO_RESIZE: Final = 256
 _SAMPLE: Final = 1024  # images to judge by
 
@@ -39,8 +38,8 @@ def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem
         size = recipe.image.size
     else:
         shorter_side = typical_side(images)
-        size = max(shorter_side, _SMALLEST_INPUT) if shorter_side < PHOTO_SIDE else _PHOTO_INPUT
-    resize = size if size < PHOTO_SIDE else round(size * _PHOTO_RESIZE / _PHOTO_INPUT)
+        size = max(shorter_side, _SMALLEST_INPUT) if shorter_side < PHOTO_SIDE else PHOTO_INPUT
+    resize = size if size < PHOTO_SIDE else round(size * _PHOTO_RESIZE / PHOTO_INPUT)
     stem: Stem
     if recipe.image.stem == "auto":
         stem = "small" if size < PHOTO_SIDE else "standard"

@@ -36,7 +36,7 @@ class Image(_Section):
 
     size: int | None = Field(
         default=None, ge=8, le=1024, description="side of the input, in pixels; by default the images' own, "
-        "at least 24, and 224 for images of 96 and more",
+        "at least 24, and 224 for images of 96 and more (on a CPU 128)",
     )  # fmt: skip
     stem: Literal["auto", "standard", "small"] = Field(
         default="auto",

@@ -92,7 +92,8 @@ def _training(setup: Setup, task: str, label: str, settings: Training, step_seco
 
 def _labelling(setup: Setup, teacher: Callable[[Tensor], Tensor], spec: Preprocessing) -> Part:
     images = setup.data.train
-    few = images.subset(np.arange(min(len(images), images_at_once(spec))), f"{images.name}-timed")
+    count = min(len(images), images_at_once(spec, setup.device))
+    few = images.subset(np.arange(count), f"{images.name}-timed")
     pixels = few.load_pixels(spec, progress=False)
     times = []
     for _ in range(2):  # the first one also sets everything up
@@ -110,4 +111,4 @@ def _labelling(setup: Setup, teacher: Callable[[Tensor], Tensor], spec: Preproce
         )
         times.append(time.perf_counter() - began)
     steps = setup.recipe.distillation.views * len(images)
-    return Part(VIEWS_TASK, "its labels", steps, min(times) / len(few) * steps)
+    return Part(VIEWS_TASK, "its labels", steps, min(times) / count * steps)

@@ -19,7 +19,7 @@ from models.datasets import DataSplit, ImageSet
 from models.defaults import PHOTO_SIDE
 from models.distillation import TeacherViews, label_views, load_logits
 from models.estimate import RunProgress
-from models.evaluation import images_at_once, live_parameters
+from models.evaluation import live_parameters
 from models.inputs import choose_inputs
 from models.networks import NetworkError, Stem
 from models.preprocessing import Pixels, Preprocessing
@@ -29,6 +29,7 @@ from models.training import Images, derive_seed, supported_precision
 
 _PROBE_IMAGES: Final = 64
 _FEWEST_PROBES: Final = 8
+_MOST_PROBED_PIXELS: Final = 64 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ class Setup:
     @property
     def probe(self) -> Pixels:
         """Training images to look for dead weights with: fewer of large ones, for these take memory."""
-        count = min(_PROBE_IMAGES, max(_FEWEST_PROBES, images_at_once(self.spec) // 4))
-        return self.train_images.pixels[:count]
+        count = max(_FEWEST_PROBES, _MOST_PROBED_PIXELS // (self.spec.height * self.spec.width))
+        return self.train_images.pixels[: min(count, _PROBE_IMAGES)]
 
     def live_share(self, network: nn.Module, architecture: str) -> float:
         """Share of the parameters that receive a gradient at this input size.

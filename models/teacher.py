@@ -87,7 +87,7 @@ def measure(teacher: ReadyTeacher, data: DataSplit, device: torch.device) -> Anc
 @torch.inference_mode()
 def _score(teacher: ReadyTeacher, images: ImageSet, device: torch.device) -> Score:
     spec = teacher.preprocessing
-    logits_of, size = teacher.limited_to(images.labels), images_at_once(spec)
+    logits_of, size = teacher.limited_to(images.labels), images_at_once(spec, device)
     pixels = images.load_pixels(spec, progress=False)
     batches = [
         logits_of(normalise(to_float(pixels[start : start + size], device), spec)).float().cpu()
