@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -157,20 +159,20 @@ def compress(
     from models import compress as run_compression
 
     console = Console()
-    ready = None if teacher is None else _open(teacher, told, recipe.threads)
     try:
-        run = run_compression(
-            source,
-            out,
-            recipe,
-            fold=fold,
-            until=until,
-            on_damaged=on_damaged,
-            reuse=reuse,
-            teacher=ready,
-            console=console,
-            command=click.get_current_context().meta[_AS_TYPED],
-        )
+        with _naming_own_options():
+            run = run_compression(
+                source,
+                out,
+                recipe,
+                fold=fold,
+                until=until,
+                on_damaged=on_damaged,
+                reuse=reuse,
+                teacher=None if teacher is None else _open(teacher, told, recipe.threads),
+                console=console,
+                command=click.get_current_context().meta[_AS_TYPED],
+            )
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'files'}: {error.strerror or error}") from error
     except KeyboardInterrupt:
@@ -181,11 +183,18 @@ def compress(
 
 def _open(teacher: Path, told: dict[str, Any], threads: int) -> ReadyTeacher:
     from builder import open_teacher
+
+    options = PrepareOptions(**{name: value for name, value in told.items() if value is not None})
+    return open_teacher(teacher, options, threads=threads)
+
+
+@contextmanager
+def _naming_own_options() -> Iterator[None]:
+    """Errors about a teacher name the options of `trimrt build`; of this command they begin with --teacher."""
     from builder.prepare.export import ExportError
 
     try:
-        options = PrepareOptions(**{name: value for name, value in told.items() if value is not None})
-        return open_teacher(teacher, options, threads=threads)
+        yield
     except ExportError as error:
         names = "|".join(name.replace("_", "-") for name in _ABOUT_TEACHER)
         raise click.ClickException(re.sub(rf"--({names})\b", r"--teacher-\1", str(error))) from error
