@@ -14,7 +14,7 @@ import click
 from builder.prepare.options import PrepareOptions
 from models.folders import OnDamaged
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
-from trimrt.options import FOLDER, HELP, Choice, Command, Existing, on_damaged_option, options_of
+from trimrt.options import FOLDER, HELP, Choice, Command, Existing, on_damaged_option, options_of, take
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,13 +184,12 @@ def compress(
 def _open(teacher: Path, told: dict[str, Any], threads: int) -> ReadyTeacher:
     from builder import open_teacher
 
-    options = PrepareOptions(**{name: value for name, value in told.items() if value is not None})
-    return open_teacher(teacher, options, threads=threads)
+    return open_teacher(teacher, take(PrepareOptions, told), threads=threads)
 
 
 @contextmanager
 def _naming_own_options() -> Iterator[None]:
-    """Errors about a teacher name the options of `trimrt build`; of this command they begin with --teacher."""
+    """Let errors about a teacher name its options here, which begin with --teacher, not `trimrt build`'s."""
     from builder.prepare.export import ExportError
 
     try:
