@@ -44,6 +44,7 @@ def estimate(setup: Setup, roles: Sequence[Literal["teacher", "student", "pruned
         parts.append(_training(setup, "teacher", "teacher", recipe.teacher, seconds))
         if "student" in roles:
             parts.append(_labelling(setup, teacher.eval(), setup.spec))
+        del teacher  # the memory of its gradients is needed
     elif setup.teacher is not None:
         parts.append(_labelling(setup, setup.teacher.logits, setup.teacher.preprocessing))
     elif "student" in roles:
