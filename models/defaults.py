@@ -63,7 +63,7 @@ def fit_recipe(recipe: Recipe, *, side: int, images: int, device: torch.device) 
 def _fit_to_cpu(recipe: Recipe, side: int, images: int) -> Recipe:
     networks = recipe.teacher.architecture, recipe.student.architecture
     image = recipe.image
-    if not any(name.startswith(_OF_FIXED_SIZE) for name in networks):
+    if not any(name.removeprefix("timm:").startswith(_OF_FIXED_SIZE) for name in networks):
         image = _fill(image, size=_SIDE if side >= PHOTO_SIDE else min(side, _SMALL_SIDE))
     size = image.size or (PHOTO_INPUT if side >= PHOTO_SIDE else side)
     if size < PHOTO_SIDE and image.stem != "standard":

@@ -1,4 +1,4 @@
-"""What a run is going to do, tried in small beforehand: whether it works, and how long it will take."""
+"""What a run is going to do, tried in small beforehand, to tell how long it will take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.checkpoint import load_checkpoint
 from models.distillation import VIEWS_TASK, label_views
 from models.estimate import Estimate, Part
 from models.evaluation import images_at_once
-from models.networks import build_network, channel_plan
+from models.networks import build_network
 from models.preprocessing import Preprocessing
 from models.pruning import Pruner
 from models.recipe import Training
@@ -22,16 +22,6 @@ from models.setup import Setup
 from models.training import steps_of_epoch, time_step
 
 _INFERENCE_SHARE: Final = 0.5  # of the time of a training step: a third of its work, but always in FP32
-
-
-def check_that_the_student_can_be_pruned(setup: Setup) -> None:
-    """Raise now what pruning would raise after hours of training."""
-    classes, stem = len(setup.data.labels), setup.inputs[1]
-    architecture = setup.recipe.student.architecture
-    student = build_network(architecture, classes, stem).eval()
-    setup.live_share(student, architecture)
-    _prune(student, setup)
-    channel_plan(student, architecture, classes, stem)
 
 
 def estimate(setup: Setup, roles: Sequence[Literal["teacher", "student", "pruned"]]) -> Estimate:
