@@ -157,7 +157,7 @@ class _Compression:
 
     def run(self) -> list[Card]:
         """The cards of the checkpoints made, or taken where they are finished."""
-        setup, began = self.setup, time.monotonic()
+        setup = self.setup
         builders: dict[Role, Callable[[_Stage], nn.Module]] = {
             "teacher": self._train_teacher,
             "student": self._train_student,
@@ -178,9 +178,10 @@ class _Compression:
                     for state in setup.work.glob(f"{role}*.pt"):
                         state.unlink()
                 cards.append(card)
-        if setup.progress.foretold_s is not None:
-            took, foretold = in_words(time.monotonic() - began), in_words(setup.progress.foretold_s)
-            setup.say(f"this took {took}; about {foretold} were estimated")
+        foretold = setup.progress.foretold_s
+        if foretold is not None:
+            took = in_words(time.monotonic() - setup.progress.told_at)
+            setup.say(f"this took {took}; about {in_words(foretold)} were estimated")
         return cards
 
     @property

@@ -93,7 +93,7 @@ class RunProgress(Progress):
         super().__init__(*columns, _TimeLeft(self), console=console, transient=True)
         self.estimate: Estimate | None = None
         self.foretold_s: float | None = None
-        self._line_at = time.monotonic()
+        self.told_at = self._line_at = time.monotonic()
 
     def add_task(
         self,
@@ -108,7 +108,7 @@ class RunProgress(Progress):
         if self.estimate is not None:
             self.estimate.begin(description, completed)
             if self.foretold_s is None:
-                self.foretold_s = self.estimate.seconds_left
+                self.foretold_s, self.told_at = self.estimate.seconds_left, time.monotonic()
                 self._say(f"this will take {self.estimate}")
         return super().add_task(description, start, total, completed, visible, **fields)
 
