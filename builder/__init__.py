@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from builder.observer import BuildObserver
     from builder.options import BuildOptions
     from builder.prepare.options import PrepareOptions
+    from builder.prepare.teacher import open_teacher
 
 __all__ = [
     "BuildObserver",
@@ -31,6 +32,7 @@ __all__ = [
     "TensorRTOptions",
     "build",
     "make_kit",
+    "open_teacher",
 ]
 
 _MODULES: Final = {
@@ -43,6 +45,7 @@ _MODULES: Final = {
     "TensorRTOptions": "builder.compile.targets.tensorrt.options",
     "build": "builder.api",
     "make_kit": "builder.api",
+    "open_teacher": "builder.prepare.teacher",
 }
 
 

@@ -16,7 +16,7 @@ import httpx
 def main(url: str, image: Path) -> None:
     """Print the answer, or the server's reason for refusing."""
     with image.open("rb") as file:
-        response = httpx.post(f"{url}/predict", params={"top_k": 3}, files={"file": file})
+        response = httpx.post(f"{url}/predict", files={"file": file})  # `?top_k=1` asks for fewer labels
     if response.is_error:
         problem = response.json()  # RFC 9457: `type` for programs, `detail` for people
         sys.exit(f"{response.status_code} {problem['type']}: {problem['detail']}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 from rich.console import Console
@@ -21,13 +22,18 @@ from torch import nn
 from models.card import Ancestor, Card, CheckpointError, Metrics
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.datasets import OnDamaged, open_dataset
+from models.defaults import fit_recipe, pretrained_weights
+from models.estimate import in_words
 from models.evaluation import count_macs, count_parameters, evaluate
 from models.files import restore
+from models.inputs import typical_side
 from models.networks import NetworkError, build_network, draw_weights
 from models.pruning import Pruner, find_ratio
 from models.recipe import Pruning, Recipe, Training, as_options
-from models.setup import Setup, fingerprint
+from models.rehearsal import estimate
+from models.setup import Setup, choose_device, fingerprint
 from models.suitability import require_prunable, require_trainable
+from models.teacher import ReadyTeacher, measure
 from models.training import Objective, TrueLabels, derive_seed, reproducible, train
 from models.weights import load_pretrained
 
@@ -65,42 +71,69 @@ def compress(
     until: Role = "pruned",
     reuse: str | Path | None = None,
     on_damaged: OnDamaged = "stop",
+    teacher: ReadyTeacher | None = None,
     console: Console | None = None,
     command: str | None = None,
 ) -> CompressionRun:
     """Train a teacher, distil a student from it, and prune the student.
 
-    Finished stages are reused, and an interrupted one continues where it stopped.
+    Finished stages are reused, and an interrupted one continues where it stopped. For photographs, settings
+    that the recipe does not set itself are chosen to fit the machine (`models.defaults`).
 
     Args:
-        source: `digits`, `digits-unshuffled`, `fashion-mnist`, or a folder of images.
+        source: `digits`, `digits-unshuffled`, `fashion-mnist`, a folder of images, or a ZIP file of one.
         out: folder for `teacher/`, `student/` and `pruned/`; None: `runs/` and the data's name.
         recipe: every other setting; None: the preset `aligned`.
         fold: part held out for testing, 0 to 4, where the data has no test part.
         until: the last stage to make.
         reuse: another run's folder, whose stages are copied where this run would make the same.
+        teacher: a network that is there already, to distil from (`builder.open_teacher`); None: train one.
         on_damaged: what to do about images that cannot be read: stop and name all, or leave them out.
         console: for messages and progress; None: silent.
-        command: recorded in the cards; None: the `trimrt compress` command that does the same.
+        command: recorded in the cards, with the settings that were chosen; None: the `trimrt compress`
+            command that does the same.
 
     Raises:
         DatasetError: no such data, or images that cannot be read.
-        NetworkError: an architecture, device or weights file that cannot be used.
+        NetworkError: an architecture, device, weights file or teacher that cannot be used.
         PruningError: a network that cannot be pruned as asked.
         CheckpointError: a damaged checkpoint.
     """
-    recipe = recipe or Recipe()
+    if teacher is not None and until == "teacher":
+        raise NetworkError("the teacher is there already, so there is nothing to make until it is")
+    given = recipe or Recipe()
+    device = choose_device(given)
     data = open_dataset(str(source), fold=fold, on_damaged=on_damaged)
     name = data.name if data.fold is None else f"{data.name}-fold{data.fold}"
     folder = Path(out) if out else Path("runs") / name
+    side, images = typical_side(data.train), len(data.train)
+    fitted = fit_recipe(given, side=side, images=images, device=device)
+    chosen = as_options(fitted, given)
     if command is None:
+        usual = fit_recipe(Recipe(), side=side, images=images, device=device)
         words = ["trimrt", "compress", str(source), "--out", str(folder), "--fold", str(fold)]
         words += ["--until", until, *(["--on-damaged", on_damaged] if on_damaged != "stop" else [])]
-        command = shlex.join([*words, *as_options(recipe, Recipe())])
-    setup = Setup(data, recipe, folder, Path(reuse) if reuse else None, console or Console(quiet=True))
+        command = shlex.join([*words, *as_options(fitted, Recipe(), usual)])
+    else:
+        command = " ".join([command, *([shlex.join(chosen)] if chosen else [])])
+    place = Path(reuse) if reuse else None
+    setup = Setup(data, fitted, folder, place, teacher, console or Console(quiet=True))
     for line in data.summary:
         setup.say(line, "yellow" if line.startswith("WARNING") else None)
+    if chosen:
+        setup.say(f"chosen for photographs on this machine: {shlex.join(chosen)}")
+        if teacher is None and fitted.teacher.weights is None:
+            setup.say(_without_pretraining(fitted))
     return CompressionRun(folder, _Compression(setup, command, until).run())
+
+
+def _without_pretraining(recipe: Recipe) -> str:
+    weights = pretrained_weights(recipe.teacher.architecture)
+    missing = f" ({weights} is not there)" if weights else ""
+    return (
+        f"the teacher learns from these photographs alone{missing}; weights trained on ImageNet make it more "
+        "accurate: --teacher-weights FILE, or --teacher FILE for a network of your own"
+    )
 
 
 @dataclass(frozen=True)
@@ -111,14 +144,7 @@ class _Stage:
     name: str
     architecture: str
     settings: dict[str, Any]
-    ancestors: tuple[Card, ...]
-
-    @property
-    def lineage(self) -> list[Ancestor]:
-        return [
-            Ancestor.model_validate(card.model_dump(include=set(Ancestor.model_fields)))
-            for card in self.ancestors
-        ]
+    lineage: list[Ancestor]
 
 
 @dataclass(frozen=True)
@@ -131,20 +157,54 @@ class _Compression:
 
     def run(self) -> list[Card]:
         """The cards of the checkpoints made, or taken where they are finished."""
-        with reproducible(self.setup.recipe.threads), self.setup.progress:
-            builders = {
-                "teacher": self._train_teacher,
-                "student": self._train_student,
-                "pruned": self._prune,
-            }
+        setup = self.setup
+        builders: dict[Role, Callable[[_Stage], nn.Module]] = {
+            "teacher": self._train_teacher,
+            "student": self._train_student,
+            "pruned": self._prune,
+        }
+        with reproducible(setup.recipe.threads), setup.progress:
             cards: list[Card] = []
-            for role in get_args(Role):
-                cards.append(self._make(self._stage(role, *cards), builders[role]))
-                if role == self.until:
-                    break
+            lineage: list[Ancestor] = []
+            if setup.teacher is not None:
+                lineage.append(self._measured_teacher(setup.teacher))
+            for role in self._roles:
+                if cards:
+                    lineage.append(_ancestor(cards[-1]))
+                stage = self._stage(role, lineage)
+                card = self._finished_anywhere(stage)
+                if card is None:
+                    card = self._publish(stage, builders[role](stage))
+                    for state in setup.work.glob(f"{role}*.pt"):
+                        state.unlink()
+                cards.append(card)
+        foretold = setup.progress.foretold_s
+        if foretold is not None:
+            took = in_words(time.monotonic() - setup.progress.told_at)
+            setup.say(f"this took {took}; about {in_words(foretold)} were estimated")
         return cards
 
-    def _stage(self, role: Role, *ancestors: Card) -> _Stage:
+    @property
+    def _roles(self) -> list[Role]:
+        """What this run makes."""
+        roles: list[Role] = ["student", "pruned"] if self.setup.teacher else ["teacher", "student", "pruned"]
+        return roles[: roles.index(self.until) + 1]
+
+    def _foretell(self, first: Role) -> None:
+        """Estimate how long the stages from this one on will take, before the first of them begins."""
+        progress = self.setup.progress
+        if progress.estimate is None:
+            progress.estimate = estimate(self.setup, self._roles[self._roles.index(first) :])
+
+    def _measured_teacher(self, teacher: ReadyTeacher) -> Ancestor:
+        measured = measure(teacher, self.setup.data, self.setup.device)
+        self.setup.say(
+            f"teacher: {teacher.name}, {teacher.parameters:,} parameters, "
+            f"{measured.metrics.validation_accuracy:.2%} of the validation images right"
+        )
+        return measured
+
+    def _stage(self, role: Role, lineage: list[Ancestor]) -> _Stage:
         sections = {
             "teacher": {"teacher"},
             "student": {"teacher", "student", "distillation"},
@@ -157,7 +217,9 @@ class _Compression:
             "augmentation": self.setup.limits.model_dump(mode="json"),
         }
         weights = self.setup.recipe.teacher.weights
-        if weights is not None:
+        if self.setup.teacher is not None:
+            settings["teacher"] = {"network": self.setup.teacher.name, "sha256": self.setup.teacher.sha256}
+        elif weights is not None:
             settings["teacher"]["weights_sha256"] = _file_sha256(weights)
         if role == "pruned":
             settings["pruning"]["ratio"] = self._pruning_ratio()
@@ -168,10 +230,11 @@ class _Compression:
             name=f"{self.setup.data.name}-{network.architecture.replace(':', '-')}{suffix}",
             architecture=network.architecture,
             settings=settings,
-            ancestors=ancestors,
+            lineage=list(lineage),
         )
 
-    def _make(self, stage: _Stage, build: Callable[[_Stage], nn.Module]) -> Card:
+    def _finished_anywhere(self, stage: _Stage) -> Card | None:
+        """The card of the stage's checkpoint if that is finished here or in the run to reuse."""
         folder = self.setup.out / stage.role
         for place in (folder, *([self.setup.reuse / stage.role] if self.setup.reuse else [])):
             card = self._finished(place, stage)
@@ -180,10 +243,7 @@ class _Compression:
                     copy_checkpoint(place, folder)
                 self.setup.say(f"{stage.role}: {card.name} is finished already, reused from {place}")
                 return card
-        card = self._publish(stage, build(stage))
-        for state in self.setup.work.glob(f"{stage.role}*.pt"):
-            state.unlink()
-        return card
+        return None
 
     def _finished(self, folder: Path, stage: _Stage) -> Card | None:
         """The card of the checkpoint in `folder` if `stage` would make just that one."""
@@ -243,9 +303,13 @@ class _Compression:
         if weights is not None:
             random = load_pretrained(network, weights)
             if random:
+                untrained = not self.setup.recipe.teacher.epochs
                 self.setup.say(
                     f"teacher: not in {weights} in this shape, so trained from scratch: {', '.join(random)}"
+                    + ("; with 0 epochs that teaches nothing, so give --teacher-epochs" if untrained else ""),
+                    "yellow" if untrained else None,
                 )
+        self._foretell("teacher")
         seed = derive_seed(self.setup.recipe.seed, "teacher")
         targets = torch.from_numpy(self.setup.train_images.targets)
         self._fit(network, stage, TrueLabels(targets, self.setup.limits, seed), self.setup.recipe.teacher)
@@ -253,6 +317,7 @@ class _Compression:
 
     def _train_student(self, stage: _Stage) -> nn.Module:
         network = self._new_network(stage)
+        self._foretell("student")
         self._fit(network, stage, self.setup.views, self.setup.recipe.student)
         return network
 
@@ -279,6 +344,7 @@ class _Compression:
         return max(ratios)
 
     def _prune(self, stage: _Stage) -> nn.Module:
+        self._foretell("pruned")
         network, _ = load_checkpoint(self.setup.out / "student")
         settings = Pruning.model_validate(stage.settings["pruning"])
         pruner = Pruner(network, self.setup.spec, settings, settings.ratio)
@@ -295,11 +361,12 @@ class _Compression:
     def _check_architectures(self) -> None:
         """Raise now what would be raised after hours of training."""
         spec, stem = self.setup.inputs
-        classes = len(self.setup.data.labels)
-        recipe, last = self.setup.recipe, get_args(Role).index(self.until)
-        for network in (recipe.teacher, recipe.student)[: last + 1]:
-            require_trainable(network.architecture, classes, stem, spec)
-        if self.until == "pruned":
+        recipe, classes = self.setup.recipe, len(self.setup.data.labels)
+        if "teacher" in self._roles:
+            require_trainable(recipe.teacher.architecture, classes, stem, spec)
+        if "student" in self._roles:
+            require_trainable(recipe.student.architecture, classes, stem, spec)
+        if "pruned" in self._roles:
             require_prunable(recipe.student.architecture, classes, stem, spec, recipe.pruning)
 
     def _new_network(self, stage: _Stage) -> nn.Module:
@@ -333,7 +400,7 @@ class _Compression:
             fingerprint=fingerprint(
                 [
                     stage.settings,
-                    [card.weights_sha256 for card in stage.ancestors],
+                    [ancestor.weights_sha256 for ancestor in stage.lineage],
                     self.setup.data.sha256,
                     self.setup.data.fold,
                     torch.__version__,
@@ -342,6 +409,10 @@ class _Compression:
             progress=self.setup.progress,
             precision=self.setup.precision,
         )
+
+
+def _ancestor(card: Card) -> Ancestor:
+    return Ancestor.model_validate(card.model_dump(include=set(Ancestor.model_fields)))
 
 
 def _file_sha256(path: Path) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.archives import unpacked
 from models.bars import for_each
 from models.card import Card, Dataset
 from models.files import replace_file, replace_folder
@@ -213,8 +214,8 @@ def open_dataset(
     Args:
         source: `digits` (scikit-learn's, 1797 grey 8x8 images), `digits-unshuffled` (the same, with folds
             that keep the file's order, which goes by writer: a harder split), `fashion-mnist` (Debian's
-            package dataset-fashion-mnist), or a folder: `train/` and `test/` (or `val/`) with a folder of
-            images for each class, or the class folders themselves; see `models.folders`.
+            package dataset-fashion-mnist), or a folder or a ZIP file of one: `train/` and `test/` (or `val/`)
+            with a folder of images for each class, or the class folders themselves; see `models.folders`.
         fold: 0 to 4.
         cache_dir: where data sets are unpacked; `default_cache_dir()` if None.
         on_damaged: what to do about files that cannot be read: stop and name all, or leave them out.
@@ -228,8 +229,9 @@ def open_dataset(
     if source in _NAMED:
         root, name = _unpacked(source, cache_dir), source
     else:
-        given, root = source, Path(source).expanduser().resolve()
-        name, source = _slug(root.name), str(root)
+        given, path = source, Path(source).expanduser().resolve()
+        source, root = str(path), unpacked(path, cache_dir)
+        name = _slug(root.name)
         if not root.is_dir():
             raise DatasetError(_no_such_data(given))
         if not is_utf8(source):
@@ -257,7 +259,7 @@ def _unpacked(name: str, cache_dir: Path) -> Path:
 
 def _no_such_data(source: str) -> str:
     path = Path(source).expanduser()
-    give = f"give {', '.join(_NAMED)}, or a folder with a folder of images for each class"
+    give = f"give {', '.join(_NAMED)}, or a folder or ZIP file with a folder of images for each class"
     if path.exists():
         return f"{source} is a file; {give}"
     like = did_you_mean(source, _NAMED)

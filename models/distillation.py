@@ -7,24 +7,28 @@ A view is not stored but drawn again from its seed; only the teacher's logits ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import safetensors
 import safetensors.torch
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from models.augmentation import random_affines, transform
-from models.evaluation import normalise, to_float
+from models.evaluation import images_at_once, normalise, to_float
 from models.files import replace_file
 from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Distillation, TrainingPrecision
+from models.state import StateSaver
 from models.training import derive_seed, mixed_precision
 
-_BATCH = 256
+VIEWS_TASK: Final = "teacher's views"
+_CPU: Final = torch.device("cpu")
 
 
 def kl_loss(
@@ -121,7 +125,7 @@ class TeacherViews:
 
 @torch.inference_mode()
 def label_views(
-    teacher: nn.Module,
+    teacher: Callable[[Tensor], Tensor],
     pixels: Pixels,
     spec: Preprocessing,
     limits: Augmentation,
@@ -129,40 +133,78 @@ def label_views(
     views: int,
     seed: int,
     progress: Progress,
+    device: torch.device = _CPU,
     precision: TrainingPrecision = "fp32",
+    kept: Path | None = None,
+    fingerprint: str = "",
 ) -> Tensor:
-    """The teacher's logits for each view of each image: float32 on the CPU, shape (views, N, classes)."""
-    device = next(teacher.parameters()).device
-    teacher.eval()
-    task = progress.add_task("teacher's views", total=views * len(pixels), info="")
-    labelled = []
-    for view in range(views):
-        affines = random_affines(len(pixels), limits, view_seed(seed, view)).to(device)
-        logits = []
-        for start in range(0, len(pixels), _BATCH):
-            batch = slice(start, start + _BATCH)
-            images = transform(to_float(pixels[batch], device), affines[batch])
-            with mixed_precision(precision, device):
-                logits.append(teacher(normalise(images, spec)).float().cpu())
-            progress.advance(task, len(images))
-        labelled.append(torch.cat(logits))
+    """The teacher's logits for each view of each image: float32 on the CPU, shape (views, N, classes).
+
+    Args:
+        teacher: gives logits of normalised images, float32 of shape (n, 3, H, W); in evaluation mode.
+        pixels: the training images as the teacher takes them, uint8 NHWC.
+        spec: for mean and standard deviation.
+        limits: how images are varied.
+        views: how many there are of each image.
+        seed: of the views.
+        progress: running.
+        device: of the teacher.
+        precision: of its convolutions and matrix products.
+        kept: file with what an interrupted call has done, and a finished one; None: nothing is kept.
+        fingerprint: of all that decides the outcome; what was kept with another one is not used.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; what was done is kept.
+    """
+    logits, done = (None, 0) if kept is None else _load(kept, fingerprint)
+    count, size = len(pixels), images_at_once(spec, device)
+
+    def save() -> None:
+        if kept is not None and logits is not None:
+            _save(kept, logits, done, fingerprint)
+
+    if logits is not None and done == views * count:
+        return logits
+    task = progress.add_task(VIEWS_TASK, total=views * count, completed=done, info="")
+    with StateSaver(save) as saver:
+        for view in range(done // count, views):
+            affines = random_affines(count, limits, view_seed(seed, view)).to(device)
+            for start in range(done - view * count, count, size):
+                batch = slice(start, start + size)
+                images = transform(to_float(pixels[batch], device), affines[batch])
+                with mixed_precision(precision, device):
+                    answers = teacher(normalise(images, spec)).float().cpu()
+                if logits is None:
+                    logits = torch.zeros(views, count, answers.shape[1])
+                logits[view, batch] = answers
+                done += len(images)
+                progress.update(task, advance=len(images), info=f"view {view + 1}/{views}")
+                saver.step_done()
+        saver.save()
     progress.remove_task(task)
-    return torch.stack(labelled)
+    assert logits is not None, "there is a view, and an image"
+    return logits
 
 
 def load_logits(path: Path, fingerprint: str) -> Tensor | None:
-    """The logits that `save_logits` wrote with the same fingerprint, or None."""
+    """All logits that `label_views` kept with the same fingerprint, or None."""
+    logits, done = _load(path, fingerprint)
+    return logits if logits is not None and done == logits.shape[0] * logits.shape[1] else None
+
+
+def _load(path: Path, fingerprint: str) -> tuple[Tensor | None, int]:
+    """Logits, of which the first so many are computed."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("fingerprint") != fingerprint:
-                return None
-            logits: Tensor = file.get_tensor("logits")
-            return logits
-    except (OSError, safetensors.SafetensorError):
-        return None
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                return None, 0
+            return file.get_tensor("logits"), int(metadata["done"])
+    except (OSError, KeyError, safetensors.SafetensorError):
+        return None, 0
 
 
-def save_logits(path: Path, logits: Tensor, fingerprint: str) -> None:
-    """Keep the teacher's logits for the next run."""
+def _save(path: Path, logits: Tensor, done: int, fingerprint: str) -> None:
+    metadata = {"fingerprint": fingerprint, "done": str(done)}
     with replace_file(path) as new:
-        new.write_bytes(safetensors.torch.save({"logits": logits}, {"fingerprint": fingerprint}))
+        new.write_bytes(safetensors.torch.save({"logits": logits}, metadata))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.preprocessing import Pixels, Preprocessing
 
-_BATCH = 256
+_MOST_IMAGES: Final = 256
+_FEWEST_IMAGES: Final = 8
+_MOST_PIXELS: Final = 256 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ class Score:
     loss: float
     wrong: int
     images: int
+
+
+def images_at_once(spec: Preprocessing, device: torch.device) -> int:
+    """How many images are computed together: many small ones; on a CPU few large ones, to save memory."""
+    if device.type != "cpu":
+        return _MOST_IMAGES
+    return max(_FEWEST_IMAGES, min(_MOST_IMAGES, _MOST_PIXELS // (spec.height * spec.width)))
 
 
 def normalise(pixels: Tensor, spec: Preprocessing) -> Tensor:
@@ -62,9 +72,10 @@ def predict_logits(network: nn.Module, pixels: Pixels, spec: Preprocessing) -> T
     device = next(network.parameters()).device
     training = network.training
     network.eval()
+    size = images_at_once(spec, device)
     batches = [
-        network(normalise(to_float(pixels[start : start + _BATCH], device), spec)).cpu()
-        for start in range(0, len(pixels), _BATCH)
+        network(normalise(to_float(pixels[start : start + size], device), spec)).cpu()
+        for start in range(0, len(pixels), size)
     ]
     network.train(training)
     return torch.cat(batches)
@@ -72,7 +83,11 @@ def predict_logits(network: nn.Module, pixels: Pixels, spec: Preprocessing) -> T
 
 def evaluate(network: nn.Module, pixels: Pixels, targets: NDArray[np.int64], spec: Preprocessing) -> Score:
     """Score `network` on `uint8` (N, H, W, 3) pixels with class indices of shape (N,)."""
-    logits = predict_logits(network, pixels, spec)
+    return score(predict_logits(network, pixels, spec), targets)
+
+
+def score(logits: Tensor, targets: NDArray[np.int64]) -> Score:
+    """Score `logits` of shape (N, classes)."""
     expected = torch.from_numpy(targets)
     wrong = int((logits.argmax(1) != expected).sum())
     return Score(

@@ -12,7 +12,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final, Literal
 
 from models.errors import TrimRTError
@@ -147,7 +147,8 @@ def _is_left_by_a_system(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: PurePath) -> bool:
+    """Whether it is an image by its name, of a kind that can be read or not."""
     return path.suffix.lower() in SUFFIXES | _OTHER_PICTURES
 
 
@@ -157,7 +158,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def _has_loose_pictures(folder: Path) -> bool:
     return any(
-        _is_picture(p) and not _is_left_by_a_system(p.name) and not p.is_dir() for p in folder.iterdir()
+        is_picture(p) and not _is_left_by_a_system(p.name) and not p.is_dir() for p in folder.iterdir()
     )
 
 
@@ -183,7 +184,7 @@ def _unwrapped(folder: Path, contents: Contents, *, within_part: bool) -> Path:
 def _is_part(folder: Path) -> bool:
     """Whether it holds folders with images; a class holds images, a part without labels does too."""
     return not _has_loose_pictures(folder) and any(
-        _is_picture(Path(name))
+        is_picture(Path(name))
         for inner in _folders(folder)
         for _, _, names in os.walk(inner)
         for name in names
@@ -268,7 +269,7 @@ def _images_in(folder: Path, contents: Contents) -> list[Path]:
         folders.sort()
         for name in sorted(names):
             path = here / name
-            if _is_picture(path) and not _is_left_by_a_system(name) and (path.is_file() or not path.exists()):
+            if is_picture(path) and not _is_left_by_a_system(name) and (path.is_file() or not path.exists()):
                 found.append(path)
             else:
                 _skip(path, _reason(path, within_class=True), contents)
@@ -282,7 +283,7 @@ def _fail(error: OSError) -> None:
 def _reason(path: Path, *, within_class: bool = False) -> str:
     if _is_left_by_a_system(path.name):
         return SYSTEM_FILES
-    return LOOSE_IMAGES if _is_picture(path) and not within_class else OTHER_FILES
+    return LOOSE_IMAGES if is_picture(path) and not within_class else OTHER_FILES
 
 
 def _skip(path: Path, reason: str, contents: Contents) -> None:

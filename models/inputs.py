@@ -11,14 +11,12 @@ import PIL.Image
 
 from models.card import CARD_NAME, read_card
 from models.datasets import ImageSet
+from models.defaults import PHOTO_INPUT, PHOTO_SIDE
 from models.networks import Stem
-from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Pixels, Preprocessing
 from models.recipe import Recipe
 
-PHOTO_SIDE: Final = 96  # pixels; inputs below it get the small stem and are not mirrored
-
 _SMALLEST_INPUT: Final = 24  # below it a ResNet's last stage is one pixel wide even with the small stem
-_PHOTO_INPUT: Final = 224
 _PHOTO_RESIZE: Final = 256
 _SAMPLE: Final = 1024  # images to judge by
 
@@ -35,15 +33,13 @@ def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem
         DatasetError: an image cannot be read.
         CheckpointError: the weights are in a checkpoint whose card is not valid.
     """
-    sample = images.subset(
-        np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64), images.name
-    )
+    sample = _sample(images)
     if recipe.image.size is not None:
         size = recipe.image.size
     else:
-        shorter_side = int(statistics.median(map(_shorter_side, sample.paths)))
-        size = max(shorter_side, _SMALLEST_INPUT) if shorter_side < PHOTO_SIDE else _PHOTO_INPUT
-    resize = size if size < PHOTO_SIDE else round(size * _PHOTO_RESIZE / _PHOTO_INPUT)
+        shorter_side = typical_side(images)
+        size = max(shorter_side, _SMALLEST_INPUT) if shorter_side < PHOTO_SIDE else PHOTO_INPUT
+    resize = size if size < PHOTO_SIDE else round(size * _PHOTO_RESIZE / PHOTO_INPUT)
     stem: Stem
     if recipe.image.stem == "auto":
         stem = "small" if size < PHOTO_SIDE else "standard"
@@ -56,15 +52,33 @@ def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem
     elif weights is not None:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     else:
-        pixels = (
-            sample.load_pixels(Preprocessing(resize=resize, height=size, width=size)).reshape(-1, 3) / 255
-        )
-        red, green, blue = (round(float(value), 4) for value in pixels.mean(axis=0))
-        mean = (red, green, blue)
-        # Images of a single colour have none to divide by.
-        red, green, blue = (max(round(float(value), 4), 0.01) for value in pixels.std(axis=0))
-        std = (red, green, blue)
+        mean, std = _statistics(sample.load_pixels(Preprocessing(resize=resize, height=size, width=size)))
     return Preprocessing(resize=resize, height=size, width=size, mean=mean, std=std), stem
+
+
+def typical_side(images: ImageSet) -> int:
+    """The median of the lengths of the images' shorter sides, in pixels."""
+    return int(statistics.median(map(_shorter_side, _sample(images).paths)))
+
+
+def _sample(images: ImageSet) -> ImageSet:
+    places = np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64)
+    return images.subset(places, images.name)
+
+
+def _statistics(pixels: Pixels) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel, of pixels from 0 to 1, rounded to four places."""
+    values = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in range(3):
+        # Counted image by image: as floating-point numbers all pixels would take gigabytes.
+        counts = sum(np.bincount(image[..., channel].ravel(), minlength=256) for image in pixels)
+        mean = float(np.average(values, weights=counts))
+        means.append(round(mean, 4))
+        deviation = float(np.sqrt(np.average((values - mean) ** 2, weights=counts)))
+        deviations.append(max(round(deviation, 4), 0.01))  # images of a single colour have none to divide by
+    (red, green, blue), (red_deviation, green_deviation, blue_deviation) = means, deviations
+    return (red, green, blue), (red_deviation, green_deviation, blue_deviation)
 
 
 def _shorter_side(path: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -36,7 +36,7 @@ class Image(_Section):
 
     size: int | None = Field(
         default=None, ge=8, le=1024, description="side of the input, in pixels; by default the images' own, "
-        "at least 24, and 224 for images of 96 and more",
+        "at least 24, and 224 for images of 96 and more (on a CPU 128)",
     )  # fmt: skip
     stem: Literal["auto", "standard", "small"] = Field(
         default="auto",
@@ -207,17 +207,18 @@ def make_recipe(
         raise RecipeError("\n".join(lines)) from None
 
 
-def as_options(values: BaseModel, defaults: BaseModel) -> list[str]:
-    """The command line's options that turn `defaults` into `values`, a model of the same class."""
+def as_options(values: BaseModel, *defaults: BaseModel) -> list[str]:
+    """The command line's options that turn any of `defaults` into `values`; all are of one class."""
     return list(_options(values, defaults, "-"))
 
 
-def _options(values: BaseModel, defaults: BaseModel, prefix: str) -> Iterator[str]:
-    for name, default in defaults:
-        value, flag = getattr(values, name), f"{prefix}-{name.replace('_', '-')}"
-        if isinstance(default, BaseModel):
-            yield from _options(value, default, flag)
-        elif value == default:
+def _options(values: BaseModel, defaults: Sequence[BaseModel], prefix: str) -> Iterator[str]:
+    for name, value in values:
+        flag = f"{prefix}-{name.replace('_', '-')}"
+        others = [getattr(default, name) for default in defaults]
+        if isinstance(value, BaseModel):
+            yield from _options(value, others, flag)
+        elif all(value == other for other in others):
             continue
         elif isinstance(value, bool):
             yield flag if value else f"--no-{flag[2:]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,20 +12,24 @@ from typing import Final
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from models.checkpoint import load_checkpoint
 from models.datasets import DataSplit, ImageSet
-from models.distillation import TeacherViews, label_views, load_logits, save_logits
+from models.defaults import PHOTO_SIDE
+from models.distillation import TeacherViews, label_views, load_logits
+from models.estimate import RunProgress
 from models.evaluation import live_parameters
-from models.inputs import PHOTO_SIDE, choose_inputs
+from models.inputs import choose_inputs
 from models.networks import NetworkError, Stem
-from models.preprocessing import Preprocessing
+from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Recipe, TrainingPrecision
+from models.teacher import ReadyTeacher
 from models.training import Images, derive_seed, supported_precision
 
 _PROBE_IMAGES: Final = 64
+_FEWEST_PROBES: Final = 8
+_MOST_PROBED_PIXELS: Final = 64 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Setup:
         recipe: all settings.
         out: folder that gets `teacher/`, `student/` and `pruned/`.
         reuse: another run's folder, whose work is taken where this run would do the same.
+        teacher: to distil from; None: one is trained.
         console: for messages and progress.
     """
 
@@ -43,6 +49,7 @@ class Setup:
     recipe: Recipe
     out: Path
     reuse: Path | None
+    teacher: ReadyTeacher | None
     console: Console
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -55,10 +62,9 @@ class Setup:
         return self.out / ".training"
 
     @cached_property
-    def progress(self) -> Progress:
+    def progress(self) -> RunProgress:
         """For bars of trainings."""
-        columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[info]}"))
-        return Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+        return RunProgress(self.console)
 
     @cached_property
     def inputs(self) -> tuple[Preprocessing, Stem]:
@@ -78,10 +84,7 @@ class Setup:
     @cached_property
     def device(self) -> torch.device:
         """Where networks are trained."""
-        wanted = self.recipe.device
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise NetworkError("there is no CUDA GPU here, or this torch is without CUDA; use --device cpu")
-        return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
+        return choose_device(self.recipe)
 
     @cached_property
     def precision(self) -> TrainingPrecision:
@@ -117,28 +120,43 @@ class Setup:
     @cached_property
     def views(self) -> TeacherViews:
         """The training images' views with the teacher's logits, computed once for all later stages."""
-        teacher, card = load_checkpoint(self.out / "teacher")
         count, seed = self.recipe.distillation.views, derive_seed(self.recipe.seed, "views")
-        limits = self.limits.model_dump()
-        mark = fingerprint([card.weights_sha256, count, seed, limits, self.recipe.threads, self.precision])
+        ready, spec, pixels = self.teacher, self.spec, self.train_images.pixels
+        if ready is None:
+            network, card = load_checkpoint(self.out / "teacher")
+            logits_of: Callable[[Tensor], Tensor] = network.to(self.device)
+            origin: list[object] = [card.weights_sha256]
+        else:
+            spec, logits_of = ready.preprocessing, ready.limited_to(self.data.labels)
+            pixels = self.data.train.load_pixels(spec, progress=False)
+            origin = [ready.sha256, ready.outputs_of(self.data.labels).tolist(), spec.model_dump(mode="json")]
+        mark = fingerprint(
+            [*origin, count, seed, self.limits.model_dump(), self.recipe.threads, self.precision]
+        )
         path = self.work / "views.safetensors"
-        logits = load_logits(path, mark)
-        if logits is None and self.reuse:
-            logits = load_logits(self.reuse / path.relative_to(self.out), mark)
+        logits = load_logits(self.reuse / path.relative_to(self.out), mark) if self.reuse else None
         if logits is None:
             logits = label_views(
-                teacher.to(self.device),
-                self.train_images.pixels,
-                self.spec,
+                logits_of,
+                pixels,
+                spec,
                 self.limits,
                 views=count,
                 seed=seed,
                 progress=self.progress,
+                device=self.device,
                 precision=self.precision,
+                kept=path,
+                fingerprint=mark,
             )
-            save_logits(path, logits, mark)
         targets = torch.from_numpy(self.train_images.targets)
         return TeacherViews(logits, targets, self.limits, self.recipe.distillation, seed)
+
+    @property
+    def probe(self) -> Pixels:
+        """Training images to look for dead weights with: fewer of large ones, for these take memory."""
+        count = max(_FEWEST_PROBES, _MOST_PROBED_PIXELS // (self.spec.height * self.spec.width))
+        return self.train_images.pixels[: min(count, _PROBE_IMAGES)]
 
     def live_share(self, network: nn.Module, architecture: str) -> float:
         """Share of the parameters that receive a gradient at this input size.
@@ -147,12 +165,23 @@ class Setup:
             NetworkError: the network cannot take images of this size.
         """
         try:
-            return live_parameters(network, self.train_images.pixels[:_PROBE_IMAGES], self.spec)
+            return live_parameters(network, self.probe, self.spec)
         except RuntimeError as error:
             size = f"{self.spec.height}x{self.spec.width}"
             raise NetworkError(
                 f"{architecture} cannot take {size} images ({error}); choose a larger --image-size"
             ) from error
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """Where networks are trained.
+
+    Raises:
+        NetworkError: a GPU is asked for, and there is none.
+    """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise NetworkError("there is no CUDA GPU here, or this torch is without CUDA; use --device cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
 
 
 def fingerprint(what: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +19,13 @@ from torch.nn import functional
 
 from models.augmentation import random_affines, transform
 from models.evaluation import Score, evaluate, normalise, to_float
-from models.files import replace_file
 from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Training, TrainingPrecision
+from models.state import SAVE_INTERVAL_S, StateSaver, load_state, save_state
 
 _WARM_UP_SHARE: Final = 0.2
-SAVE_INTERVAL_S: Final = 30.0
+_TIMING_S: Final = 1.0
+_MOST_TIMED_STEPS: Final = 5
 
 
 class Objective(Protocol):
@@ -132,87 +132,171 @@ def train(
         settings: epochs, learning rate and so on.
         name: for the progress bar.
         seed: of shuffling and dropout.
-        state_file: written at most every `save_interval_s` seconds and at the end.
+        state_file: written at least every `save_interval_s` seconds, on Ctrl-C and at the end.
         fingerprint: of everything that decides the outcome; another one's state is not used.
         progress: running.
         precision: of the convolutions and matrix products; weights, losses and the optimiser stay FP32.
-        save_interval_s: 0 saves after every epoch.
+        save_interval_s: 0 saves after every step.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the state is saved.
     """
     device = next(network.parameters()).device
     network.to(memory_format=torch.channels_last)
     count = len(train_images.targets)
-    # A last batch of one image has no variance for batch normalisation.
-    steps = count // settings.batch_size + (count % settings.batch_size > 1)
-    optimizer = _optimizer(network, settings)
-    total_steps = max(settings.epochs * steps, 1)
-    # OneCycleLR divides by the warm-up's steps less one, so a warm-up of just one step fails.
-    warm_up = _WARM_UP_SHARE if _WARM_UP_SHARE * total_steps != 1 else 2 * _WARM_UP_SHARE
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=total_steps, pct_start=warm_up
-    )
-    stopping = _EarlyStopping(settings.patience)
-    first_epoch = 0
-    state = _load_state(state_file, fingerprint)
+    steps = steps_of_epoch(count, settings)
+    course = _Course(network, settings, steps)
+    state = load_state(state_file, fingerprint)
     if state is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        stopping.load_state_dict(state["stopping"])
-        first_epoch = state["epoch"]
+        course.load_state_dict(state)
 
-    task = progress.add_task(name, total=settings.epochs * steps, completed=first_epoch * steps, info="")
-    saved_at = time.monotonic()
-    for epoch in range(first_epoch, settings.epochs):
-        if stopping.stopped:
-            break
-        torch.manual_seed(derive_seed(seed, f"epoch {epoch}"))
-        order = torch.randperm(count)
-        affines = objective.affines(epoch)
-        network.train()
-        loss_sum = torch.zeros((), device=device)
-        right = torch.zeros((), device=device)
-        seen = 0
-        for step in range(steps):
-            batch = order[step * settings.batch_size : (step + 1) * settings.batch_size]
-            images = transform(
-                to_float(train_images.pixels[batch.numpy()], device), affines[batch].to(device)
-            )
-            with mixed_precision(precision, device):
-                logits = network(normalise(images, spec)).float()
-            loss = objective.loss(logits, batch, epoch)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            targets = torch.from_numpy(train_images.targets[batch.numpy()]).to(device)
-            loss_sum += loss.detach() * len(batch)
-            right += (logits.detach().argmax(1) == targets).sum()
-            seen += len(batch)
-            mean_loss, accuracy = loss_sum / seen, right / seen
-            info = f"epoch {epoch + 1}/{settings.epochs}  loss {mean_loss:.4f}  accuracy {accuracy:.2%}"
-            progress.update(task, advance=1, info=info)
-        if settings.patience is not None:
-            score = evaluate(network, validation_images.pixels, validation_images.targets, spec)
-            stopping.update(score, network)
-        done = epoch + 1 == settings.epochs or stopping.stopped
-        if done or time.monotonic() - saved_at >= save_interval_s:
-            _save_state(
-                state_file,
-                {
-                    "fingerprint": fingerprint,
-                    "epoch": epoch + 1,
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "stopping": stopping.state_dict(),
-                },
-            )
-            saved_at = time.monotonic()
-    if stopping.best is not None:
-        network.load_state_dict(stopping.best)
+    def save() -> None:
+        save_state(state_file, fingerprint, course.state_dict())
+
+    task = progress.add_task(
+        name, total=settings.epochs * steps, completed=course.epoch * steps + course.step, info=""
+    )
+    with StateSaver(save, save_interval_s) as saver:
+        while course.epoch < settings.epochs and not course.stopping.stopped:
+            epoch = course.epoch
+            torch.manual_seed(derive_seed(seed, f"epoch {epoch}"))
+            order = torch.randperm(count)
+            affines = objective.affines(epoch)
+            course.restore_random()
+            network.train()
+            loss_sum = torch.zeros((), device=device)
+            right = torch.zeros((), device=device)
+            seen = 0
+            for step in range(course.step, steps):
+                batch = order[step * settings.batch_size : (step + 1) * settings.batch_size]
+                loss, logits = _learn(
+                    course, train_images.pixels, batch, affines, spec, objective, epoch, precision
+                )
+                targets = torch.from_numpy(train_images.targets[batch.numpy()]).to(device)
+                loss_sum += loss * len(batch)
+                right += (logits.argmax(1) == targets).sum()
+                seen += len(batch)
+                mean_loss, accuracy = loss_sum / seen, right / seen
+                info = f"epoch {epoch + 1}/{settings.epochs}  loss {mean_loss:.4f}  accuracy {accuracy:.2%}"
+                progress.update(task, advance=1, info=info)
+                course.step = step + 1
+                saver.step_done()
+            if settings.patience is not None:
+                score = evaluate(network, validation_images.pixels, validation_images.targets, spec)
+                course.stopping.update(score, network)
+            course.epoch, course.step = epoch + 1, 0
+            if course.epoch == settings.epochs or course.stopping.stopped:
+                saver.save()
+    if course.stopping.best is not None:
+        network.load_state_dict(course.stopping.best)
     progress.remove_task(task)
     network.to(memory_format=torch.contiguous_format)
     network.eval()
+
+
+def steps_of_epoch(images: int, settings: Training) -> int:
+    """How many batches one pass over that many images takes."""
+    # A last batch of one image has no variance for batch normalisation.
+    return images // settings.batch_size + (images % settings.batch_size > 1)
+
+
+def time_step(
+    network: nn.Module,
+    images: Images,
+    spec: Preprocessing,
+    limits: Augmentation,
+    settings: Training,
+    precision: TrainingPrecision,
+) -> float:
+    """Seconds that one step of training takes, measured on a full batch; `network` is used up."""
+    network.to(memory_format=torch.channels_last)
+    course = _Course(network, settings.model_copy(update={"epochs": 1}), _MOST_TIMED_STEPS)
+    batch = torch.arange(min(settings.batch_size, len(images.targets)))
+    objective = TrueLabels(torch.from_numpy(images.targets), limits, 0)
+    affines = objective.affines(0)
+    network.train()
+    times: list[float] = []
+    # The first step also sets everything up.
+    while len(times) < 2 or (sum(times) < _TIMING_S and len(times) < _MOST_TIMED_STEPS):
+        began = time.perf_counter()
+        loss, _ = _learn(course, images.pixels, batch, affines, spec, objective, 0, precision)
+        float(loss)  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def _learn(
+    course: _Course,
+    pixels: Pixels,
+    batch: Tensor,
+    affines: Tensor,
+    spec: Preprocessing,
+    objective: Objective,
+    epoch: int,
+    precision: TrainingPrecision,
+) -> tuple[Tensor, Tensor]:
+    """One step on the images numbered `batch`; its mean loss and logits."""
+    device = next(course.network.parameters()).device
+    images = transform(to_float(pixels[batch.numpy()], device), affines[batch].to(device))
+    with mixed_precision(precision, device):
+        logits = course.network(normalise(images, spec)).float()
+    loss = objective.loss(logits, batch, epoch)
+    course.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    course.optimizer.step()
+    course.schedule.step()
+    return loss.detach(), logits.detach()
+
+
+class _Course:
+    """A training on its way: the network, the optimiser, and how far they have come."""
+
+    def __init__(self, network: nn.Module, settings: Training, steps: int) -> None:
+        """Stand before the first of `steps` steps of the first epoch."""
+        self.network = network
+        self.optimizer = _optimizer(network, settings)
+        total_steps = max(settings.epochs * steps, 1)
+        # OneCycleLR divides by the warm-up's steps less one, so a warm-up of just one step fails.
+        warm_up = _WARM_UP_SHARE if _WARM_UP_SHARE * total_steps != 1 else 2 * _WARM_UP_SHARE
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, settings.learning_rate, total_steps=total_steps, pct_start=warm_up
+        )
+        self.stopping = _EarlyStopping(settings.patience)
+        self.epoch = 0
+        self.step = 0
+        self._random: list[Tensor] | None = None
+
+    def restore_random(self) -> None:
+        """Go on with dropout where the state that was loaded left off."""
+        if self._random is not None:
+            cpu, *gpu = self._random
+            torch.set_rng_state(cpu)
+            if gpu:
+                torch.cuda.set_rng_state(gpu[0])
+            self._random = None
+
+    def state_dict(self) -> dict[str, Any]:
+        random = [torch.get_rng_state()]
+        if next(self.network.parameters()).is_cuda:
+            random.append(torch.cuda.get_rng_state())
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "random": random,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "stopping": self.stopping.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.stopping.load_state_dict(state["stopping"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        if self.step > 0:  # else the epoch begins with a seed of its own
+            self._random = state["random"]
 
 
 def _optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -252,19 +336,3 @@ class _EarlyStopping:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss, self.waited, self.best = state["loss"], state["waited"], state["best"]
-
-
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    data = io.BytesIO()
-    torch.save(state, data)  # to a file, it would hide why writing failed
-    with replace_file(path) as new:
-        new.write_bytes(data.getbuffer())
-
-
-def _load_state(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The state of an earlier training of the same fingerprint; a damaged one counts as none."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many types for damaged files; start again after any
-        return None
-    return state if state.get("fingerprint") == fingerprint else None

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from builder.prepare.options import PrepareOptions
 from models.files import require_writable
 from models.finding import RUNS
 from models.folders import OnDamaged
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
-from trimrt.options import FOLDER, HELP, Choice, Command, Existing, on_damaged_option, options_of
+from trimrt.options import FOLDER, HELP, Choice, Command, Existing, on_damaged_option, options_of, take
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from models.compression import CompressionRun, Role
+    from models.teacher import ReadyTeacher
 
 _EPILOG: Final = """\
 Every setting can also stand in a TOML file (--config): `--teacher-epochs 36` is `epochs = 36` under
 `[teacher]`. Options win over the file, and the file over the preset.
 """
+# How a teacher in an ONNX file takes images, and what its outputs are.
+_ABOUT_TEACHER: Final = (
+    *("preprocess", "resize", "interpolation", "image_size"),
+    *("output_name", "activation", "labels"),
+)
 _AS_TYPED: Final = f"{__name__}.as_typed"
 
 
@@ -68,8 +78,10 @@ def _overrides(values: dict[str, Any]) -> Settings:
     context_settings=HELP,
     examples=[
         "trimrt compress digits",
+        "trimrt compress photos.zip",
         "trimrt compress photos --preset quick",
         "trimrt compress photos --teacher-weights resnet50.pth --teacher-epochs 5",
+        "trimrt compress photos --teacher model.onnx --teacher-preprocess imagenet",
     ],
 )
 @click.argument("source")
@@ -101,7 +113,14 @@ def _overrides(values: dict[str, Any]) -> Settings:
     default="pruned",
     help="the last stage to make",
 )
+@click.option(
+    "--teacher",
+    type=Existing(),
+    help="a network that is there already, to distil instead of training a teacher: an ONNX file, a "
+    "checkpoint's folder, or a state dict of --teacher-architecture",
+)
 @options_of(Recipe)
+@options_of(PrepareOptions, only=_ABOUT_TEACHER, within=("teacher",))
 def compress(
     source: str,
     out: Path | None,
@@ -111,18 +130,29 @@ def compress(
     reuse: Path | None,
     on_damaged: OnDamaged,
     until: Role,
+    teacher: Path | None,
     **values: Any,
 ) -> None:
     """Train a teacher, distil a student from it, and prune the student.
 
-    SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, or a folder of
-    images: train/ and test/ (or val/) with a folder for each class, or the class folders themselves, which
-    are then split into five folds. All files are looked at first; what is not used, and why, is printed.
+    SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, or a folder or
+    ZIP file of images: train/ and test/ (or val/) with a folder for each class, or the class folders
+    themselves, which are then split into five folds. All files are looked at first; what is not used, and
+    why, is printed.
 
-    Finished stages are reused and an interrupted one continues where it stopped.
+    Before training begins, the time that it will take is estimated. Finished stages are reused and an
+    interrupted one continues where it stopped.
     """
     from rich.console import Console
 
+    told = {name: values.pop(f"teacher__{name}") for name in _ABOUT_TEACHER}
+    if teacher is not None and teacher.is_file() and teacher.suffix.lower() != ".onnx":
+        values = {"teacher__epochs": 0} | {name: value for name, value in values.items() if value is not None}
+        values["teacher__weights"], teacher = teacher, None
+    given = [name for name, value in values.items() if name.startswith("teacher__") and value is not None]
+    if teacher is not None and given:
+        flags = ", ".join(f"--{name.replace('__', '-').replace('_', '-')}" for name in given)
+        raise click.UsageError(f"--teacher {teacher} is taken as it is; leave out {flags}")
     try:
         recipe = make_recipe(preset=preset, file=config, overrides=_overrides(values))
     except RecipeError as error:
@@ -133,23 +163,43 @@ def compress(
     console = Console()
     try:
         require_writable(out or RUNS)
-        run = run_compression(
-            source,
-            out,
-            recipe,
-            fold=fold,
-            until=until,
-            on_damaged=on_damaged,
-            reuse=reuse,
-            console=console,
-            command=click.get_current_context().meta[_AS_TYPED],
-        )
+        with _naming_own_options():
+            run = run_compression(
+                source,
+                out,
+                recipe,
+                fold=fold,
+                until=until,
+                on_damaged=on_damaged,
+                reuse=reuse,
+                teacher=None if teacher is None else _open(teacher, told, recipe.threads),
+                console=console,
+                command=click.get_current_context().meta[_AS_TYPED],
+            )
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'files'}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues from here.")
         raise click.Abort from None
     _print_table(console, run)
+
+
+def _open(teacher: Path, told: dict[str, Any], threads: int) -> ReadyTeacher:
+    from builder import open_teacher
+
+    return open_teacher(teacher, take(PrepareOptions, told), threads=threads)
+
+
+@contextmanager
+def _naming_own_options() -> Iterator[None]:
+    """Let errors about a teacher name its options here, which begin with --teacher, not `trimrt build`'s."""
+    from builder.prepare.export import ExportError
+
+    try:
+        yield
+    except ExportError as error:
+        names = "|".join(name.replace("_", "-") for name in _ABOUT_TEACHER)
+        raise click.ClickException(re.sub(rf"--({names})\b", r"--teacher-\1", str(error))) from error
 
 
 def _print_table(console: Console, run: CompressionRun) -> None:
@@ -178,9 +228,9 @@ def _print_table(console: Console, run: CompressionRun) -> None:
             f"{metrics.live_parameters:.1%}",
         )
     console.print(table)
-    if len(cards) < 3:
+    if cards[-1].role != "pruned":
         return
-    _, student, pruned = cards
+    student, pruned = cards[-2:]
     fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
     console.print(
         f"Pruning took {fewer:.1%} of the student's parameters. Next: trimrt build {run.checkpoint}",

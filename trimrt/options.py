@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
@@ -78,15 +78,24 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def options_of(model: type[BaseModel]) -> Callable[[_Command], _Command]:
+def options_of(
+    model: type[BaseModel], *, only: Collection[str] | None = None, within: tuple[str, ...] = ()
+) -> Callable[[_Command], _Command]:
     """A decorator that gives a command an option for each field of `model` and of the models within it.
 
     An option that is not given is None. `--teacher-epochs` is the parameter `teacher__epochs`. Fields that
     are lists get no option.
+
+    Args:
+        model: its fields become options.
+        only: names of the fields; None: all.
+        within: what their names begin with.
     """
 
     def decorate(command: _Command) -> _Command:
-        for path, kind, text in reversed(list(_fields(model))):
+        for path, kind, text in reversed(list(_fields(model, within))):
+            if only is not None and path[-1] not in only:
+                continue
             flag = "--" + "-".join(path).replace("_", "-")
             switch = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
             option = click.option(switch, "__".join(path), type=_click_type(kind), default=None, help=text)

@@ -23,9 +23,9 @@ from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
 from builder.prepare.export import OPSET, ExportError, quiet, trace_onnx
 from builder.weights import LEVELS, quantise
+from models.defaults import PHOTO_SIDE
 from models.distillation import TeacherViews, label_views
 from models.evaluation import normalise, to_float
-from models.inputs import PHOTO_SIDE
 from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Distillation, Training
 from models.training import Images, derive_seed, reproducible, train
@@ -103,7 +103,14 @@ def fine_tune(
         network = network.to(device)
         quantised = _quantise(network, calibration, spec)
         logits = label_views(
-            network, images.pixels, spec, limits, views=training.epochs, seed=views_seed, progress=progress
+            network.eval(),
+            images.pixels,
+            spec,
+            limits,
+            views=training.epochs,
+            seed=views_seed,
+            progress=progress,
+            device=device,
         )
         train(
             quantised,

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from builder.kit import UNKNOWN
+from models.archives import unpacked
 from models.datasets import DatasetError, DataSplit, ImageSet, OnDamaged, default_cache_dir
 from models.folders import SUFFIXES
 from models.scan import scan_unlabelled
@@ -19,8 +20,8 @@ _SEED: Final = 0
 
 
 def has_no_classes(source: str) -> bool:
-    """Whether a folder holds images themselves, and no folders."""
-    folder = Path(source).expanduser()
+    """Whether a folder, or a ZIP file of one, holds images themselves, and no folders."""
+    folder = unpacked(Path(source).expanduser(), default_cache_dir())
     if not folder.is_dir():
         return False
     entries = [path for path in folder.iterdir() if not path.name.startswith((".", "_"))]
@@ -33,7 +34,8 @@ def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
     Raises:
         DatasetError: no such folder, hardly any images, or some that cannot be read and may not be left out.
     """
-    root = Path(source).expanduser().resolve()
+    path = Path(source).expanduser().resolve()
+    root = unpacked(path, default_cache_dir())
     if not root.is_dir():
         raise DatasetError(f"no folder {source!r}")
     found = scan_unlabelled(root, on_damaged=on_damaged)
@@ -58,7 +60,7 @@ def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
         judging += 1
     return DataSplit(
         name=root.name,
-        source=str(root),
+        source=str(path),
         fold=None,
         folds=None,
         description=f"no labels; {_JUDGING_SHARE:.0%} judge, chosen by content",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,26 @@ def weights(folder: Path) -> dict[str, str]:
     return {stage: load_checkpoint(folder / stage)[1].weights_sha256 for stage in STAGES}
 
 
+def stopped(line: str, number: signal.Signals, data: Path, out: Path, *more: str) -> tuple[int, str]:
+    """Exit status of a run that gets a signal at a line that begins so, and what it prints from then on."""
+    command = [sys.executable, "-m", "trimrt", "compress", str(data), "--out", str(out), *SHORT, *more]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Whoever runs the tests in the background may have had them ignore the signal.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout is not None
+        for printed in process.stdout:
+            if printed.startswith(line):
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+    return process.returncode, rest
+
+
 class TestRun:
     def test_checkpoints_hold_what_their_cards_say(
         self, finished: tuple[Path, str], split: DataSplit
@@ -97,6 +118,12 @@ class TestRun:
         out, output = finished
         assert "measured on 12 test images" in output
         assert f"trimrt build {out / 'pruned'}" in output
+
+    def test_begins_with_an_estimate_and_ends_with_what_came_of_it(self, finished: tuple[Path, str]) -> None:
+        _, output = finished
+        assert re.search(r"this will take about \d+ s \(teacher \d+ s, its labels \d+ s, student", output)
+        assert output.index("this will take") < output.index("teacher: few-digits")
+        assert re.search(r"this took \d+ s; about \d+ s were estimated", output)
 
     def test_leaves_no_training_state_behind(self, finished: tuple[Path, str]) -> None:
         assert not list(finished[0].rglob("*.pt"))
@@ -142,35 +169,29 @@ class TestRerun:
     def test_interrupted_it_says_so_and_leaves_whole_stages_only(
         self, few_digits: Path, tmp_path: Path
     ) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "trimrt",
-            "compress",
-            str(few_digits),
-            "--out",
-            str(tmp_path),
-            *SHORT,
-        ]
-        with subprocess.Popen(
-            [*command, "--student-epochs", "1000"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # Whoever runs the tests in the background may have had them ignore the signal.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("teacher:"):  # it is published, and the student is next
-                    process.send_signal(signal.SIGINT)
-                    break
-            rest = process.stdout.read()
-        assert process.returncode == 1
+        # The teacher is published, and the student is next.
+        status, rest = stopped("teacher:", signal.SIGINT, few_digits, tmp_path, "--student-epochs", "1000")
+        assert status == 1
         assert "continues from here" in rest
         assert "Traceback" not in rest
         load_checkpoint(tmp_path / "teacher")
         assert {path.name for path in tmp_path.iterdir()} <= {"teacher", ".training"}
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
+    def test_the_same_command_ends_as_if_nothing_had_stopped_it(
+        self,
+        number: signal.Signals,
+        status: int,
+        run: Compress,
+        finished: tuple[Path, str],
+        few_digits: Path,
+        tmp_path: Path,
+    ) -> None:
+        assert stopped("this will take about", number, few_digits, tmp_path)[0] == status
+        assert not (tmp_path / "pruned").exists()
+        run(few_digits, "--out", tmp_path, *SHORT)
+        assert weights(tmp_path) == weights(finished[0])
+        assert not list(tmp_path.rglob("*.pt"))
 
 
 class TestChoices:

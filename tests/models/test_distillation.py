@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,6 @@ from models.distillation import (
     kl_loss,
     label_views,
     load_logits,
-    save_logits,
     view_seed,
 )
 from models.evaluation import normalise, to_float
@@ -128,20 +130,44 @@ class TestAugmentation:
 LIMITS = Augmentation(flip=False)
 
 
+Labelled = tuple[torch.nn.Module, torch.Tensor]
+
+
+def label(
+    teacher: Callable[[torch.Tensor], torch.Tensor],
+    images: Images,
+    spec: Preprocessing,
+    *,
+    kept: Path | None = None,
+    fingerprint: str = "",
+) -> torch.Tensor:
+    """The teacher's logits of two views."""
+    progress = Progress(disable=True)
+    return label_views(
+        teacher,
+        images.pixels,
+        spec,
+        LIMITS,
+        views=2,
+        seed=5,
+        progress=progress,
+        kept=kept,
+        fingerprint=fingerprint,
+    )
+
+
 @pytest.fixture(scope="module")
-def labelled(train_images: Images, spec: Preprocessing) -> tuple[torch.nn.Module, torch.Tensor]:
+def labelled(train_images: Images, spec: Preprocessing) -> Labelled:
     """A teacher, and its logits for two views of the training images."""
     torch.manual_seed(0)
     teacher = build_network("squeezenet1_1", 3, "small").eval()
-    with Progress(disable=True) as progress:
-        logits = label_views(teacher, train_images.pixels, spec, LIMITS, views=2, seed=5, progress=progress)
-    return teacher, logits
+    return teacher, label(teacher, train_images, spec)
 
 
 class TestViews:
     def test_the_teacher_labelled_what_the_student_will_see(
         self,
-        labelled: tuple[torch.nn.Module, torch.Tensor],
+        labelled: Labelled,
         train_images: Images,
         spec: Preprocessing,
     ) -> None:
@@ -153,9 +179,7 @@ class TestViews:
             seen = normalise(transform(pixels, views.affines(epoch)), spec)
             torch.testing.assert_close(teacher(seen), logits[epoch % 2], atol=1e-4, rtol=1e-4)
 
-    def test_loss_finds_each_images_own_logits(
-        self, labelled: tuple[torch.nn.Module, torch.Tensor], train_images: Images
-    ) -> None:
+    def test_loss_finds_each_images_own_logits(self, labelled: Labelled, train_images: Images) -> None:
         logits = labelled[1]
         targets = torch.from_numpy(train_images.targets)
         views = TeacherViews(logits, targets, LIMITS, Distillation(alpha=0), seed=5)
@@ -165,7 +189,7 @@ class TestViews:
 
     @pytest.mark.parametrize("loss", ["kl", "dist", "labels"])
     def test_the_settings_choose_the_loss(
-        self, loss: DistillationLoss, labelled: tuple[torch.nn.Module, torch.Tensor], train_images: Images
+        self, loss: DistillationLoss, labelled: Labelled, train_images: Images
     ) -> None:
         teacher, targets = labelled[1], torch.from_numpy(train_images.targets)
         views = TeacherViews(teacher, targets, LIMITS, Distillation(loss=loss, temperature=2), seed=5)
@@ -178,16 +202,47 @@ class TestViews:
         assert len({round(float(value), 5) for value in expected.values()}) == 3
         torch.testing.assert_close(views.loss(logits, some, epoch=2), expected[loss])
 
-    def test_logits_are_kept_under_their_fingerprint(self, tmp_path: Path) -> None:
-        logits = torch.randn(2, 3, 4)
-        save_logits(tmp_path / "views", logits, "mine")
-        loaded = load_logits(tmp_path / "views", "mine")
+    def test_logits_are_kept_under_their_fingerprint(
+        self, labelled: Labelled, train_images: Images, spec: Preprocessing, tmp_path: Path
+    ) -> None:
+        teacher, logits = labelled
+        file = tmp_path / "views"
+        label(teacher, train_images, spec, kept=file, fingerprint="mine")
+        loaded = load_logits(file, "mine")
         assert loaded is not None
         assert torch.equal(loaded, logits)
-        assert load_logits(tmp_path / "views", "another's") is None
+        assert load_logits(file, "another's") is None
         assert load_logits(tmp_path / "nothing", "mine") is None
-        (tmp_path / "views").write_bytes(b"half")
-        assert load_logits(tmp_path / "views", "mine") is None
+        file.write_bytes(b"half")
+        assert load_logits(file, "mine") is None
+
+    @pytest.mark.parametrize("batch", [1, 2, 3])
+    def test_an_interruption_changes_nothing(
+        self,
+        labelled: Labelled,
+        train_images: Images,
+        spec: Preprocessing,
+        tmp_path: Path,
+        batch: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("models.distillation.images_at_once", lambda spec, device: 32)  # of 43, twice
+        teacher, _ = labelled
+        whole = label(teacher, train_images, spec)
+        seen: list[int] = []
+
+        def interrupted(images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            if len(seen) == batch:
+                os.kill(os.getpid(), signal.SIGINT)
+            return teacher(images)
+
+        file = tmp_path / "views"
+        with pytest.raises(KeyboardInterrupt):
+            label(interrupted, train_images, spec, kept=file)
+        assert load_logits(file, "") is None  # a part of them serves nobody else
+        assert torch.equal(label(interrupted, train_images, spec, kept=file), whole)
+        assert sum(seen) == 2 * len(train_images.targets)  # each view of each image once
 
     def test_views_have_seeds_of_their_own(self) -> None:
         assert len({view_seed(seed, view) for seed in range(20) for view in range(20)}) == 400

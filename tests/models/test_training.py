@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from killing import ends_by_a_kill
 from rich.progress import Progress
 from torch import nn
 
@@ -15,24 +19,26 @@ from models.evaluation import evaluate
 from models.networks import build_network
 from models.preprocessing import Preprocessing
 from models.recipe import Augmentation, Training
+from models.state import StateSaver
 from models.training import Images, TrueLabels, derive_seed, reproducible, train
 
 SETTINGS = Training(epochs=4, learning_rate=2e-3, batch_size=16)
 
 
 class InterruptedProgress(Progress):
-    """Ctrl-C after so many steps."""
+    """Ctrl-C, or another signal, during the step of that number."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, step: int, number: signal.Signals = signal.SIGINT) -> None:
         super().__init__(disable=True)
-        self.steps_left = steps
+        self.steps_left = step
+        self.number = number
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         super().update(*args, **kwargs)
         if "advance" in kwargs:
             self.steps_left -= 1
             if self.steps_left == 0:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), self.number)
 
 
 class Trainer:
@@ -49,6 +55,7 @@ class Trainer:
         seed: int = 0,
         fingerprint: str = "same",
         progress: Progress | None = None,
+        save_interval_s: float = 0,
     ) -> nn.Module:
         torch.manual_seed(derive_seed(seed, "weights"))
         network = build_network("squeezenet1_1", 3, "small")
@@ -67,7 +74,7 @@ class Trainer:
                 state_file=state_file,
                 fingerprint=fingerprint,
                 progress=progress or Progress(disable=True),
-                save_interval_s=0,
+                save_interval_s=save_interval_s,
             )
         return network
 
@@ -125,17 +132,63 @@ def test_another_seed_gives_other_weights(trainer: Trainer, uninterrupted: nn.Mo
     assert not same_weights(trainer.run(tmp_path / "state.pt", seed=1), uninterrupted)
 
 
-@pytest.mark.parametrize("steps", [2, 5, 11])
-def test_an_interruption_changes_nothing(
-    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path, steps: int
+# 43 images in batches of 16 are three steps an epoch.
+@pytest.mark.parametrize("step", [2, 3, 11])
+def test_ctrl_c_keeps_what_was_done_and_changes_nothing(
+    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path, step: int
 ) -> None:
     state = tmp_path / "state.pt"
     with pytest.raises(KeyboardInterrupt):
-        trainer.run(state, progress=InterruptedProgress(steps))
-    # 43 images in batches of 16 are three steps an epoch: the first interruption is before any state.
-    assert state.exists() == (steps > 3)
-    assert [path.name for path in tmp_path.iterdir()] in ([], ["state.pt"])
-    assert same_weights(trainer.run(state), uninterrupted)
+        trainer.run(state, progress=InterruptedProgress(step), save_interval_s=1e9)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    counted = InterruptedProgress(10**6)
+    assert same_weights(trainer.run(state, progress=counted), uninterrupted)
+    assert 10**6 - counted.steps_left == 12 - step
+
+
+def test_a_kill_in_the_middle_of_an_epoch_changes_nothing(
+    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.pt"
+    killed = InterruptedProgress(6, signal.SIGKILL)
+    assert ends_by_a_kill(lambda: trainer.run(state, progress=killed))
+    counted = InterruptedProgress(10**6)
+    assert same_weights(trainer.run(state, progress=counted), uninterrupted)
+    assert 10**6 - counted.steps_left == 12 - 5  # the sixth step was done, and not saved yet
+
+
+@pytest.mark.parametrize("length", [0.5, 7, 12, 29])
+def test_no_two_savings_are_further_apart_than_the_interval(length: float) -> None:
+    now, saved = 0.0, [0.0]
+    with StateSaver(lambda: saved.append(now), 30, clock=lambda: now) as saver:
+        for _ in range(200):
+            now += length
+            saver.step_done()
+    gaps = np.diff(saved)
+    assert gaps.max() <= 30
+    assert gaps.min() > 30 - 2 * length  # and it saves no more often than that needs
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    def interrupt_twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it waited")
+
+    with pytest.raises(KeyboardInterrupt), StateSaver(lambda: None):
+        interrupt_twice()
+
+
+def test_a_programs_own_handler_of_ctrl_c_stays() -> None:
+    came: list[int] = []
+    old = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with StateSaver(lambda: None) as saver:
+            os.kill(os.getpid(), signal.SIGINT)
+            saver.step_done()
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert came == [signal.SIGINT]
 
 
 def test_a_finished_training_is_not_repeated(

@@ -30,8 +30,8 @@ LABELS = ["red", "green", "blue", "cyan", "magenta", "yellow", "black", "white",
 SIDE = 32
 
 
-def write_graph(path: Path, seed: int) -> None:
-    weights = np.random.default_rng(seed).normal(size=(48, len(LABELS))).astype(np.float32)
+def write_graph(path: Path, seed: int, classes: int = len(LABELS)) -> None:
+    weights = np.random.default_rng(seed).normal(size=(48, classes)).astype(np.float32)
     graph = helper.make_graph(
         [
             helper.make_node("Cast", ["pixels"], ["cast"], to=TensorProto.FLOAT),
@@ -45,8 +45,8 @@ def write_graph(path: Path, seed: int) -> None:
         "tiny",
         [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", SIDE, SIDE, 3])],
         [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(LABELS)]),
-            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", len(LABELS)]),
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes]),
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", classes]),
         ],
         [
             numpy_helper.from_array(np.float32(1 / 255), "scale"),
@@ -87,13 +87,14 @@ def write_package(
     seed: int = 0,
     min_batch: int = 1,
     max_batch: int = 8,
-    write_graph: Callable[[Path, int], None] = write_graph,
+    classes: int = len(LABELS),
+    write_graph: Callable[..., None] = write_graph,
 ) -> Path:
     """A new engine package in `directory`; `seed` chooses the weights."""
     folder = directory / f"{name}-v{version}"
     folder.mkdir(parents=True)
     graph = folder / "source.onnx"
-    write_graph(graph, seed)
+    write_graph(graph, seed, *([classes] if classes != len(LABELS) else []))
     batch = BatchSizes(min=min_batch, opt=max(min_batch, min(4, max_batch)), max=max_batch)
     artefact = OpenVINOTarget().compile(graph, folder, batch, lambda _step: None)
     manifest = Manifest(
@@ -106,11 +107,11 @@ def write_package(
         precision=precision,
         input=Tensor(name="pixels", dtype="uint8", shape=[-1, SIDE, SIDE, 3], layout="NHWC"),
         outputs=[
-            Tensor(name="logits", dtype="float32", shape=[-1, len(LABELS)]),
-            Tensor(name="probabilities", dtype="float32", shape=[-1, len(LABELS)]),
+            Tensor(name="logits", dtype="float32", shape=[-1, classes]),
+            Tensor(name="probabilities", dtype="float32", shape=[-1, classes]),
         ],
         batch=batch,
-        labels=LABELS,
+        labels=LABELS[:classes],
         preprocessing=Preprocessing(resize=SIDE, height=SIDE, width=SIDE),
         compatibility=artefact.compatibility,
         provenance=Provenance(

@@ -1,0 +1,105 @@
+"""What a run is going to do, tried in small beforehand, to tell how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
+
+import numpy as np
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from models.checkpoint import load_checkpoint
+from models.distillation import VIEWS_TASK, label_views
+from models.estimate import Estimate, Part
+from models.evaluation import images_at_once
+from models.networks import build_network
+from models.preprocessing import Preprocessing
+from models.pruning import Pruner
+from models.recipe import Training
+from models.setup import Setup
+from models.training import steps_of_epoch, time_step
+
+_INFERENCE_SHARE: Final = 0.5  # of the time of a training step: a third of its work, but always in FP32
+
+
+def estimate(setup: Setup, roles: Sequence[Literal["teacher", "student", "pruned"]]) -> Estimate:
+    """How long these stages will take, from a few steps of each. Their networks can be built and pruned."""
+    recipe, classes, stem = setup.recipe, len(setup.data.labels), setup.inputs[1]
+    parts: list[Part] = []
+    if "teacher" in roles:
+        teacher = build_network(recipe.teacher.architecture, classes, stem)
+        seconds = _step_seconds(setup, teacher, recipe.teacher)
+        parts.append(_training(setup, "teacher", "teacher", recipe.teacher, seconds))
+        if "student" in roles:
+            parts.append(_labelling(setup, teacher.eval(), setup.spec))
+        del teacher  # the memory of its gradients is needed
+    elif setup.teacher is not None:
+        parts.append(_labelling(setup, setup.teacher.logits, setup.teacher.preprocessing))
+    elif "student" in roles:
+        teacher = load_checkpoint(setup.out / "teacher")[0].to(setup.device)
+        parts.append(_labelling(setup, teacher, setup.spec))
+    if "student" in roles:
+        student = build_network(recipe.student.architecture, classes, stem)
+        seconds = _step_seconds(setup, student, recipe.student)
+        parts.append(_training(setup, "student", "student", recipe.student, seconds))
+    if "pruned" in roles:
+        pruned = build_network(recipe.student.architecture, classes, stem).eval()
+        _prune(pruned, setup)
+        seconds = _step_seconds(setup, pruned, recipe.pruning)
+        parts += [
+            _training(setup, f"pruned-{step}", "pruned", recipe.pruning, seconds)
+            for step in range(1, recipe.pruning.steps + 1)
+        ]
+    return Estimate(parts)
+
+
+def _prune(student: nn.Module, setup: Setup) -> None:
+    settings = setup.recipe.pruning.model_copy(update={"steps": 1})
+    Pruner(student, setup.spec, settings, settings.ratio).step()
+
+
+def _step_seconds(setup: Setup, network: nn.Module, settings: Training) -> float:
+    if settings.epochs == 0:
+        return 0.0
+    return time_step(
+        network.to(setup.device), setup.train_images, setup.spec, setup.limits, settings, setup.precision
+    )
+
+
+def _training(setup: Setup, task: str, label: str, settings: Training, step_seconds: float) -> Part:
+    images, validation = len(setup.data.train), len(setup.data.validation)
+    image_seconds = step_seconds / min(settings.batch_size, images)
+    judged = validation if settings.patience is not None else 0
+    return Part(
+        task=task,
+        label=label,
+        steps=settings.epochs * steps_of_epoch(images, settings),
+        seconds=settings.epochs * (images + _INFERENCE_SHARE * judged) * image_seconds,
+        seconds_after=_INFERENCE_SHARE * (validation + len(setup.data.test)) * image_seconds,
+    )
+
+
+def _labelling(setup: Setup, teacher: Callable[[Tensor], Tensor], spec: Preprocessing) -> Part:
+    images = setup.data.train
+    count = min(len(images), images_at_once(spec, setup.device))
+    few = images.subset(np.arange(count), f"{images.name}-timed")
+    pixels = few.load_pixels(spec, progress=False)
+    times = []
+    for _ in range(2):  # the first one also sets everything up
+        began = time.perf_counter()
+        label_views(
+            teacher,
+            pixels,
+            spec,
+            setup.limits,
+            views=1,
+            seed=0,
+            progress=Progress(disable=True),
+            device=setup.device,
+            precision=setup.precision,
+        )
+        times.append(time.perf_counter() - began)
+    steps = setup.recipe.distillation.views * len(images)
+    return Part(VIEWS_TASK, "its labels", steps, min(times) / count * steps)
