@@ -219,7 +219,7 @@ def _error(
     ranges: list[_Range],
     weights: Mapping[str, NDArray[np.float64]],
 ) -> float:
-    """The square error that rounding activations and weights is expected to make in the consumers' outputs."""
+    """The square error of the consumers' outputs that rounding activations and weights should make."""
     total = 0.0
     for layer, found in zip(group.consumers, ranges, strict=True):
         values = weights[layer.weights]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import LABELS, SIDE, write_package
 
-from builder.compile.verification import Gate, GateError, compare, engine_logits
 from builder.comparison import Comparison
+from builder.compile.verification import Gate, GateError, compare, engine_logits
 from builder.kit import VerificationSet
 from models.preprocessing import Pixels
 from runtime.engine import Engine
