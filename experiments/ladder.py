@@ -1,6 +1,6 @@
 """What each way to static INT8 gains: all that `trimrt build` would try, on images that none has seen.
 
-    python -m experiments.ladder model.onnx --data photos/ --unlabelled --preprocess=-1..1 --unseen new/
+    python -m experiments.ladder model.onnx --data photos/ --unlabelled --preprocess=-1..1 --unseen new
 
 Every graph is held against FP32 by exact sums: on the validation images, which decide, and on the unseen ones.
 """

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT, LOGITS
-from builder.weights import round_to_scale
+from builder.weights import LEVELS, round_to_scale
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:
     import onnx
 
 LAYERS: Final = ("Conv", "Gemm", "MatMul")
+SMALLEST_SCALE: Final = 2**-24  # FP16 makes 0 of anything smaller
 _BATCH: Final = 8  # images whose tensors are all held at once
 
 
@@ -124,17 +125,12 @@ def quantise_again(
         largest = np.abs(weights).max(
             axis=tuple(axis for axis in range(weights.ndim) if axis != layer.axis), keepdims=True
         )
-        integers, scale = round_to_scale(weights, smallest_scale(largest / 127))
+        integers, scale = round_to_scale(weights, np.maximum(largest / LEVELS, SMALLEST_SCALE))
         new[layer.weights], new[layer.weights_scale] = integers, scale.ravel()
     kept = {tensor.name for tensor in result.graph.initializer} - set(new)
     new |= {name: value for name, value in floats.items() if name in kept}
     replace_constants(result, new)
     return result
-
-
-def smallest_scale(scale: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Scales of which none is too small for FP16."""
-    return np.maximum(scale, 2.0**-24)
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:

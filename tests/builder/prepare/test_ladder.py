@@ -1,7 +1,7 @@
 """From refusal to an INT8 engine without anybody being asked: each way costs more than the one before it.
 
-One network is the student with one channel of two blocks a thousand times larger, which a single range for all
-channels cannot carry. The other is of depthwise convolutions, with ReLU6 and sums, as efficient networks are.
+One network is the student with one channel of two blocks a thousand times larger, which a single range for
+all channels cannot carry. The other is of depthwise convolutions, ReLU6 and sums, as efficient networks are.
 """
 
 from __future__ import annotations
