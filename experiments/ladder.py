@@ -2,7 +2,7 @@
 
     python -m experiments.ladder model.onnx --data photos/ --unlabelled --preprocess=-1..1 --unseen new
 
-Every graph is held against FP32 by exact sums: on the validation images, which decide, and on the unseen ones.
+Every graph is held against FP32 by exact sums, on the validation images, which decide, and on unseen ones.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT, LOGITS
-from builder.weights import LEVELS, round_to_scale
+from builder.weights import quantise
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:
@@ -122,10 +122,7 @@ def quantise_again(
     for name, layer in quantised_layers(quantised).items():
         source = nodes[name]
         weights = floats[source.input[1]]
-        largest = np.abs(weights).max(
-            axis=tuple(axis for axis in range(weights.ndim) if axis != layer.axis), keepdims=True
-        )
-        integers, scale = round_to_scale(weights, np.maximum(largest / LEVELS, SMALLEST_SCALE))
+        integers, scale = quantise(weights, axes=(layer.axis,), smallest_scale=SMALLEST_SCALE)
         new[layer.weights], new[layer.weights_scale] = integers, scale.ravel()
     kept = {tensor.name for tensor in result.graph.initializer} - set(new)
     new |= {name: value for name, value in floats.items() if name in kept}
