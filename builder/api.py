@@ -14,9 +14,9 @@ from builder.compile.selection import build_best
 from builder.compile.targets.base import INT8_REST
 from builder.compile.targets.choice import choose_backend, open_target
 from builder.compile.targets.tensorrt.progress import RichListener
-from builder.compile.verification import GateError
+from builder.compile.verification import Gate, GateError
 from builder.finding import LIBRARIES, find_source, is_weights
-from builder.kit import GraphSource, Kit, KitError, KitManifest, is_kit, open_kit
+from builder.kit import Graph, GraphSource, Kit, KitError, KitManifest, is_kit, open_kit
 from builder.observer import BuildObserver
 from builder.options import BuildOptions
 from builder.prepare.export import ExportError
@@ -104,7 +104,7 @@ def build(
             observer.published(package)
             packages.append(package)
         if refused and {"int8", "best"} & set(precisions):
-            refused += _remedies(graphs, options.prepare)
+            refused += _remedies(graphs, options)
     if refused:
         raise GateError("\n".join(refused))
     return packages
@@ -147,7 +147,17 @@ def make_kit(
         from builder.prepare.preparation import write_kit
 
         command = prepare_command(source, output, precisions, targets, options)
-        return write_kit(graphs, output, precisions, rests, command)
+        return write_kit(graphs, output, precisions, rests, command, _passes)
+
+
+def _passes(graph: Graph) -> bool:
+    """Whether exact sums of the graph are within the usual limits, as far as is known."""
+    try:
+        if graph.exact is not None:
+            Gate().check(graph.exact)
+    except GateError:
+        return False
+    return True
 
 
 @contextmanager
@@ -188,10 +198,10 @@ def _prepared(source: str, options: PrepareOptions, observer: BuildObserver) -> 
     for note in (*subject.data.summary, *subject.notes):
         observer.noted(note)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as workspace:
-        graphs = prepare(subject, Path(workspace), options, observer.report, observer.progress)
+        graphs = prepare(
+            *(subject, Path(workspace), options, observer.report, observer.progress, observer.ranked_layers)
+        )
         observer.exported(graphs.export_difference)
-        if options.sensitivity:
-            observer.ranked_layers(graphs.layer_costs)
         yield graphs
 
 
@@ -218,15 +228,31 @@ def _open(source: str, options: PrepareOptions) -> Subject:
     return open_checkpoint(Path(source), options.data, options.name, on_damaged=options.on_damaged)
 
 
-def _remedies(source: GraphSource, options: PrepareOptions) -> Iterator[str]:
+def _remedies(source: GraphSource, options: BuildOptions) -> Iterator[str]:
     """What has not been tried to get INT8 through the gate."""
-    sensitivity, qat, where = options.sensitivity, options.qat, ""
+    prepare, where = options.prepare, ""
     if isinstance(source, Kit):
-        made = [graph.calibration for graph in source.manifest.graphs if graph.calibration is not None]
-        sensitivity = any(calibration.higher_precision_layers for calibration in made)
-        qat = any(calibration.method == "qat" for calibration in made)
         where = " (of `trimrt prepare`)"
-    if not sensitivity:
-        yield f"--sensitivity{where} finds the layers that INT8 hurts most, and keeps them out of it"
-    if not qat and (is_weights(source.path) or not source.path.is_file()):  # ONNX cannot be trained
-        yield f"--qat{where} fine-tunes the network for INT8"
+        made = [graph.calibration for graph in source.manifest.graphs if graph.calibration is not None]
+        changes = {change for calibration in made for change in calibration.changes}
+        prepare = PrepareOptions(
+            correction="bias" in changes,
+            rounding="rounded" in changes,
+            sensitivity=any(calibration.higher_precision_layers for calibration in made),
+            qat=any(calibration.method == "qat" for calibration in made),
+        )
+    yield "What is left to try:"
+    if not prepare.correction:
+        yield f"  --correction{where} equalises channels and corrects biases"
+    if not prepare.rounding:
+        yield f"  --rounding{where} rounds weights for the least error of each layer's output"
+    if not prepare.sensitivity:
+        yield f"  --sensitivity{where} finds the layers that INT8 hurts most, and keeps them out of it"
+    if not prepare.qat and (is_weights(source.path) or not source.path.is_file()):  # ONNX cannot be trained
+        yield f"  --qat{where} fine-tunes the network for INT8"
+    yield f"  --calibration-images{where} and more training images, like those that will be served"
+    yield (
+        f"  --max-drop (now {100 * options.gate.max_drop:g} points) and --min-agreement "
+        f"(now {100 * options.gate.min_agreement:g} %) say how much an engine may lose"
+    )
+    yield "  -p int8-dynamic finds the ranges of each image as it runs; fp16 and fp32 lose next to nothing"

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from builder.comparison import Comparison
 from builder.external_data import has_external_data
 from models.errors import TrimRTError, faults
 from models.files import restore
@@ -77,6 +78,25 @@ class VerificationSet:
         """Whether the true classes are known."""
         return bool((self.targets != UNKNOWN).all())
 
+    def compare(self, logits: NDArray[np.float32], activation: Activation = "softmax") -> Comparison:
+        """Hold logits of all images, shape (N, classes), against the reference's."""
+        labels, reference = logits.argmax(axis=1), self.logits.argmax(axis=1)
+        if activation == "softmax":
+            alike = labels == reference
+        else:
+            alike = ((logits > 0) == (self.logits > 0)).all(axis=1)
+        right, reference_right = labels == self.targets, reference == self.targets
+        known = self.labelled
+        return Comparison(
+            images=len(logits),
+            originals=self.originals,
+            reference_top1=float(np.mean(reference_right[: self.originals])) if known else None,
+            engine_top1=float(np.mean(right[: self.originals])) if known else None,
+            drop=float(np.mean(reference_right) - np.mean(right)) if known else None,
+            label_agreement=float(np.mean(alike)),
+            max_logit_difference=float(np.abs(logits - self.logits).max()),
+        )
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,6 +127,10 @@ class Graph(_Strict):
     int8_share: float | None = Field(
         default=None, description="of an INT8 graph: share of the multiply-accumulates that run in INT8"
     )
+    exact: Comparison | None = Field(
+        default=None, description="of a static INT8 graph: what it gives where its sums are exact"
+    )
+    seconds: float | None = Field(default=None, description="that making it took")
 
 
 class GraphSource(Protocol):

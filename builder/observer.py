@@ -35,7 +35,7 @@ class BuildObserver:
         """The network is a graph now, whose logits differ from PyTorch's by `difference` at most."""
 
     def ranked_layers(self, costs: Sequence[LayerCost]) -> None:
-        """What quantising each layer alone costs, the costliest first; with `sensitivity` only."""
+        """What quantising each layer alone costs, the costliest first, if that had to be found."""
 
     def published(self, package: Package) -> None:
         """An engine passed the gate and is in its folder."""

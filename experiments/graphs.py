@@ -8,7 +8,7 @@ import numpy as np
 import openvino
 from pydantic import BaseModel, Field
 
-from builder.compile.verification import Gate, GateError, compare_logits
+from builder.compile.verification import Gate, GateError
 from builder.kit import VerificationSet
 from builder.prepare.preparation import Subject
 from runtime.openvino import CONFIGURATION
@@ -41,7 +41,7 @@ def measure_graph(graph: Path, validation: VerificationSet, test: VerificationSe
     measurements, refused = [], None
     for images in (validation, test):
         parts = [images.pixels[start : start + _BATCH] for start in range(0, len(images.pixels), _BATCH)]
-        comparison = compare_logits(np.concatenate([compiled([part])[0] for part in parts]), images)
+        comparison = images.compare(np.concatenate([compiled([part])[0] for part in parts]))
         if images is validation:
             try:
                 Gate().check(comparison)

@@ -111,7 +111,7 @@ def run(console: Console) -> Results:
         for seed in progress.track(SEEDS, description="seeds"):
             folder = Path(name) / str(seed)
             folder.mkdir()
-            options = PrepareOptions(seed=seed, qat=True)
+            options = PrepareOptions(seed=seed, correction=False, rounding=False, sensitivity=False, qat=True)
             prepared = prepare(subject, folder, options, lambda _: None, progress)
             results.calibration_images = len(prepared.calibration)
             try:

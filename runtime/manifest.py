@@ -27,6 +27,8 @@ _NAMED_MISTAKES: Final = 1000
 Backend = Literal["tensorrt", "tensorrt-rtx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 Activation = Literal["softmax", "sigmoid"]
+CalibrationMethod = Literal["entropy", "max", "mse", "qat"]
+WeightChange = Literal["equalised", "bias", "rounded"]
 
 
 class EngineError(TrimRTError):
@@ -94,11 +96,32 @@ class FineTuning(_Strict):
     learning_rate: float
 
 
-class Calibration(_Strict):
-    """How the INT8 activation ranges were found. Only training images are ever used."""
+class Rung(_Strict):
+    """A way to a static INT8 engine that was tried."""
 
-    method: Literal["entropy", "max", "qat"] = Field(
-        description="qat: the largest magnitude, to which the weights were then fine-tuned"
+    name: str
+    seconds: float | None = Field(default=None, description="that making its graph took")
+    exact_agreement: float | None = Field(
+        default=None,
+        description="share of the validation images that its graph labels as FP32 where sums are exact",
+    )
+    int8_share: float | None = Field(
+        default=None, description="share of the multiply-accumulates that run in INT8"
+    )
+    refused: str | None = Field(description="by the accuracy gate, and why; None: it was published")
+
+
+class Calibration(_Strict):
+    """How an INT8 graph was made. Only training images are ever used."""
+
+    method: CalibrationMethod = Field(
+        description="mse: the least square error; qat: the largest magnitude, to which the weights were then "
+        "fine-tuned"
+    )
+    changes: list[WeightChange] = Field(
+        default=[],
+        description="equalised: channels were scaled to one range; bias: biases make up for the mean error "
+        "of rounding; rounded: weights were rounded for the least error of each layer's output",
     )
     images: int
     images_sha256: str
@@ -106,6 +129,14 @@ class Calibration(_Strict):
     fine_tuning: FineTuning | None = Field(default=None, description="of `qat` alone")
     tried: list[str] = Field(default=[], description="methods that failed the accuracy gate before this one")
     higher_precision_layers: list[str] = Field(default=[], description="kept out of INT8 to pass the gate")
+    ladder: list[Rung] = Field(default=[], description="all that was tried, in order; the last was published")
+
+    @property
+    def name(self) -> str:
+        """How it differs from other calibrations, in words."""
+        kept = len(self.higher_precision_layers)
+        words = [self.method, *self.changes, *([f"{kept} layers in higher precision"] if kept else [])]
+        return ", ".join(words)
 
 
 class Provenance(_Strict):

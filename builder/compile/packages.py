@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -15,15 +15,19 @@ from builder.compile.measurement import measure, measure_in_turns
 from builder.compile.publication import next_version, write_manifest
 from builder.compile.targets.base import INT8_REST, Artefact, Target
 from builder.compile.targets.choice import open_target
-from builder.compile.verification import Gate, GateError, compare, told_images
+from builder.compile.verification import Gate, GateError, compare
 from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph, GraphSource, KitError, Report, VerificationSet
 from models.files import clear_folder, replace_folder
 from runtime.engine import Engine
 from runtime.jetson import power
 from runtime.loading import load_engine
-from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Tensor, sha256_of
+from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Rung, Tensor, sha256_of
 
 LEAST_INT8: Final = 0.5  # share of the multiply-accumulates of an INT8 engine
+_SATURATES: Final = (
+    ". This processor is part of the reason: it has no VNNI and adds INT8 products in 16 bits, so weights "
+    "were rounded to fewer bits"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Package:
     Attributes:
         folder: where it is.
         manifest: what it says.
-        rejected: what the gate said of the graphs that were tried before.
+        rejected: the ways to it that the gate refused, and why.
         unverified: why it could not be run here; None when it was run and passed.
         slower: how an INT8 engine compares with one without INT8, if it is no faster on this machine.
     """
@@ -86,19 +90,20 @@ def build_package(
         BusyError: another process is building this package.
     """
     name = package_name(source, target, precision)
-    rejected: list[str] = []
-    tried: list[str] = []
+    refused: list[Rung] = []
     with replace_folder(output / name) as folder:
         # Find out now, not after minutes of work.
         version = next_version(output / name, None if replace else source.student)
         for graph, path in source.graphs(precision, INT8_REST[target.backend]):
             clear_folder(folder)
             unverified = target.missing_device()
-            slower = None
+            slower, saturates = None, False
             try:
                 _require_int8(graph)
+                _require_exact(graph, gate)
                 artefact = target.compile(path, folder, batch, report)
-                manifest = _describe(name, source, target, graph, artefact, folder, tried, command)
+                saturates = bool(artefact.saturation_safe)
+                manifest = _describe(name, source, target, graph, artefact, folder, refused, command)
                 manifest = manifest.model_copy(update={"version": version})
                 if unverified is None:
                     report("verifying")
@@ -112,13 +117,14 @@ def build_package(
                     report("verifying the graph with OpenVINO")
                     unverified += f". {_verify_graph(source, graph, path, batch, gate, report)}"
             except GateError as error:
-                tried.append(_label(graph))
-                rejected.append(f"{_label(graph)}: {error}")
+                reason = f"{error}{_SATURATES if saturates else ''}"
+                refused.append(_rung(graph, reason))
                 continue
             report("publishing")
             write_manifest(folder, manifest)
-            return Package(output / name, manifest, tuple(rejected), unverified, slower)
-        raise GateError(f"{name} was not published. " + "; ".join(rejected))
+            rejected = tuple(_told(rung) for rung in refused)
+            return Package(output / name, manifest, rejected, unverified, slower)
+        raise GateError("\n  ".join([f"{name} was not published.", *map(_told, refused), *_nearest(refused)]))
 
 
 def _require_int8(graph: Graph) -> None:
@@ -135,12 +141,41 @@ def _require_int8(graph: Graph) -> None:
         )
 
 
-def _label(graph: Graph) -> str:
-    """How a graph differs from the others of its precision."""
-    if graph.calibration is None:
-        return graph.precision
-    kept = graph.calibration.higher_precision_layers
-    return graph.calibration.method + (f", {len(kept)} layers in {graph.rest}" if kept else "")
+def _require_exact(graph: Graph, gate: Gate) -> None:
+    """Refuse a graph whose exact sums are beyond the gate's limits already: no engine mends that.
+
+    Raises:
+        GateError: that is so.
+    """
+    try:
+        if graph.exact is not None:
+            gate.check(graph.exact)
+    except GateError as error:
+        raise GateError(f"{error} with exact sums, before compilation") from None
+
+
+def _rung(graph: Graph, refused: str | None) -> Rung:
+    """What came of a graph."""
+    return Rung(
+        name=graph.calibration.name if graph.calibration is not None else graph.precision,
+        seconds=graph.seconds,
+        exact_agreement=graph.exact.label_agreement if graph.exact is not None else None,
+        int8_share=graph.int8_share,
+        refused=refused,
+    )
+
+
+def _told(rung: Rung) -> str:
+    price = "" if rung.seconds is None else f" ({rung.seconds:.0f} s)"
+    return f"{rung.name}{price}: {rung.refused}"
+
+
+def _nearest(refused: Sequence[Rung]) -> Iterator[str]:
+    """Which of several came nearest to FP32."""
+    judged = [rung for rung in refused if rung.exact_agreement is not None]
+    if len(judged) > 1:
+        best = max(judged, key=lambda rung: rung.exact_agreement or 0)
+        yield f"The nearest is {best.name}, with {best.exact_agreement:.2%} of the labels as FP32"
 
 
 def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: int) -> Evidence:
@@ -174,7 +209,7 @@ def _verify_graph(
     top1 = "" if comparison.engine_top1 is None else f"top-1 {comparison.engine_top1:.2%}, "
     return (
         f"Its graph, run with OpenVINO, passes the gate: {top1}"
-        f"agreement {comparison.label_agreement:.2%} on {told_images(comparison)}"
+        f"agreement {comparison.label_agreement:.2%} on {comparison.told_images}"
     )
 
 
@@ -229,14 +264,19 @@ def _describe(
     graph: Graph,
     artefact: Artefact,
     folder: Path,
-    tried: list[str],
+    refused: Sequence[Rung],
     command: str,
 ) -> Manifest:
     student = source.student
     spec = student.preprocessing
     calibration = graph.calibration
     if calibration is not None:
-        calibration = calibration.model_copy(update={"tried": list(tried)})
+        calibration = calibration.model_copy(
+            update={
+                "tried": [rung.name for rung in refused],
+                "ladder": [*refused, _rung(graph, refused=None)],
+            }
+        )
     return Manifest(
         name=name,
         created_at=datetime.now(timezone.utc),

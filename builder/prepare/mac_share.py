@@ -12,18 +12,23 @@ if TYPE_CHECKING:
 
 def count_macs(model: onnx.ModelProto) -> int:
     """Multiply-accumulates of convolutions and matrix products, for one image."""
-    return sum(macs for macs, _ in _layers(model))
+    return sum(macs for _, macs, _ in _layers(model))
+
+
+def layer_macs(model: onnx.ModelProto) -> dict[str, int]:
+    """Multiply-accumulates of each convolution and matrix product for one image, by the nodes' names."""
+    return {name: macs for name, macs, _ in _layers(model)}
 
 
 def int8_share(model: onnx.ModelProto) -> float:
     """Share of the multiply-accumulates whose operands are both quantised; 0 to 1."""
-    layers = list(_layers(model))
-    total = sum(macs for macs, _ in layers)
-    return sum(macs for macs, quantised in layers if quantised) / total if total else 0.0
+    layers = _layers(model)
+    total = sum(macs for _, macs, _ in layers)
+    return sum(macs for _, macs, quantised in layers if quantised) / total if total else 0.0
 
 
-def _layers(model: onnx.ModelProto) -> list[tuple[int, bool]]:
-    """Multiply-accumulates of each layer, and whether it runs in INT8."""
+def _layers(model: onnx.ModelProto) -> list[tuple[str, int, bool]]:
+    """Name and multiply-accumulates of each layer, and whether it runs in INT8."""
     import onnx
 
     single = onnx.ModelProto()
@@ -45,7 +50,7 @@ def _layers(model: onnx.ModelProto) -> list[tuple[int, bool]]:
         macs = _macs(node, shapes)
         if macs:
             integers = node.op_type.endswith("Integer")
-            layers.append((macs, integers or all(name in dequantised for name in node.input[:2])))
+            layers.append((node.name, macs, integers or all(name in dequantised for name in node.input[:2])))
     return layers
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from builder.kit import LONGEST_NAME
-from builder.prepare.int8 import METHODS, Method
 from builder.prepare.normalisations import NORMALISATIONS
+from builder.prepare.ranges import Ranges
 from models.folders import ON_DAMAGED_TEXT, OnDamaged
 from models.preprocessing import Interpolation
 from models.recipe import Training
@@ -38,8 +38,17 @@ class PrepareOptions(BaseModel):
         "trained on.",
     )
     on_damaged: OnDamaged = Field(default="stop", description=ON_DAMAGED_TEXT)
-    calibration: Literal["auto", "entropy", "max"] = Field(
-        default="auto", description="How INT8 activation ranges are found; auto tries entropy, then max."
+    calibration: Literal["auto", "entropy", "max", "mse"] = Field(
+        default="auto",
+        description="How INT8 activation ranges are found; auto tries entropy, then max, then mse.",
+    )
+    correction: bool = Field(
+        default=True,
+        description="If INT8 fails the gate, equalise channels and correct biases.",
+    )
+    rounding: bool = Field(
+        default=True,
+        description="If INT8 still fails, round weights for the least error of each layer's output.",
     )
     calibration_images: int = Field(
         default=512, ge=1, description="Training images to calibrate with, at most."
@@ -49,9 +58,9 @@ class PrepareOptions(BaseModel):
     )
     seed: int = Field(default=0, description="Selects the images.")
     sensitivity: bool = Field(
-        default=False,
-        description="Rank the layers by what quantising each costs; if INT8 fails the gate, keep the "
-        "costliest in higher precision.",
+        default=True,
+        description="If INT8 still fails, rank the layers by what quantising each costs, and keep those in "
+        "higher precision that cost most for the time they take.",
     )
     qat: bool = Field(
         default=False,
@@ -137,9 +146,9 @@ class PrepareOptions(BaseModel):
         return int(height), int(width or height)
 
     @property
-    def methods(self) -> Sequence[Method]:
+    def methods(self) -> Sequence[Ranges]:
         """Ways to calibrate, the preferred one first."""
-        return METHODS if self.calibration == "auto" else [self.calibration]
+        return get_args(Ranges) if self.calibration == "auto" else [self.calibration]
 
     @property
     def training(self) -> Training | None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from builder.comparison import Comparison
 from builder.kit import (
     KIT_NAME,
     VERIFICATION_NAME,
@@ -29,12 +30,14 @@ from builder.kit import (
 from builder.prepare import qat
 from builder.prepare.export import ExportError, export_onnx, require_same
 from builder.prepare.fp16 import convert_to_fp16
-from builder.prepare.int8 import Method, convert_to_int8
+from builder.prepare.int8 import convert_to_int8
 from builder.prepare.int8_dynamic import convert_to_dynamic_int8
+from builder.prepare.ladder import Candidate, Ladder
 from builder.prepare.legality import require_legal
 from builder.prepare.mac_share import int8_share
 from builder.prepare.options import PrepareOptions
-from builder.prepare.sensitivity import LayerCost, fallback_groups, rank_layers
+from builder.prepare.qdq import exact_logits
+from builder.prepare.sensitivity import LayerCost
 from models.card import Card
 from models.checkpoint import load_checkpoint
 from models.datasets import (
@@ -50,12 +53,12 @@ from models.files import replace_folder
 from models.preprocessing import Pixels
 from models.recipe import Augmentation, Training
 from models.training import Images
-from runtime.manifest import Calibration, FineTuning, Precision, sha256_of
+from runtime.manifest import Calibration, CalibrationMethod, FineTuning, Precision, sha256_of
 
 if TYPE_CHECKING:
+    import onnx
     from torch import nn
 
-SENSITIVITY_IMAGES: Final = 128
 _EXPORT_IMAGES: Final = 48  # that the exported graph is held against the network with
 
 # Shifts by at most one pixel, the identity first.
@@ -106,6 +109,7 @@ class Preparation:
         export_difference: largest logit difference of `master` and the network, on the user's images.
         calibration: the training images to calibrate with.
         progress: running; shows trainings.
+        ranked: takes what quantising each layer costs, if that has to be known.
     """
 
     subject: Subject
@@ -117,6 +121,7 @@ class Preparation:
     options: PrepareOptions
     report: Report
     progress: Progress
+    ranked: Callable[[Sequence[LayerCost]], None]
 
     @property
     def path(self) -> Path:
@@ -142,31 +147,46 @@ class Preparation:
             convert_to_dynamic_int8(self.master, path)
             yield self._graph(path, precision, "fp32"), path
         else:
-            for method in self.options.methods:
-                yield self._int8(method, rest)
-            if self.options.sensitivity:
-                for layers in fallback_groups(self.layer_costs):
-                    yield self._int8(self.options.methods[0], rest, layers)
+            for candidate in self._ladder.candidates():
+                yield self._int8(candidate, rest)
             if self.options.training is not None:
                 yield self._fine_tuned(self.options.training, rest)
 
     @cached_property
-    def layer_costs(self) -> list[LayerCost]:
-        """What quantising each layer alone costs, the costliest first."""
-        _, quantised = self._int8(self.options.methods[0], "fp32")
-        return rank_layers(self.master, quantised, self._calibration_pixels[:SENSITIVITY_IMAGES], self.report)
+    def _ladder(self) -> Ladder:
+        return Ladder(
+            self.master, self._calibration_pixels, self.options, self._judge, self.report, self.ranked
+        )
 
-    def _int8(self, method: Method, rest: Rest, keep: Sequence[str] = ()) -> tuple[Graph, Path]:
-        """The graph calibrated with `method`, with the layers `keep` in the precision `rest`."""
-        kept = f"-{len(keep)}-kept" if keep else ""
-        path = self.workspace / f"int8-{method}-{rest}{kept}.onnx"
+    def _judge(self, model: onnx.ModelProto) -> Comparison:
+        """The graph beside FP32, on the verification images, its sums exact."""
+        return self.verification.compare(
+            exact_logits(model, self.verification.pixels), self.student.activation
+        )
+
+    def _int8(self, candidate: Candidate, rest: Rest) -> tuple[Graph, Path]:
+        """A candidate with that precision between its quantised layers."""
+        path = candidate.path
+        if rest == "fp16":
+            path = path.with_name(path.name.replace("fp32", "fp16"))
         if not path.exists():
-            self.report(f"calibrating INT8 ({method}) with {len(self.calibration)} training images")
-            convert_to_int8(
-                self.master, path, self._calibration_pixels, method=method, rest=rest, exclude=keep
-            )
-        calibration = self._calibration(method).model_copy(update={"higher_precision_layers": list(keep)})
-        return self._graph(path, "int8", rest, calibration), path
+            self._convert_rest(candidate, path)
+        calibration = self._calibration(candidate.method).model_copy(
+            update={
+                "changes": list(candidate.changes),
+                "higher_precision_layers": list(candidate.kept),
+            }
+        )
+        graph = self._graph(path, "int8", rest, calibration)
+        return graph.model_copy(update={"exact": candidate.exact, "seconds": candidate.seconds}), path
+
+    def _convert_rest(self, candidate: Candidate, path: Path) -> None:
+        """Write a candidate with FP16 between its quantised layers."""
+        if candidate.method != "mse":
+            # ModelOpt leaves some layers as they are that TensorRT has no INT8 kernel for.
+            convert_to_int8(self.master, path, self._calibration_pixels, method=candidate.method, rest="fp16")
+        else:
+            qat.convert_rest_to_fp16(candidate.path, path)
 
     def _fine_tuned(self, training: Training, rest: Rest) -> tuple[Graph, Path]:
         """The graph of the network fine-tuned for INT8."""
@@ -202,7 +222,7 @@ class Preparation:
         )
         qat.export_quantised(quantised, spec, path, self.student.activation)
 
-    def _calibration(self, method: Literal["entropy", "max", "qat"]) -> Calibration:
+    def _calibration(self, method: CalibrationMethod) -> Calibration:
         return Calibration(
             method=method,
             images=len(self.calibration),
@@ -276,6 +296,7 @@ def prepare(
     options: PrepareOptions,
     report: Report,
     progress: Progress | None = None,
+    ranked: Callable[[Sequence[LayerCost]], None] = lambda _: None,
 ) -> Preparation:
     """Export the master graph, and compute the reference logits.
 
@@ -285,6 +306,7 @@ def prepare(
         options: how the graphs are made.
         report: takes lines of progress.
         progress: running, for trainings; None: they are not shown.
+        ranked: takes what quantising each layer costs, if that has to be known.
 
     Raises:
         DatasetError: an image cannot be read.
@@ -331,6 +353,7 @@ def prepare(
         options=options,
         report=report,
         progress=progress or Progress(disable=True),
+        ranked=ranked,
     )
 
 
@@ -340,6 +363,7 @@ def write_kit(
     precisions: Sequence[Precision],
     rests: Sequence[Rest],
     command: str,
+    passes: Callable[[Graph], bool] = lambda _: True,
 ) -> KitManifest:
     """Write a build kit with every graph that compiling those precisions may need.
 
@@ -349,14 +373,21 @@ def write_kit(
         precisions: what can be built from the kit.
         rests: precisions of what INT8 graphs do not quantise, one for each kind of target.
         command: the command that makes this kit.
+        passes: whether a graph is likely to pass the accuracy gate. Of the ways to static INT8, the kit gets
+            all until one does, and the next that does: kernels of some processors are less exact. If the
+            network is fine-tuned, it gets all.
     """
     graphs: dict[str, Graph] = {}
     with replace_folder(folder) as new:
         for precision in precisions:
             for rest in rests if precision == "int8" else rests[:1]:
+                passed = 0
                 for graph, path in preparation.graphs(precision, rest):
                     shutil.copyfile(path, new / graph.file)
                     graphs[graph.file] = graph
+                    passed += passes(graph)
+                    if passed == 2 and not preparation.options.qat:
+                        break
         write_verification(new / VERIFICATION_NAME, preparation.verification)
         manifest = KitManifest(
             builder_version=version("trimrt"),

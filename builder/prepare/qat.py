@@ -22,6 +22,7 @@ from torch.fx.experimental.optimization import fuse, remove_dropout
 from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
 from builder.prepare.export import OPSET, ExportError, quiet, trace_onnx
+from builder.prepare.qdq import SMALLEST_SCALE
 from builder.weights import LEVELS, quantise
 from models.defaults import PHOTO_SIDE
 from models.distillation import TeacherViews, label_views
@@ -51,7 +52,6 @@ _LAYERS: Final[list[dict[str, Any]]] = [
     ),
 ]
 _SUMS: Final = (operator.add, operator.iadd, torch.add)
-_SMALLEST_SCALE: Final = 2**-24  # FP16 makes 0 of anything smaller
 _BATCH: Final = 256
 
 
@@ -257,7 +257,7 @@ class _Activation(_Quantised):
     """An activation's quantiser."""
 
     def __init__(self, amax: Tensor) -> None:
-        super().__init__((amax.detach().float() / LEVELS).clamp(min=_SMALLEST_SCALE).reshape(()))
+        super().__init__((amax.detach().float() / LEVELS).clamp(min=SMALLEST_SCALE).reshape(()))
 
     def forward(self, values: Tensor) -> Tensor:
         """QuantizeLinear and DequantizeLinear."""
@@ -272,7 +272,7 @@ class _Weight(_Quantised):
     integers: Tensor
 
     def __init__(self, weight: Tensor) -> None:
-        integers, scale = quantise(weight.detach().float().numpy(), smallest_scale=_SMALLEST_SCALE)
+        integers, scale = quantise(weight.detach().float().numpy(), smallest_scale=SMALLEST_SCALE)
         super().__init__(torch.from_numpy(scale.ravel()))
         self.register_buffer("integers", torch.from_numpy(integers))
 

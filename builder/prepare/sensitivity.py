@@ -9,33 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.prepare.export import run_onnx
+from builder.prepare.mac_share import layer_macs
+from builder.prepare.qdq import constants_of, copy_of, exact_logits, quantised_layers
 from builder.weights import round_to_scale
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:
     import onnx
 
-LARGEST_SHARE: Final = 0.5  # of the layers in higher precision; above this the engine is hardly INT8
+# Of the multiply-accumulates in higher precision, at most; above a half the engine is hardly INT8.
+BUDGETS: Final = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What quantising one layer does to the network's output.
+    """What quantising one layer does to the network's output, and what it saves.
 
     Attributes:
         layer: the node's name in the graph.
         error: root mean square of the logits' change, relative to that of the logits.
+        share: of the network's multiply-accumulates.
     """
 
     layer: str
     error: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -54,64 +57,105 @@ class LayerScales:
 
 
 def rank_layers(
-    master: Path,
-    quantised: Path,
+    model: onnx.ModelProto,
+    quantised: onnx.ModelProto,
     pixels: Pixels,
     report: Callable[[str], None],
 ) -> list[LayerCost]:
     """All layers that `quantised` computes in INT8, the costliest first.
 
     Args:
-        master: the FP32 graph.
+        model: the FP32 graph.
         quantised: the static INT8 graph made from it.
         pixels: calibration images, uint8 NHWC.
         report: takes lines of progress.
     """
-    import onnx
-
-    model = onnx.load(str(master))
-    scales = layer_scales(onnx.load(str(quantised)))
-    reference = run_onnx(model, pixels, fused=False)
+    scales = layer_scales(quantised)
+    macs = layer_macs(model)
+    total = max(sum(macs.values()), 1)
+    reference = exact_logits(model, pixels)
     norm = float(np.sqrt(np.mean(reference**2)))
     costs = []
     for done, (layer, found) in enumerate(scales.items()):
         report(f"quantising one layer at a time: {done} of {len(scales)}")
-        change = run_onnx(_with_one_layer_quantised(model, layer, found), pixels, fused=False) - reference
-        costs.append(LayerCost(layer, float(np.sqrt(np.mean(change**2))) / norm))
+        change = exact_logits(_with_one_layer_quantised(model, layer, found), pixels) - reference
+        costs.append(LayerCost(layer, float(np.sqrt(np.mean(change**2))) / norm, macs.get(layer, 0) / total))
     return sorted(costs, key=lambda cost: -cost.error)
 
 
-def fallback_groups(costs: Sequence[LayerCost]) -> Iterator[list[str]]:
-    """Ever larger sets of the costliest layers, to be kept in higher precision: 1, 2, 4, ... half of all."""
-    size, most = 1, max(1, int(LARGEST_SHARE * len(costs)))
-    while size <= most:
-        yield [cost.layer for cost in costs[:size]]
-        size = most if size < most < 2 * size else 2 * size
+def worthwhile_groups(costs: Sequence[LayerCost]) -> Iterator[list[str]]:
+    """Ever larger sets of layers to be kept in higher precision, one for each of `BUDGETS`.
+
+    The layers of a set are those that INT8 hurts most for what they compute: errors of layers add up as
+    squares, and what a layer saves in INT8 grows with its multiply-accumulates.
+    """
+    order = sorted(costs, key=lambda cost: -(cost.error**2) / max(cost.share, 1e-9))
+    before: list[str] = []
+    for budget in BUDGETS:
+        chosen, spent = [], 0.0
+        for cost in order:
+            if spent + cost.share <= budget:
+                chosen.append(cost.layer)
+                spent += cost.share
+        if chosen != before and chosen:
+            yield chosen
+        before = chosen
+
+
+def keep_in_float(
+    quantised: onnx.ModelProto, master: onnx.ModelProto, layers: Sequence[str]
+) -> onnx.ModelProto:
+    """A Q/DQ graph in which some layers are not quantised any more.
+
+    Args:
+        quantised: with FP32 between the quantised layers.
+        master: the FP32 graph that it was made from.
+        layers: names of nodes that are quantised.
+    """
+    from onnx import numpy_helper
+
+    result = copy_of(quantised)
+    graph = result.graph
+    floats = constants_of(master)
+    sources = {node.name: node for node in master.graph.node}
+    taken = {tensor.name for tensor in graph.initializer}
+    for name, layer in quantised_layers(result).items():
+        if name not in layers:
+            continue
+        weights = sources[name].input[1]
+        own = weights if weights not in taken else f"{name}/weights"
+        graph.initializer.append(numpy_helper.from_array(floats[weights], own))
+        layer.node.input[0], layer.node.input[1] = layer.activation, own
+    _remove_unused(graph)
+    return result
+
+
+def _remove_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and constants that nothing needs, in place."""
+    needed = {value.name for value in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            nodes.append(node)
+            needed |= set(node.input)
+    kept = [type(node).FromString(node.SerializeToString()) for node in reversed(nodes)]
+    constants = [type(t).FromString(t.SerializeToString()) for t in graph.initializer if t.name in needed]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(constants)
 
 
 def layer_scales(model: onnx.ModelProto) -> dict[str, LayerScales]:
     """The scales of each layer of an INT8 graph whose input and weights are both quantised, by node name."""
-    from onnx import helper, numpy_helper
-
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
-
-    def dequantize(name: str) -> onnx.NodeProto | None:
-        node = producers.get(name)
-        return node if node is not None and node.op_type == "DequantizeLinear" else None
-
-    def scale(node: onnx.NodeProto) -> NDArray[np.float32]:
-        return numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
-
-    found = {}
-    for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
-            continue
-        activation, weights = dequantize(node.input[0]), dequantize(node.input[1])
-        if activation is not None and weights is not None and weights.input[0] in constants:
-            axis = {a.name: helper.get_attribute_value(a) for a in weights.attribute}.get("axis", 1)
-            found[node.name] = LayerScales(float(scale(activation)), scale(weights), axis)
-    return found
+    constants = constants_of(model)
+    return {
+        name: LayerScales(
+            activation=float(constants[layer.activation_scale].astype(np.float32)),
+            weights=constants[layer.weights_scale].astype(np.float32),
+            axis=layer.axis,
+        )
+        for name, layer in quantised_layers(model).items()
+    }
 
 
 def _with_one_layer_quantised(master: onnx.ModelProto, layer: str, scales: LayerScales) -> onnx.ModelProto:

@@ -49,7 +49,8 @@ def facts_of_package(manifest: Manifest) -> list[Fact]:
 
 def calibration_text(calibration: Calibration) -> str:
     """How an INT8 graph got its ranges."""
-    text = f"{calibration.method}, {calibration.images} training images, seed {calibration.seed}"
+    ways = ", ".join([calibration.method, *calibration.changes])
+    text = f"{ways}, {calibration.images} training images, seed {calibration.seed}"
     if calibration.fine_tuning:
         tuning = calibration.fine_tuning
         text += f"; fine-tuned for {tuning.epochs} epochs on {tuning.images}"

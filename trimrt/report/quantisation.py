@@ -110,7 +110,7 @@ def layer_errors(
             raise ReportError(
                 f"its graph has other layers ({min(strangers)}) than the checkpoint exports today; rebuild it"
             )
-        costs = rank_layers(path, package.folder / GRAPH_NAME, pixels, report)
+        costs = rank_layers(master, quantised, pixels, report)
     titles = layer_titles(quantised)
     return [LayerError(layer=titles[cost.layer], error=cost.error) for cost in costs]
 

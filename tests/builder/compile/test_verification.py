@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import LABELS, SIDE, write_package
 
-from builder.compile.verification import Comparison, Gate, GateError, compare, compare_logits, engine_logits
+from builder.comparison import Comparison
+from builder.compile.verification import Gate, GateError, compare, engine_logits
 from builder.kit import VerificationSet
 from models.preprocessing import Pixels
 from runtime.engine import Engine
@@ -136,7 +137,7 @@ def labelled(targets: list[int], originals: int = 4) -> VerificationSet:
 def test_top1_is_of_the_images_as_they_are_and_the_drop_of_their_copies_too() -> None:
     logits = LOGITS.copy()
     logits[3] = [-1, -1, 5]
-    found = compare_logits(logits, labelled([0, 1, 0, 0], originals=2))
+    found = labelled([0, 1, 0, 0], originals=2).compare(logits)
     assert (found.images, found.originals) == (4, 2)
     assert (found.reference_top1, found.engine_top1) == (1, 1)
     assert found.drop == pytest.approx(1 / 4)
@@ -149,13 +150,13 @@ def test_any_number_of_labels_of_an_image_have_to_be_alike() -> None:
     logits = LOGITS.copy()
     logits[3] = [2, -1, -3]  # the likeliest label is the same, but the second one is not true any more
     images = labelled([0, 1, 2, 0])
-    assert compare_logits(logits, images, "softmax").label_agreement == 1
-    assert compare_logits(logits, images, "sigmoid").label_agreement == pytest.approx(3 / 4)
+    assert images.compare(logits, "softmax").label_agreement == 1
+    assert images.compare(logits, "sigmoid").label_agreement == pytest.approx(3 / 4)
 
 
 def test_images_without_labels_are_judged_by_agreement_alone() -> None:
-    found = compare_logits(LOGITS, labelled([-1] * 4))
+    found = labelled([-1] * 4).compare(LOGITS)
     assert (found.reference_top1, found.engine_top1, found.drop) == (None, None, None)
     Gate().check(found)
     with pytest.raises(GateError, match=r"agrees with FP32 on 0\.00%"):
-        Gate().check(compare_logits(-LOGITS, labelled([-1] * 4)))
+        Gate().check(labelled([-1] * 4).compare(-LOGITS))
