@@ -394,6 +394,15 @@ def test_a_body_announced_above_the_limit_is_refused_before_it_comes(start: Star
 
 
 @over_http
+def test_a_body_announced_at_the_limit_is_read(start: Start, kind: type[Http]) -> None:
+    it = start(max_body_bytes=1000)
+    assert isinstance(it, Http)
+    sent, connection = it.open({"Content-Length": "1000"})
+    connection.sendall(bytes(1000))
+    assert sent.answer().error == "malformed-request"
+
+
+@over_http
 def test_a_body_of_unannounced_size_is_stopped_at_the_limit(start: Start, kind: type[Http]) -> None:
     it = start(max_body_bytes=1000)
     assert isinstance(it, Http)
@@ -501,6 +510,23 @@ def test_a_large_answer_is_rendered_like_any_other(
     gate.open()
     assert list(it.ask(encode(0)).best) == [reference(encode(0)).argmax()]
     assert it.ask(b"no image").error == it.error("image-damaged")
+
+
+@over_predict
+def test_an_answer_is_large_by_its_images_times_the_classes_of_each(
+    start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch, kind: type[Http]
+) -> None:
+    monkeypatch.setattr("server.admission._LARGE_ANSWER", 9)
+    it = start()
+    gate.open()
+    taken = threading.Event()
+    large_work = it.server.service.large_work
+    large_work.submit(taken.wait, 20)  # the thread has other work
+    assert it.ask(encode(0)).error == ""  # five classes
+    waits = it.send(encode(0), encode(1))  # ten
+    wait_until(lambda: large_work._work_queue.qsize() == 1)  # type: ignore[attr-defined]
+    taken.set()
+    assert waits.answer().error == ""
 
 
 @over_predict

@@ -145,6 +145,27 @@ def test_a_failed_batch_is_answered_to_its_own_jobs_and_to_no_other(
     asyncio.run(main())
 
 
+def test_a_batch_that_fails_counts_against_the_engine_and_a_damaged_image_does_not(
+    start: Callable[..., Any], gate: Gate, encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start() as scheduler:
+            for _ in range(5):
+                assert isinstance(await answered(submit(scheduler, b"no image")), Problem)
+            assert (scheduler.stats.failed, scheduler.health.lost) == (0, None)
+            for number in range(5):
+                gate.fail_next = True
+                gate.allow(1)
+                assert isinstance(await answered(submit(scheduler, encode(number))), Problem)
+            assert scheduler.stats.failed == 5
+            assert scheduler.health.lost is not None
+            gate.open()
+            assert await batch_of(submit(scheduler, encode(0))) == 1
+            assert scheduler.health.lost is None
+
+    asyncio.run(main())
+
+
 def test_a_request_has_its_first_turn_in_the_next_round_behind_those_that_wait_for_it(
     start: Callable[..., Any], gate: Gate, encode: Encode, decoded: list[bytes]
 ) -> None:
