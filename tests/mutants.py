@@ -44,6 +44,8 @@ HARMLESS: Final = {
     "share = max(1, max(pending, *self._loads, -1) // self._slots)": "the same",
     "@dataclass(frozen=False)": "nothing writes to it",
     "if asked is not None and asked <= seconds:": "the same seconds",
+    "expired = time.monotonic() > self._deadline": "never equal",
+    "if len(images) * self._top >= _MOST_RANKED:": "one class less",
     "if self._pieces >= _MOST_PIECES and self._size < self._pieces * _LEAST_PIECE:": "one piece less",
     "if not drop < self.max_drop + 1e-9:  # the shares are rounded quotients; NaN fails too": "never equal",
     "if not comparison.label_agreement > self.min_agreement - 1e-9:": "the same",
