@@ -129,11 +129,14 @@ def _instance_group(manifest: Manifest, backend: Backend, instances: int) -> Mes
 
 
 def _dynamic_batching(manifest: Manifest, max_queue_delay_us: int) -> Message:
-    """Preferred sizes are worth stopping at only where batches are waited for, or profiles tuned for them."""
+    """Preferred sizes are worth stopping at only where batches are waited for, or profiles tuned for them.
+
+    One is none of them: at it Triton would stop although more images wait.
+    """
     batching: dict[str, Value] = {}
     if max_queue_delay_us or len(manifest.profiles) > 1:
         best = {sizes.opt for sizes in manifest.profiles or [manifest.batch]}
-        batching["preferred_batch_size"] = sorted(best | {manifest.batch.max})
+        batching["preferred_batch_size"] = sorted(best - {1} | {manifest.batch.max})
     batching["max_queue_delay_microseconds"] = max_queue_delay_us
     batching["default_queue_policy"] = {
         "timeout_action": Enum("REJECT"),

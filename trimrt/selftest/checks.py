@@ -22,6 +22,7 @@ from builder.kit import Kit, VerificationSet
 from models.errors import TrimRTError
 from runtime.cuda import attached, open_cuda
 from runtime.engine import Engine, Options, Slot
+from runtime.jetson import available_memory
 from runtime.loading import load_engine
 from runtime.manifest import Backend, BatchSizes, Precision, read_manifest
 from runtime.threads import EngineThread
@@ -36,7 +37,9 @@ _SLOTS: Final = 3
 _ROUNDS: Final = 60  # batches that a slot runs
 _TIMED_SECONDS: Final = 0.3
 _MOST_WRONG: Final = 0.02  # share of labels that rounding may change
-_GROWTH: Final = 32 * _MIB  # allowed in a soak; allocators settle
+# What a soak may add: allocators settle, and memory that GPU and CPU share has other users.
+_PROCESS, _DEVICE, _SHARED = "the process", "the device's use", "what is in use of the shared memory"
+_GROWTH: Final = {_PROCESS: 32 * _MIB, _DEVICE: 32 * _MIB, _SHARED: 256 * _MIB}
 _TURN: Final = 50  # batches of a soak between opening a slot and closing it
 
 
@@ -175,7 +178,7 @@ def soak(package: Path, images: VerificationSet, seconds: float) -> str:
         finally:
             thread.close()
     told = ", ".join(f"{name} grew by {max(more, 0) / _MIB:.1f} MiB" for name, more in grown.items())
-    if max(grown.values()) > _GROWTH:
+    if any(more > _GROWTH[name] for name, more in grown.items()):
         raise CheckFailedError(f"{told} in {seconds:.0f} s")
     return f"{_judge(wrong, seen)}; {told}"
 
@@ -224,12 +227,13 @@ def _judge(wrong: int, seen: int) -> str:
 
 
 def _memory(engine: Engine) -> dict[str, int]:
-    """Bytes in use: the process's, and the device's."""
-    found = {"the process": _resident()}
+    """Bytes in use, by whom: the process, and the device or what it shares."""
+    found = {_PROCESS: _resident()}
     if not engine.on_cpu:
         with attached(open_cuda()) as cuda:
-            free, total = cuda.memory()
-        found["the device's use"] = total - free
+            shared, (free, total) = cuda.device().integrated, cuda.memory()
+        # CUDA's figure on a Jetson falls with every file that is read.
+        found[_SHARED if shared else _DEVICE] = -(available_memory() or free) if shared else total - free
     return found
 
 

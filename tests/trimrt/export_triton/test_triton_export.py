@@ -241,7 +241,7 @@ def test_every_optimisation_profile_is_given_to_triton(tmp_path: Path) -> None:
     package = tensorrt_package(tmp_path / "plan", batch=BatchSizes(min=1, opt=1, max=16), profiles=profiles)
     config = parse(export_model(package, tmp_path / "models"))
     assert list(config.instance_group[0].profile) == ["0", "1"]
-    assert list(config.dynamic_batching.preferred_batch_size) == [1, 6, 16]
+    assert list(config.dynamic_batching.preferred_batch_size) == [6, 16]
 
 
 @pytest.mark.parametrize(
