@@ -158,11 +158,11 @@ def compress(
     except RecipeError as error:
         raise click.UsageError(f"the recipe is not valid:\n{error}") from None
 
+    require_writable(out or RUNS)
     from models import compress as run_compression
 
     console = Console()
     try:
-        require_writable(out or RUNS)
         with _naming_own_options():
             run = run_compression(
                 source,

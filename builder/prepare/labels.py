@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.export import ExportError
-from models.naming import did_you_mean, shortened
+from models.naming import did_you_mean, nothing_at, shortened
 
 _SHOWN = 5
 
@@ -83,6 +83,8 @@ def read_labels(path: Path) -> list[str]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ExportError(f"--labels: {nothing_at(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from error
     if path.suffix == ".json":

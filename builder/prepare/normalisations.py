@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from builder.prepare.export import ExportError
+from models.naming import did_you_mean
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing
 
 METADATA_KEY: Final = "preprocessing"
@@ -162,8 +163,8 @@ def _asked(asked: str, size: tuple[int, int]) -> tuple[dict[str, Any], str]:
         fields = _read_file(Path(asked), size, ours=True)
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"--preprocess {asked} is neither one of {names} nor a file of a preprocessing: "
-            f"{_first_line(error)}"
+            f"--preprocess {asked}{did_you_mean(asked, NORMALISATIONS)} is neither one of {names} nor a file "
+            f"of a preprocessing: {_first_line(error)}"
         ) from error
     if fields is None:
         raise ExportError(f"--preprocess {asked} describes no preprocessing; see docs/your-model.md")

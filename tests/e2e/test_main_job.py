@@ -77,7 +77,7 @@ def test_the_demo_shows_prediction_latency_and_comparison(demo: tuple[Path, str]
     for row in ("teacher resnet50", "student resnet18", "pruned resnet18", "fp32 engine", "fp16 engine"):
         assert row in printed
     assert re.search(rf"int8 engine +{card.metrics.parameters / 1e6:.2f} M ", printed)
-    assert "make serve" in printed
+    assert re.search(r"trimrt serve --engine \S+-int8-openvino starts the server", printed)
 
 
 def test_a_second_demo_builds_nothing_anew(demo: tuple[Path, str]) -> None:

@@ -30,10 +30,13 @@ FOREIGN = {
     "--backend-config": "tritonserver",
     "--dumpProfile": "trtexec",
     "--gpus": "docker run",
+    "--group-add": "docker run",
     "--head": "ray start",
     "--loadEngine": "trtexec",
+    "--model": "optimum-cli",
     "--model-repository": "tritonserver",
     "--rm": "docker run",
+    "--runtime": "docker run",
     "--system-site-packages": "python -m venv",
 }
 """Options of other programs that our texts name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -55,11 +56,16 @@ def demo(engine_dir: Path) -> None:
     _heading(console, "4  Compare", f"{card.metrics.images} test images that no training or calibration saw")
     console.print(compare(DIGITS_STUDENT, list(engines.values()), test))
     console.print(
-        "\nNext:  [bold]make serve[/] starts the server (http://127.0.0.1:8000), "
-        "[bold].venv/bin/trimrt --help[/] lists all commands.",
+        f"\nNext:  [bold]{_folder()}trimrt serve --engine {engines['int8']}[/] starts the server "
+        f"(http://127.0.0.1:8000), [bold]{_folder()}trimrt --help[/] lists all commands.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _folder() -> str:
+    """What to type before the command here."""
+    return "" if shutil.which("trimrt") else f"{os.path.relpath(Path(sys.executable).parent)}/"
 
 
 def _heading(console: Console, title: str, text: str) -> None:

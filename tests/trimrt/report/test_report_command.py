@@ -235,7 +235,7 @@ def test_it_is_built_for_readers_who_cannot_see_it(run: Run) -> None:
     ("arguments", "says"),
     [
         (["{empty}"], "no checkpoint (card.json) and no engine package (manifest.json)"),
-        (["{empty}/missing"], "is not a folder"),
+        (["{empty}/missing"], "no such file or folder"),
         (["{student}", "--data", "{empty}"], "has 0 class folders"),
         (["{broken}"], "is not a valid model card"),
         (["{student}", "--out", "{broken}/card.json/report.html"], "cannot make"),

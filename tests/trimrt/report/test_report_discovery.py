@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from models.card import read_card
 from models.datasets import DataSplit
@@ -165,3 +166,24 @@ def test_different_paths_stay_different(paths: set[tuple[str, ...]]) -> None:
     parts = differing_parts(sorted(paths))
     assert len(set(parts)) == len(paths)
     assert all(parts)
+
+
+def test_what_was_found_in_a_folder_of_images_is_noted_once(tmp_path: Path) -> None:
+    for number in range(12):
+        path = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    (tmp_path / "pets/cat/notes.txt").write_text("no image")
+    (tmp_path / "pets/dog/damaged.png").write_bytes(b"")
+    noted: list[str] = []
+
+    data = DataSets(str(tmp_path / "pets"), "skip", noted.append)
+    for fold in (0, 1, 0):
+        data.named(str(tmp_path / "pets"), fold)
+
+    assert noted == [
+        "pets: 12 images, of 2 classes; the smallest is cat (6)",
+        "not used: files that are not images by their names (1): cat/notes.txt",
+        "not used: files that cannot be read (1):",
+        "  an empty file (1): dog/damaged.png",
+    ]
