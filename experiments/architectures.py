@@ -32,7 +32,6 @@ from models.errors import TrimRTError
 from models.evaluation import count_macs, count_parameters, normalise, predict_logits, to_float
 from models.networks import TIMM, NetworkError, architectures, build_network, skeleton
 from models.preprocessing import Pixels, Preprocessing
-from models.pruning import PruningError
 from models.recipe import Pruning
 from models.suitability import own_size, require_prunable, require_trainable
 from trimrt.options import FILE, HELP
@@ -112,7 +111,9 @@ class Row(BaseModel):
     refused: str | None = Field(default=None, description="why it cannot be trained")
     pruned_macs: float | None = Field(default=None, description="share that is left after pruning")
     unprunable: str | None = Field(default=None, description="why it cannot be pruned")
-    refusal_seconds: float | None = Field(default=None, description="until that was told")
+    refusal_seconds: float | None = Field(
+        default=None, description="of processor time, until that was told; None: it was given up"
+    )
     graph: Graph | None = Field(default=None, description="None: not exported, or `unbuildable`")
     unbuildable: str | None = Field(default=None, description="why it cannot be exported and quantised")
 
@@ -158,6 +159,8 @@ def measure(name: str, *, graph: bool) -> Row:
         row.pruned_macs = count_macs(pruned.to("meta").eval(), size, size) / macs
     except TrimRTError as error:
         row.unprunable, row.refusal_seconds = str(error), round(time.process_time() - started, 2)
+    except _TooLong:
+        row.unprunable = f"torch-pruning takes longer than {LONGEST:g} s to follow it"
     if graph:
         try:
             row.graph = _export(name, spec)
@@ -166,12 +169,16 @@ def measure(name: str, *, graph: bool) -> Row:
     return row
 
 
+class _TooLong(BaseException):
+    """Not an `Exception`: whoever catches those takes them for the network's."""
+
+
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raise PruningError once that much processor time has passed."""
+    """Raise `_TooLong` once that much processor time has passed."""
 
     def stop(_signal: int, _frame: object) -> None:
-        raise PruningError(f"torch-pruning takes longer than {seconds:g} s to follow it")
+        raise _TooLong
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
@@ -280,7 +287,7 @@ def _reason(text: str | None) -> str:
     reason = (text or "").split(";")[0]
     for known in ("linear layers, in ", "cannot be pruned: ", "cannot follow this network "):
         reason = reason.partition(known)[2] or reason
-    return reason.replace("|", "/")
+    return reason.strip("()").replace("|", "/")
 
 
 @click.command(context_settings=HELP)
