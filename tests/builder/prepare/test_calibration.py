@@ -49,7 +49,7 @@ def observed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Obse
         options = PrepareOptions(calibration_images=64, calibration="max")
         subject, workspace = open_checkpoint(checkpoint, data=None), tmp_path_factory.mktemp("calibration")
         preparation = prepare(subject, workspace, options, lambda _: None)
-        ((graph, _),) = preparation.graphs("int8", "fp32")
+        graph, _ = next(preparation.graphs("int8", "fp32"))
     return Observed(files, calibrated, graph)
 
 
