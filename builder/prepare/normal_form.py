@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.export import OPSET, ExportError, open_session, quiet
+from builder.prepare.folding import fold_arithmetic
 from builder.prepare.onnx_file import Signature, describe, drop_unused, first_line, opset_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def normalise(
         _free_tokens(model)
     model = slim(_with_sizes(model, signature, "batch"))
     _prepend_layout(model, signature)
-    model = slim(model)  # two transpositions may have become none
+    fold_arithmetic(model)
+    model = slim(model)
     for node in model.graph.node:
         if node.op_type in _CONTROL_FLOW:
             raise ExportError(f"{path}: {describe(node)} decides as it runs; export the network without it")

@@ -19,6 +19,7 @@ from builder.prepare.options import PrepareOptions
 from experiments.onnx_forms.small_networks import (
     CLASSES,
     SIDE,
+    ChannelsLast,
     Function,
     Pooled,
     Tail,
@@ -74,6 +75,13 @@ def nhwc(path: Path) -> None:
     """As tf2onnx does: transposed before the first convolution."""
     module = Tail(network(), lambda y: y, lambda x: x.permute(0, 3, 1, 2))
     export(module, path, example=torch.zeros(1, SIDE, SIDE, 3))
+
+
+def channels_last(path: Path) -> None:
+    """NHWC from layer to layer, as converters leave it that do not optimise."""
+    module = ChannelsLast()
+    module.load_state_dict(network().state_dict())
+    export(module.eval(), path, example=torch.zeros(1, SIDE, SIDE, 3))
 
 
 def grey(path: Path) -> None:
@@ -261,6 +269,7 @@ FORMS: Final[Mapping[str, Form]] = {
         lambda path: export(Windows().eval(), path, fixed=True), lambda x: Windows().eval()(x), "Swin, MaxViT"
     ),
     "NHWC": Form(nhwc, plain, "tf2onnx, Keras"),
+    "NHWC throughout": Form(channels_last, plain, "TensorFlow; normalised by Sub, Mul, Add"),
     "grey": Form(grey, luma, "one channel"),
     "grey, three dimensions": Form(grey_of_three_dimensions, luma, "Keras' tutorials: (N, H, W)"),
     "grey, padded": Form(padded, luma, "Keras' `same`: Pad before the convolution"),

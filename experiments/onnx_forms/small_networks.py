@@ -89,6 +89,27 @@ class Tail(nn.Module):
         return result
 
 
+class ChannelsLast(Network):
+    """The same, transposed around each convolution, with its normalisation spelled out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of NHWC images."""
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        assert mean is not None
+        assert variance is not None
+        scale = self.norm.weight / (variance + self.norm.eps).sqrt()
+        x = (_last(self.first, x) - mean) * scale + self.norm.bias
+        x = torch.relu(x)
+        x = torch.relu(_last(self.second, x) + x)
+        result: torch.Tensor = self.last(x.mean((1, 2)))
+        return result
+
+
+def _last(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = layer(x.permute(0, 3, 1, 2))
+    return result.permute(0, 2, 3, 1)
+
+
 class Two(nn.Module):
     """Logits and features."""
 

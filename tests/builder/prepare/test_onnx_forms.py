@@ -21,6 +21,8 @@ from experiments.onnx_forms.forms import FORMS, WANTED, external, nhwc, open_siz
 from experiments.onnx_forms.small_networks import CLASSES, SIDE, WIDTH, Tail, export, network
 from experiments.onnx_forms.trial import normalised, pixels, run_engine, try_form
 
+SHAPES = ("ReduceMean", "GlobalAveragePool", "Reshape", "Flatten", "Identity", "Transpose")
+
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_engine_of_any_form_gives_the_probabilities_of_the_network(form: str, tmp_path: Path) -> None:
@@ -55,6 +57,13 @@ def test_quantisation_sees_weights_whatever_the_form(form: str, tmp_path: Path) 
     convert_to_int8(tmp_path / "master.onnx", tmp_path / "int8.onnx", pixels(8), method="max", rest="fp32")
     assert int8_share(onnx.load(str(tmp_path / "int8.onnx"))) > 0.95
     assert imported.macs == 8 * 8 * WIDTH * (27 + 9 * WIDTH) + WIDTH * CLASSES
+
+
+def test_transpositions_and_a_normalisation_between_convolutions_become_part_of_them(tmp_path: Path) -> None:
+    FORMS["NHWC throughout"].write(tmp_path / "model.onnx")
+    graph = import_onnx(tmp_path / "model.onnx", WANTED).model.graph
+    assert {node.op_type for node in graph.node} <= {"Conv", "Relu", "Add", "Gemm", *SHAPES}
+    assert sum(node.op_type == "Add" for node in graph.node) == 1  # the residual sum
 
 
 def node(kind: str, *, domain: str = "", output: str = "odd", **attributes: object) -> onnx.ModelProto:
