@@ -61,7 +61,7 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
 )
 @click.option(
     "--objective",
-    type=click.Choice(get_args(Objective)),
+    type=Choice(get_args(Objective)),
     default="latency",
     help="What --precision best prefers: less time for one image, or more images a second.",
 )

@@ -77,10 +77,8 @@ def _overrides(values: dict[str, Any]) -> Settings:
     epilog=_EPILOG,
     context_settings=HELP,
     examples=[
-        "trimrt compress digits",
+        "trimrt compress digits --preset quick",
         "trimrt compress photos.zip",
-        "trimrt compress photos --preset quick",
-        "trimrt compress photos --teacher-weights resnet50.pth --teacher-epochs 5",
         "trimrt compress photos --teacher model.onnx --teacher-preprocess imagenet",
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT, LOGITS
+from builder.prepare.quiet_import import import_onnxruntime
 from builder.weights import quantise
 from models.preprocessing import Pixels
 
@@ -163,7 +164,7 @@ def exact_logits(model: onnx.ModelProto, pixels: Pixels) -> NDArray[np.float32]:
 
 def exact_session(model: onnx.ModelProto) -> Any:
     """Computes Q/DQ graphs as they are written: in floating point, rounded where they say so."""
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

@@ -15,6 +15,7 @@ from builder.prepare.export import ExportError, rgb_normalisation
 from builder.prepare.import_onnx import ImportedModel, import_onnx
 from builder.prepare.labels import labels_beside, match_labels, read_labels
 from builder.prepare.options import PrepareOptions
+from builder.prepare.quiet_import import import_onnxruntime
 from models.checkpoint import load_checkpoint
 from models.preprocessing import Preprocessing
 from models.teacher import ReadyTeacher
@@ -84,7 +85,7 @@ def _of_checkpoint(folder: Path) -> ReadyTeacher:
 
 
 def _run(imported: ImportedModel, threads: int | None) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised as well
