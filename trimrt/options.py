@@ -74,6 +74,8 @@ on_damaged_option: Final = click.option(
     "--on-damaged", type=Choice(get_args(OnDamaged)), default="stop", help=ON_DAMAGED_TEXT
 )
 
+_LONGEST_CHOICES: Final = 74  # beside an option's name, on a terminal of 80 columns
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -98,7 +100,12 @@ def options_of(
                 continue
             flag = "--" + "-".join(path).replace("_", "-")
             switch = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-            option = click.option(switch, "__".join(path), type=_click_type(kind), default=None, help=text)
+            kind, metavar = _click_type(kind), None
+            if isinstance(kind, Choice) and len(flag) + len("|".join(kind.choices)) > _LONGEST_CHOICES:
+                metavar, text = "WORD", f"One of {', '.join(kind.choices)}. {text}"
+            option = click.option(
+                switch, "__".join(path), type=kind, metavar=metavar, default=None, help=text
+            )
             command = option(command)
         return command
 

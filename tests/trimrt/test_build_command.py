@@ -76,7 +76,7 @@ def test_manifest_tells_the_whole_story(packages: dict[Precision, Path], kit: Ki
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--precision", "int4"], "'int4': choose from fp32, fp16, int8, int8-dynamic"),
+        (["--precision", "int4"], "'int4' (did you mean int8?): choose from fp32, fp16, int8, int8-dynamic"),
         (["--min-batch", "8", "--max-batch", "4"], "batch sizes must be ordered"),
         (["--max-drop", "-1"], "is not in the range"),
         (["--target", "tpu"], "'tpu' is not one of"),
