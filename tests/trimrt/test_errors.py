@@ -43,7 +43,7 @@ FOREIGN = {
 
 COMMANDS_OF = {
     "models": {"compress", "prepare", "build", "report"},
-    "builder": {"prepare", "build"},
+    "builder": {"prepare", "build", "compress"},  # `compress --teacher`
     "server": {"serve"},
 }
 """The commands that show a package's messages; those of the others may be shown by all."""
