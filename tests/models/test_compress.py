@@ -312,10 +312,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["nowhere"], "no data set"),
+            (["nowhere"], "no such file or folder: nowhere"),
             (["digits", "--fold", "7"], "0<=x<=4"),
             (["digits", "--pruning-ratio", "2"], "pruning.ratio: input should be less than 1, not 2.0"),
-            (["digits", "--config", "missing.toml"], "does not exist"),
+            (["digits", "--config", "missing.toml"], "no such file or folder: missing.toml"),
             (
                 ["{data}", "--teacher-architecture", "resnet19"],
                 "no classifier 'resnet19' (did you mean",
