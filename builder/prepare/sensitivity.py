@@ -126,8 +126,23 @@ def keep_in_float(
         own = weights if weights not in taken else f"{name}/weights"
         graph.initializer.append(numpy_helper.from_array(floats[weights], own))
         layer.node.input[0], layer.node.input[1] = layer.activation, own
+    _leave_sums(graph, set(layers))
     _remove_unused(graph)
     return result
+
+
+def _leave_sums(graph: onnx.GraphProto, layers: set[str]) -> None:
+    """Do not quantise what is added to the output of a layer that is not quantised any more, in place."""
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        sources = [producers.get(name) for name in node.input]
+        if node.op_type != "Add" or not any(
+            source is not None and source.name in layers for source in sources
+        ):
+            continue
+        for place, source in enumerate(sources):
+            if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in producers:
+                node.input[place] = producers[source.input[0]].input[0]
 
 
 def _remove_unused(graph: onnx.GraphProto) -> None:
