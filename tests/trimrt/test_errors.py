@@ -28,11 +28,9 @@ ROOT = Path(command_line.__path__[0]).parent
 
 FOREIGN = {
     "--backend-config": "tritonserver",
-    "--dumpProfile": "trtexec",
     "--gpus": "docker run",
     "--group-add": "docker run",
     "--head": "ray start",
-    "--loadEngine": "trtexec",
     "--model": "optimum-cli",
     "--model-repository": "tritonserver",
     "--rm": "docker run",
