@@ -21,7 +21,7 @@ def published() -> dict[str, Row]:
 
 def test_it_has_most_of_torchvision_and_many_of_timms_families(published: dict[str, Row]) -> None:
     assert len(torchvision_names()) >= 80
-    assert len(set(torchvision_names()) & set(published)) >= 50
+    assert len(set(torchvision_names()) & set(published)) >= 75
     assert len(set(FAMILIES) & set(published)) >= 25
 
 
