@@ -19,12 +19,13 @@ class Results(Made):
 def table(results: Results) -> str:
     """Markdown: a row for each network."""
     int8 = [f"INT8{'' if name == 'all' else f', {name}'}" for name in INSTRUCTION_SETS]
-    head = ["network", "package", "exporter", "opset", "pictures", "labels", "FP32", "FP16", *int8]
+    head = ["network", "package", "exporter", "options", "opset", "pictures", "labels", "FP32", "FP16", *int8]
     rows = [
         [
             trial.name,
             ", ".join(package.replace("==", " ") for package in trial.packages),
             trial.exporter.strip(),
+            f"`{trial.command.removeprefix('trimrt build model.onnx ')}`",
             str(trial.opset),
             str(trial.pictures),
             str(trial.labels),
@@ -33,10 +34,12 @@ def table(results: Results) -> str:
         ]
         for trial in results.trials
     ]
-    return markdown_table(head, rows, left=3)
+    return markdown_table(head, rows, left=4)
 
 
-def _right(engine: Engine, trial: Trial) -> str:
+def _right(engine: Engine | None, trial: Trial) -> str:
+    if engine is None:
+        return "not tried"
     if engine.refused is not None:
         return "refused"
     if engine.right == trial.pictures:

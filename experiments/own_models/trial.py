@@ -52,10 +52,10 @@ class Trial(BaseModel):
     labels: int = Field(description="different ones among the file's own labels of the pictures")
     engines: list[Engine]
 
-    def engine(self, precision: Precision, instruction_set: str = "all") -> Engine:
-        """What came of it."""
+    def engine(self, precision: Precision, instruction_set: str = "all") -> Engine | None:
+        """What came of it; None: it was not tried."""
         wanted = precision, instruction_set
-        return next(each for each in self.engines if (each.precision, each.instruction_set) == wanted)
+        return next((each for each in self.engines if (each.precision, each.instruction_set) == wanted), None)
 
 
 class Place:

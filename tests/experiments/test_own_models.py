@@ -34,9 +34,9 @@ def test_an_fp32_engine_gives_the_labels_of_the_original_for_every_picture(trial
     assert len(trials) >= 8
     assert len({trial.exporter for trial in trials}) >= 5
     for trial in trials:
-        assert trial.engine("fp32").right == trial.pictures
-        assert trial.engine("fp16").right >= 0.97 * trial.pictures
-        assert trial.labels > 1
+        right = {engine.precision: engine.right for engine in trial.engines if engine.precision[:2] == "fp"}
+        assert right["fp32"] == trial.pictures
+        assert right["fp16"] >= 0.97 * trial.pictures
 
 
 def test_an_int8_engine_that_is_published_labels_as_the_original_does(trials: list[Trial]) -> None:
@@ -77,9 +77,10 @@ def test_a_network_is_built_by_the_documented_command_and_compared(tmp_path: Pat
     )
     trial = try_network(network, place, ["fp32", "fp16", "int8"])
     assert trial.exporter.startswith("pytorch")
-    assert trial.pictures == trial.engine("fp32").right == 24
+    fp32, fp16, *int8 = trial.engines
+    assert trial.pictures == fp32.right == fp16.right == 24
     assert trial.command == "trimrt build model.onnx --preprocess preprocess.json"
-    int8 = [trial.engine("int8", name) for name in ("all", "AVX2")]
+    assert [engine.instruction_set for engine in int8] == ["all", "AVX2"]
     assert all(engine.refused or engine.right > 12 for engine in int8)
     results = Results.model_validate_json((FOLDER / "own-models.json").read_text(encoding="utf-8"))
     assert "small" in table(results.model_copy(update={"trials": [trial]}))
