@@ -240,7 +240,10 @@ def test_a_foreign_model_becomes_the_same_engine_as_the_checkpoint(
     [
         ([], "does not say how its images are normalised"),
         (["--preprocess", "imagenet"], "a network from elsewhere needs --data"),
-        (["--preprocess", "imagenet", "--data", "digits", "--labels", "/nowhere"], "/nowhere cannot be read"),
+        (
+            ["--preprocess", "imagenet", "--data", "digits", "--labels", "/nowhere"],
+            "no such file or folder: /nowhere",
+        ),
     ],
 )
 def test_what_is_missing_is_asked_for(
