@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
+from _thread import interrupt_main
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from killing import ends_by_a_kill
 from rich.progress import Progress
 from torch import nn
 
@@ -26,19 +25,18 @@ SETTINGS = Training(epochs=4, learning_rate=2e-3, batch_size=16)
 
 
 class InterruptedProgress(Progress):
-    """Ctrl-C, or another signal, during the step of that number."""
+    """Ctrl-C during the step of that number. Real signals, to a run of its own: test_compress.py."""
 
-    def __init__(self, step: int, number: signal.Signals = signal.SIGINT) -> None:
+    def __init__(self, step: int) -> None:
         super().__init__(disable=True)
         self.steps_left = step
-        self.number = number
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         super().update(*args, **kwargs)
         if "advance" in kwargs:
             self.steps_left -= 1
             if self.steps_left == 0:
-                os.kill(os.getpid(), self.number)
+                interrupt_main()
 
 
 class Trainer:
@@ -146,17 +144,6 @@ def test_ctrl_c_keeps_what_was_done_and_changes_nothing(
     assert 10**6 - counted.steps_left == 12 - step
 
 
-def test_a_kill_in_the_middle_of_an_epoch_changes_nothing(
-    trainer: Trainer, uninterrupted: nn.Module, tmp_path: Path
-) -> None:
-    state = tmp_path / "state.pt"
-    killed = InterruptedProgress(6, signal.SIGKILL)
-    assert ends_by_a_kill(lambda: trainer.run(state, progress=killed))
-    counted = InterruptedProgress(10**6)
-    assert same_weights(trainer.run(state, progress=counted), uninterrupted)
-    assert 10**6 - counted.steps_left == 12 - 5  # the sixth step was done, and not saved yet
-
-
 @pytest.mark.parametrize("length", [0.5, 7, 12, 29])
 def test_no_two_savings_are_further_apart_than_the_interval(length: float) -> None:
     now, saved = 0.0, [0.0]
@@ -172,7 +159,7 @@ def test_no_two_savings_are_further_apart_than_the_interval(length: float) -> No
 def test_a_second_ctrl_c_does_not_wait() -> None:
     def interrupt_twice() -> None:
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt_main()
         pytest.fail("it waited")
 
     with pytest.raises(KeyboardInterrupt), StateSaver(lambda: None):
@@ -184,7 +171,7 @@ def test_a_programs_own_handler_of_ctrl_c_stays() -> None:
     old = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         with StateSaver(lambda: None) as saver:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt_main()
             saver.step_done()
     finally:
         signal.signal(signal.SIGINT, old)

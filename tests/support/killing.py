@@ -36,11 +36,6 @@ def killed_at_line(number: int, file: str, action: Callable[[], object]) -> bool
     return _end_of(_fork(traced))
 
 
-def ends_by_a_kill(action: Callable[[], object]) -> bool:
-    """Run `action`, which may kill its process, in a child, and tell whether it did."""
-    return _end_of(_fork(action))
-
-
 def kill_after(seconds: float, action: Callable[[], object]) -> bool:
     """Run `action` in a child that is killed after that time.
 

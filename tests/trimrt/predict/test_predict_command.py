@@ -433,7 +433,7 @@ def test_a_second_run_on_the_same_output_is_refused_and_disturbs_nothing(
     os.mkfifo(pipe := photos / "1/pipe.png")
     arguments = ["predict", str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
     with (
-        subprocess.Popen([TRIMRT, "predict", *arguments], stdout=subprocess.PIPE, text=True) as first,
+        subprocess.Popen([TRIMRT, *arguments], stdout=subprocess.PIPE, text=True) as first,
         pipe.open("wb") as file,  # somebody reads it: the first run is at work
     ):
         for restart in ([], ["--restart"]):
