@@ -11,7 +11,7 @@ from typing import Final, get_args
 import click
 from rich.console import Console
 
-from experiments import architectures, calibration, qat
+from experiments import architectures, calibration, ladder, qat
 from experiments.markdown import megabytes, percent, percents, spread, table
 from experiments.onnx_forms import results as onnx_forms
 from experiments.own_models import results as own_models
@@ -272,6 +272,7 @@ MARKER: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<
 _FILES: Final[dict[str, type[Made]]] = {
     "architectures": architectures.Results,
     "calibration": calibration.Results,
+    "ladder": ladder.Results,
     "onnx-forms": onnx_forms.Results,
     "own-models": own_models.Results,
     "qat": qat.Results,
@@ -280,6 +281,7 @@ _RENDERERS: Final[dict[str, Callable[..., str]]] = {
     "architectures": architectures.table,
     "calibration": calibration.table,
     "forms": onnx_forms.table,
+    "ladder": ladder.table,
     "own-models": own_models.table,
     "qat": qat.table,
     "abilities": architectures.summary,

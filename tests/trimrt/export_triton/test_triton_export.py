@@ -336,7 +336,7 @@ def test_an_unwritable_repository_and_a_missing_package_are_messages(package: Pa
     (tmp_path / "file").write_text("")
     for arguments, reason in (
         ((package, tmp_path / "file"), "cannot write to"),
-        ((tmp_path / "nothing", tmp_path), "is not an engine package"),
+        ((tmp_path / "nothing", tmp_path), "no such file or folder"),
     ):
         result = export(*arguments)
         assert result.exit_code == 1

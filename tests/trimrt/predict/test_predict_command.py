@@ -431,9 +431,9 @@ def test_a_second_run_on_the_same_output_is_refused_and_disturbs_nothing(
     photos: Path, tiny: Path, encode: Encode, tmp_path: Path
 ) -> None:
     os.mkfifo(pipe := photos / "1/pipe.png")
-    arguments = ["predict", str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
+    arguments = [str(photos), "--engine", str(tiny), "--out", str(tmp_path / "out.parquet")]
     with (
-        subprocess.Popen([TRIMRT, *arguments], stdout=subprocess.PIPE, text=True) as first,
+        subprocess.Popen([TRIMRT, "predict", *arguments], stdout=subprocess.PIPE, text=True) as first,
         pipe.open("wb") as file,  # somebody reads it: the first run is at work
     ):
         for restart in ([], ["--restart"]):

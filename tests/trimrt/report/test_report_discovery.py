@@ -89,7 +89,7 @@ def test_changed_data_is_not_measured_on(gone: Path, data: DataSplit) -> None:
 
 def test_data_that_is_not_here_and_other_classes_are_said(checkpoint: Path, data: DataSplit) -> None:
     card = read_card(checkpoint)
-    assert "no data set '/nowhere'" in data_of_checkpoint(card, DataSets("/nowhere")).reason
+    assert "no such file or folder: /nowhere" in data_of_checkpoint(card, DataSets("/nowhere")).reason
     fewer = card.model_copy(update={"labels": card.labels[:9]})
     assert "has other classes" in data_of_checkpoint(fewer, DataSets(None)).reason
 
