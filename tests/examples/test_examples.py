@@ -75,7 +75,7 @@ def test_label_folder(built: tuple[Path, str], data: DataSplit, tmp_path: Path) 
 
 def test_post_image(server: Running) -> None:
     lines = run("post_image.py", server.url, SEVEN).stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6  # five labels, and the times
     assert "inference" in lines[-1]
 
 

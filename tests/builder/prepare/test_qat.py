@@ -310,6 +310,7 @@ def test_a_failed_gate_names_the_option_and_the_option_works(
     checkpoint = write_outliers(DIGITS_STUDENT, tmp_path / "outliers")
     arguments = (
         *("build", checkpoint, "--target", "openvino", "-o", tmp_path, "--calibration", "max"),
+        *("--no-correction", "--no-rounding", "--no-sensitivity"),
         *("--calibration-images", 32, "--max-drop", 6, "--min-agreement", 93),
     )
     result = trimrt(*arguments)
