@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -112,31 +112,11 @@ class RunProgress(Progress):
                 self._say(f"this will take {self.estimate}")
         return super().add_task(description, start, total, completed, visible, **fields)
 
-    def update(
-        self,
-        task_id: TaskID,
-        *,
-        total: float | None = None,
-        completed: float | None = None,
-        advance: float | None = None,
-        description: str | None = None,
-        visible: bool | None = None,
-        refresh: bool = False,
-        **fields: object,
-    ) -> None:
+    def update(self, task_id: TaskID, **changes: Any) -> None:
         """Move a bar."""
-        if self.estimate is not None and advance:
-            self.estimate.advance(int(advance))
-        super().update(
-            task_id,
-            total=total,
-            completed=completed,
-            advance=advance,
-            description=description,
-            visible=visible,
-            refresh=refresh,
-            **fields,
-        )
+        if self.estimate is not None and changes.get("advance"):
+            self.estimate.advance(int(changes["advance"]))
+        super().update(task_id, **changes)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._line_at >= _LINE_INTERVAL_S:
             self._line_at = now

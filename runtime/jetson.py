@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 _ROOT: Final = Path("/")
 _RELEASE: Final = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
-_AVAILABLE: Final = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
+_MEMORY: Final = re.compile(r"^(Mem\w+):\s+(\d+) kB$", re.MULTILINE)
 _MODE: Final = re.compile(r"pmode:(\d+)")
 
 
@@ -67,8 +67,13 @@ def available_memory(root: Path = _ROOT) -> int | None:
 
     CUDA's own figure on a Jetson, whose GPU shares this memory, leaves the page cache out.
     """
-    match = _AVAILABLE.search(text_of(root / "proc/meminfo") or "")
-    return int(match[1]) * 1024 if match else None
+    return memory(root).get("MemAvailable")
+
+
+def memory(root: Path = _ROOT) -> dict[str, int]:
+    """Bytes of `MemTotal`, `MemAvailable` and the like; empty where Linux does not say."""
+    found = _MEMORY.findall(text_of(root / "proc/meminfo") or "")
+    return {name: int(kibibytes) * 1024 for name, kibibytes in found}
 
 
 def power(root: Path = _ROOT) -> Power | None:

@@ -39,9 +39,8 @@ class TimedSlots:
         Raises:
             EngineError: the engine failed.
         """
-        end = time.perf_counter() + seconds
         runs = [
-            thread.submit(partial(self._work, slot, batch, end, alone))
+            thread.submit(partial(self._work, slot, batch, seconds, alone))
             for thread, slot in zip(self._threads, self._slots, strict=True)
         ]
         return [run.result() for run in runs]
@@ -52,9 +51,10 @@ class TimedSlots:
             thread.submit(slot.close).result()
             thread.close()
 
-    def _work(self, slot: Slot, batch: int, end: float, alone: bool) -> list[float]:
+    def _work(self, slot: Slot, batch: int, seconds: float, alone: bool) -> list[float]:
         times: list[float] = []
         now = time.perf_counter()
+        end = now + seconds
         while not times or now < end:
             if self._fill is not None:
                 self._fill(slot)

@@ -187,29 +187,36 @@ def rgb_normalisation(preprocessing: Preprocessing) -> tuple[NDArray[np.float64]
     return mean, std
 
 
-def open_session(model: str | bytes, *, fused: bool = True) -> onnxruntime.InferenceSession:
-    """A graph, or a file's path, ready to run on the CPU; see `run_onnx`."""
+def open_session(
+    model: str | bytes, *, exact: bool = False, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """A graph, or a file's path, ready to run on the CPU.
+
+    Args:
+        model: the graph, serialised, or its file's path.
+        exact: compute Q/DQ as it is written: in floating point, rounded where it says so. Integer kernels,
+            into which ONNX Runtime would fuse it, add an error of their own.
+        threads: that compute; None: one for each core.
+    """
     onnxruntime = import_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised as well
-    if not fused:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.intra_op_num_threads = threads or 0
+    if exact:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(
-    model: Path | onnx.ModelProto, images: NDArray[Any], *, fused: bool = True
-) -> NDArray[np.float32]:
+def run_onnx(model: Path | onnx.ModelProto, images: NDArray[Any]) -> NDArray[np.float32]:
     """The first output of a graph with one input, computed by ONNX Runtime on the CPU, 32 images at a time.
 
     Args:
         model: the graph, or its file.
         images: uint8 NHWC pixels, or what else it takes; the first axis is the batch.
-        fused: let ONNX Runtime fuse Q/DQ into integer kernels, which add an error of their own.
     """
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    session = open_session(source, fused=fused)
+    session = open_session(source)
     given, wanted = session.get_inputs()[0].name, session.get_outputs()[0].name
     parts = np.array_split(images, -(-len(images) // _BATCH))
     return np.concatenate([session.run([wanted], {given: part})[0] for part in parts])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT, LOGITS
-from builder.prepare.quiet_import import import_onnxruntime
+from builder.prepare.export import open_session
 from builder.weights import quantise
 from models.preprocessing import Pixels
 
@@ -150,25 +150,13 @@ def watch(
     watched = copy_of(model)
     known = {value.name for value in watched.graph.output}
     watched.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)
-    session = exact_session(watched)
+    session = open_session(watched.SerializeToString(), exact=True)
     for part in np.array_split(pixels, -(-len(pixels) // _BATCH)):
         yield dict(zip(names, session.run(names, {INPUT: part}), strict=True))
 
 
 def exact_logits(model: onnx.ModelProto, pixels: Pixels) -> NDArray[np.float32]:
     """What a graph gives where its sums are exact, shape (N, classes)."""
-    session = exact_session(model)
+    session = open_session(model.SerializeToString(), exact=True)
     parts = np.array_split(pixels, -(-len(pixels) // _BATCH))
     return np.concatenate([session.run([LOGITS], {INPUT: part})[0] for part in parts])
-
-
-def exact_session(model: onnx.ModelProto) -> Any:
-    """Computes Q/DQ graphs as they are written: in floating point, rounded where they say so."""
-    onnxruntime = import_onnxruntime()
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.kit import INPUT
+from builder.prepare.export import open_session
 from builder.prepare.qdq import (
     attribute,
     constants_of,
     copy_of,
-    exact_session,
     quantised_layers,
     replace_constants,
     watch,
@@ -265,7 +265,8 @@ class _Stream:
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import)
         model.ir_version = self._model.ir_version
-        results: list[NDArray[Any]] = exact_session(model).run(outputs, given)
+        session = open_session(model.SerializeToString(), exact=True)
+        results: list[NDArray[Any]] = session.run(outputs, given)
         return results
 
     def _needed(self, nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

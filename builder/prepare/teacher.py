@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from builder.prepare.export import ExportError, rgb_normalisation
+from builder.prepare.export import ExportError, open_session, rgb_normalisation
 from builder.prepare.import_onnx import ImportedModel, import_onnx
 from builder.prepare.labels import labels_beside, match_labels, read_labels
 from builder.prepare.options import PrepareOptions
-from builder.prepare.quiet_import import import_onnxruntime
 from models.checkpoint import load_checkpoint
 from models.preprocessing import Preprocessing
 from models.teacher import ReadyTeacher
@@ -85,13 +83,7 @@ def _of_checkpoint(folder: Path) -> ReadyTeacher:
 
 
 def _run(imported: ImportedModel, threads: int | None) -> Callable[[Tensor], Tensor]:
-    onnxruntime = import_onnxruntime()
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # its errors are raised as well
-    options.intra_op_num_threads = threads or 0
-    model = imported.model.SerializeToString()
-    session: Any = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = open_session(imported.model.SerializeToString(), threads=threads)
     given, wanted = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     def logits(images: Tensor) -> Tensor:

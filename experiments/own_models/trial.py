@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
 
+from builder.prepare.export import open_session
 from experiments.own_models import pictures
 from experiments.own_models.networks import OwnNetwork
 from runtime.manifest import Precision, read_manifest
@@ -134,11 +135,7 @@ def try_network(network: OwnNetwork, place: Place, precisions: Sequence[Precisio
 
 def _own_labels(network: OwnNetwork, path: Path, data: Path) -> dict[Path, int]:
     """What ONNX Runtime makes of the file and of each picture, prepared as the network's own package does."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(str(path))
     name, labels = session.get_inputs()[0].name, {}
     paths = pictures.find(data)
     for start in range(0, len(paths), _BATCH):

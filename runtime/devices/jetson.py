@@ -7,16 +7,14 @@ The memory controller's load is for root alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.devices.base import Reading
-from runtime.jetson import jetson_model, number_of, text_of
+from runtime.jetson import jetson_model, memory, number_of, text_of
 
 # The counters of the kernel driver `soctherm_oc`, in the words of NVIDIA's developer guide.
 _OVER_CURRENT = {1: "undervoltage", 2: "average overcurrent", 3: "instantaneous overcurrent"}
-_MEMINFO = re.compile(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", re.MULTILINE)
 
 
 def find_jetson(root: Path) -> Jetson | None:
@@ -87,8 +85,7 @@ class Jetson:
                     yield Reading("throttling_events", name, events)
 
     def _memory(self) -> Iterator[Reading]:
-        kibibytes = dict(_MEMINFO.findall(text_of(self._root / "proc/meminfo") or ""))
-        if len(kibibytes) == 2:
-            total, available = int(kibibytes["MemTotal"]) * 1024, int(kibibytes["MemAvailable"]) * 1024
-            yield Reading("memory_total_bytes", "", total)
-            yield Reading("memory_used_bytes", "", total - available)
+        found = memory(self._root)
+        if {"MemTotal", "MemAvailable"} <= found.keys():
+            yield Reading("memory_total_bytes", "", found["MemTotal"])
+            yield Reading("memory_used_bytes", "", found["MemTotal"] - found["MemAvailable"])

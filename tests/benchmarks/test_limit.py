@@ -38,7 +38,7 @@ def test_the_loop_works_in_rounds(package: Path, setting: Setting) -> None:
     for one in rounds:
         assert one.requests % setting.batch == 0
         assert sum(count for _, count in one.latencies) == one.requests > 0
-        assert one.seconds == pytest.approx(0.2, rel=0.01) or one.seconds > 0.2
+        assert one.seconds >= 0.2
         # Each slot is at work all the time.
         busy = sum(microseconds * count for microseconds, count in one.latencies) / 1e6 / setting.batch
         assert busy == pytest.approx(setting.slots * one.seconds, rel=0.5)

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -183,22 +184,30 @@ def test_a_client_that_closes_its_half_is_answered(
     assert wire.closed_by_server()
 
 
-def test_a_client_that_leaves_is_told_from_one_that_waits(
-    connect: Callable[..., Wire], engine_dir: Path, encode: Encode
-) -> None:
+@contextmanager
+def waiting_beside_one_that_leaves(
+    connect: Callable[..., Wire], engine_dir: Path, image: bytes, version: str
+) -> Iterator[Wire]:
+    """A client that closed its half and waits; the request of another, which left, was given up meanwhile."""
     gate = Gate()
-    image = encode(3)
     with running(Settings(engine="tiny", engine_dir=engine_dir, port=0), load_gated(gate)) as gated:
         gate.close()
         waits, leaves = connect(gated), connect(gated)
         for wire in (waits, leaves):
-            wire.send(head(len(image)) + image)
+            wire.send(head(len(image), version=version) + image)
         gate.wait_for_arrivals(1)
         waits.socket.shutdown(socket.SHUT_WR)
         leaves.socket.close()
         counted = gated.service.telemetry.requests
         wait_until(lambda: counted[RequestKey("predict", "cancelled", "disconnected")] == 1)
         gate.open()
+        yield waits
+
+
+def test_a_client_that_leaves_is_told_from_one_that_waits(
+    connect: Callable[..., Wire], engine_dir: Path, encode: Encode
+) -> None:
+    with waiting_beside_one_that_leaves(connect, engine_dir, encode(3), "1.1") as waits:
         interim = b"HTTP/1.1 102 Processing\r\n\r\n"
         assert waits.socket.recv(len(interim)) == interim
         while waits.socket.recv(len(interim), socket.MSG_PEEK) == interim:
@@ -210,19 +219,7 @@ def test_a_client_of_http_1_0_that_leaves_is_told_from_one_that_waits(
     connect: Callable[..., Wire], engine_dir: Path, encode: Encode
 ) -> None:
     """As nginx's clients leave; there are no interim answers, but an answer may come in pieces."""
-    gate = Gate()
-    image = encode(3)
-    with running(Settings(engine="tiny", engine_dir=engine_dir, port=0), load_gated(gate)) as gated:
-        gate.close()
-        waits, leaves = connect(gated), connect(gated)
-        for wire in (waits, leaves):
-            wire.send(head(len(image), version="1.0") + image)
-        gate.wait_for_arrivals(1)
-        waits.socket.shutdown(socket.SHUT_WR)
-        leaves.socket.close()
-        counted = gated.service.telemetry.requests
-        wait_until(lambda: counted[RequestKey("predict", "cancelled", "disconnected")] == 1)
-        gate.open()
+    with waiting_beside_one_that_leaves(connect, engine_dir, encode(3), "1.0") as waits:
         assert waits.answer()[0] == 200
         assert waits.closed_by_server()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,7 @@ ORIN = Device(
     multiprocessors=8,
     memory=7802676 * 1024,
 )
-AGX_ORIN = Device(
-    name="Orin",
-    compute_capability="8.7",
-    integrated=True,
-    cuda="12.6",
-    multiprocessors=16,
-    memory=64349216 * 1024,
-)
+AGX_ORIN = replace(ORIN, multiprocessors=16, memory=64349216 * 1024)
 DESKTOP = Device(
     name="NVIDIA GeForce RTX 3060",
     compute_capability="8.6",

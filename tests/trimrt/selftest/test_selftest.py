@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bare_process import WITHOUT, without_gpu
 from click.testing import Result
 
 from builder.kit import KIT_NAME, VERIFICATION_NAME, open_kit, write_verification
-from runtime.cuda import CudaUnavailableError, open_cuda
 from runtime.manifest import sha256_of
 from trimrt.selftest import checks
 from trimrt.selftest.run import choose
@@ -24,24 +24,6 @@ Trimrt = Callable[..., Result]
 
 ROOT = Path(__file__).parents[3]
 SCREEN = 24  # lines
-WITHOUT = """
-import sys
-for name in ("torch", "torchvision", "torch_pruning", "modelopt", "onnx", "onnxruntime", "pytest"):
-    sys.modules[name] = None
-from trimrt.cli import main
-main()
-"""
-
-
-def has_gpu() -> bool:
-    try:
-        open_cuda()
-    except CudaUnavailableError:
-        return False
-    return True
-
-
-without_gpu = pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
 
 
 @pytest.fixture(scope="module")

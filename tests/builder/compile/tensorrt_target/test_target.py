@@ -8,35 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bare_process import WITHOUT, without_gpu
 from click.testing import Result
 
 from builder.compile.targets.choice import choose_backend
 from builder.kit import Kit
-from runtime.cuda import CudaUnavailableError, open_cuda
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, EngineError, read_artefact, read_manifest
 
 Trimrt = Callable[..., Result]
-
-# Runs the command line in a process where these cannot be imported.
-WITHOUT = """
-import sys
-for name in ("torch", "torchvision", "torch_pruning", "modelopt", "onnx", "onnxruntime", "sklearn"):
-    sys.modules[name] = None
-from trimrt.cli import main
-main()
-"""
-
-
-def has_gpu() -> bool:
-    try:
-        open_cuda()
-    except CudaUnavailableError:
-        return False
-    return True
-
-
-without_gpu = pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
 
 
 @without_gpu
