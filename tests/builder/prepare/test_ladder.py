@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from click.testing import Result
 from small_student import SPEC, depthwise_network
 
-from builder.kit import Graph, open_kit
+from builder.kit import INPUT, LOGITS, Graph, open_kit
 from builder.prepare.equalise import equalise
 from builder.prepare.export import export_onnx
 from builder.prepare.int8 import convert_to_int8
@@ -135,6 +136,20 @@ def _outputs(
     for layer, tensor in names.items():
         value = np.concatenate([part[tensor] for part in parts])
         yield layer, value if value.ndim == 2 else np.moveaxis(value, 1, -1).reshape(-1, value.shape[1])
+
+
+def test_sums_are_exact_where_a_graph_is_judged(
+    depthwise: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
+) -> None:
+    """No integer kernel takes the place of what is written."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for model in depthwise:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        (expected,) = session.run([LOGITS], {INPUT: pixels[:8]})
+        np.testing.assert_array_equal(exact_logits(model, pixels[:8]), expected)
 
 
 def test_biases_make_up_for_the_mean_error_of_every_channel(
