@@ -33,7 +33,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, replace_folder(KIT) as folder:
         network = pruned_resnet18(data, ratio=0.9, epochs=12)
         checkpoint = save(Path(name) / "selftest", network, data, name="selftest", command=_COMMAND)
-        options = PrepareOptions(calibration="entropy", name="selftest")
+        options = PrepareOptions(
+            calibration="entropy", correction=False, rounding=False, sensitivity=False, name="selftest"
+        )
         make_kit(checkpoint, Path(name) / "kit", options, precisions=("fp16", "int8"))
         kit = open_kit(Path(name) / "kit")
         for graph in kit.manifest.graphs:
