@@ -31,7 +31,12 @@ class TimedSlots:
         self.device_ms: dict[str, list[float]] = {}  # of each run, by stage, where the device has events
 
     def run(self, batch: int, seconds: float, *, alone: bool = False) -> list[list[float]]:
-        """Run batches on all slots for so many seconds, and until those begun are done.
+        """Run batches for so many seconds, and until those begun are done.
+
+        Args:
+            batch: images of each.
+            seconds: may be 0: one batch of each slot.
+            alone: on the first slot only, which is told so.
 
         Returns:
             Seconds that each batch took, by slot.
@@ -41,7 +46,7 @@ class TimedSlots:
         """
         runs = [
             thread.submit(partial(self._work, slot, batch, seconds, alone))
-            for thread, slot in zip(self._threads, self._slots, strict=True)
+            for thread, slot in list(zip(self._threads, self._slots, strict=True))[: 1 if alone else None]
         ]
         return [run.result() for run in runs]
 

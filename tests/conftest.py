@@ -50,6 +50,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Builds time their engines for real, but briefly: no test is about how fast they are."""
+    from builder.compile import measurement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "MEASURE_SECONDS", 0.03)
+        yield
+
+
 @pytest.fixture(scope="session")
 def trimrt() -> Callable[..., Result]:
     """The command line, in this process: `trimrt("build", folder, "--precision", "int8")`."""
@@ -84,6 +94,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Pat
 
     runs = build_once(tmp_path_factory, "runs", lambda folder: write_checkpoint(folder / "tiny-digits", data))
     return runs / "tiny-digits"
+
+
+@pytest.fixture(scope="session")
+def depthwise(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Path:
+    """The graph of a small network of depthwise convolutions, trained, with the tiny student's pixels as input."""
+    from small_student import SPEC, depthwise_network
+
+    from builder.prepare.export import export_onnx
+
+    def build(folder: Path) -> None:
+        export_onnx(depthwise_network(data), SPEC, folder / "fp32.onnx")
+
+    return build_once(tmp_path_factory, "depthwise", build) / "fp32.onnx"
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from runtime.engine import Engine
 from runtime.timing import TimedSlots, rate
 
 _MIN_ROUNDS: Final = 3
-_MEASURE_SECONDS: Final = 0.5
-_WARM_UP_SECONDS: Final = 0.05
+MEASURE_SECONDS: Final = 0.5  # for each of the two figures
+_WARM_UP_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,23 @@ class Speed:
     throughput: float
 
 
-def measure(engine: Engine, seconds: float = _MEASURE_SECONDS) -> Speed:
-    """Time `engine` on random pixels, `seconds` for each of the two figures.
+def measure(engine: Engine, rounds: int = 1) -> Speed:
+    """Time `engine` on random pixels, for its share of the seconds of one measurement.
+
+    Args:
+        engine: all its slots are opened.
+        rounds: how many measurements share those seconds.
 
     Raises:
         EngineError: the engine failed.
     """
-    batch = engine.manifest.batch
-    latencies = _times(engine, 1, batch.min, seconds, alone=True)
-    throughput = rate(batch.max, _times(engine, engine.slots, batch.max, seconds))
+    batch, seconds = engine.manifest.batch, MEASURE_SECONDS / rounds
+    with closing(TimedSlots(engine, engine.slots)) as slots:
+        slots.run(batch.min, _WARM_UP_SHARE * seconds, alone=True)
+        latencies = slots.run(batch.min, seconds, alone=True)
+        slots.run(batch.max, _WARM_UP_SHARE * seconds)
+        throughput = rate(batch.max, slots.run(batch.max, seconds))
     return Speed(latency_ms=float(np.median(latencies)) * 1000, throughput=throughput)
-
-
-def _times(
-    engine: Engine, slots: int, batch: int, seconds: float, *, alone: bool = False
-) -> list[list[float]]:
-    """Seconds of each run, by slot."""
-    with closing(TimedSlots(engine, slots)) as timed:
-        timed.run(batch, _WARM_UP_SECONDS, alone=alone)
-        return timed.run(batch, seconds, alone=alone)
 
 
 def measure_in_turns(engines: Sequence[Engine], rounds: int = 3) -> list[Speed]:
@@ -63,7 +61,7 @@ def measure_in_turns(engines: Sequence[Engine], rounds: int = 3) -> list[Speed]:
     Raises:
         EngineError: an engine failed.
     """
-    speeds = [[measure(engine, _MEASURE_SECONDS / rounds) for engine in engines] for _ in range(rounds)]
+    speeds = [[measure(engine, rounds) for engine in engines] for _ in range(rounds)]
     return [
         Speed(
             latency_ms=median(speed.latency_ms for speed in found),

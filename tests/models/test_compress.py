@@ -139,6 +139,7 @@ class TestRerun:
         assert result.output.count("is finished already") == 3
         assert weights(finished[0]) == before
 
+    @pytest.mark.slow
     def test_elsewhere_it_comes_out_the_same(
         self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
     ) -> None:
@@ -177,7 +178,10 @@ class TestRerun:
         load_checkpoint(tmp_path / "teacher")
         assert {path.name for path in tmp_path.iterdir()} <= {"teacher", ".training"}
 
-    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
+    @pytest.mark.parametrize(
+        ("number", "status"),
+        [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
+    )
     def test_the_same_command_ends_as_if_nothing_had_stopped_it(
         self,
         number: signal.Signals,

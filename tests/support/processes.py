@@ -34,7 +34,7 @@ class Started:
         assert self.process.poll() is None, self.log.read_text()
         self.url = self.said("url")
         try:
-            return self.url != "" and httpx.get(f"{self.url}/health/ready").status_code == 200
+            return self.url != "" and httpx.get(f"{self.url}/health/ready", verify=False).status_code == 200
         except httpx.ConnectError:
             return False
 

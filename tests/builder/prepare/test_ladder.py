@@ -15,11 +15,10 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import Result
-from small_student import SPEC, depthwise_network
+from small_student import SPEC
 
 from builder.kit import INPUT, LOGITS, Graph, open_kit
 from builder.prepare.equalise import equalise
-from builder.prepare.export import export_onnx
 from builder.prepare.int8 import convert_to_int8
 from builder.prepare.legality import require_legal
 from builder.prepare.options import PrepareOptions
@@ -59,14 +58,13 @@ def pixels(data: DataSplit) -> Pixels:
 
 
 @pytest.fixture(scope="module")
-def depthwise(
-    data: DataSplit, pixels: Pixels, tmp_path_factory: pytest.TempPathFactory
+def inverted(
+    depthwise: Path, pixels: Pixels, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """The network in FP32, and calibrated."""
-    folder = tmp_path_factory.mktemp("depthwise")
-    export_onnx(depthwise_network(data), SPEC, folder / "fp32.onnx")
-    convert_to_int8(folder / "fp32.onnx", folder / "int8.onnx", pixels, method="max", rest="fp32")
-    return onnx.load(folder / "fp32.onnx"), onnx.load(folder / "int8.onnx")
+    """A network of depthwise convolutions in FP32, and calibrated."""
+    path = tmp_path_factory.mktemp("inverted") / "int8.onnx"
+    convert_to_int8(depthwise, path, pixels, method="max", rest="fp32")
+    return onnx.load(depthwise), onnx.load(path)
 
 
 def test_the_ways_are_in_the_order_of_their_cost(graphs: dict[str, tuple[Graph, Path]]) -> None:
@@ -114,10 +112,10 @@ def test_equalised_channels_change_nothing_in_floating_point(
 
 
 def test_relu6_is_not_equalised_through(
-    depthwise: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
+    inverted: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
 ) -> None:
     """A factor would move its bound. The tensors along the sums are equalised all the same."""
-    master, _ = depthwise
+    master, _ = inverted
     equalised = equalise(master, pixels)
     before, after = (constants_of(model) for model in (master, equalised))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -139,12 +137,12 @@ def _outputs(
 
 
 def test_sums_are_exact_where_a_graph_is_judged(
-    depthwise: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
+    inverted: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
 ) -> None:
     """No integer kernel takes the place of what is written."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for model in depthwise:
+    for model in inverted:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
@@ -153,9 +151,9 @@ def test_sums_are_exact_where_a_graph_is_judged(
 
 
 def test_biases_make_up_for_the_mean_error_of_every_channel(
-    depthwise: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
+    inverted: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
 ) -> None:
-    master, quantised = depthwise
+    master, quantised = inverted
     corrected = reconstruct(quantised, master, pixels, weights=False)
     layers = {name: layer.node.output[0] for name, layer in quantised_layers(quantised).items()}
     wanted = {node.name: node.output[0] for node in master.graph.node if node.name in layers}
@@ -169,9 +167,9 @@ def test_biases_make_up_for_the_mean_error_of_every_channel(
 
 
 def test_rounding_moves_weights_by_few_steps_and_lowers_the_error_of_the_logits(
-    depthwise: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels, data: DataSplit
+    inverted: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels, data: DataSplit
 ) -> None:
-    master, quantised = depthwise
+    master, quantised = inverted
     rounded = reconstruct(quantised, master, pixels, weights=True)
     held_out = data.validation.load_pixels(SPEC)
     reference, plain, better = (exact_logits(each, held_out) for each in (master, quantised, rounded))
@@ -185,9 +183,9 @@ def test_rounding_moves_weights_by_few_steps_and_lowers_the_error_of_the_logits(
 
 
 def test_a_range_of_least_error_cuts_off_what_is_rare(
-    depthwise: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
+    inverted: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
 ) -> None:
-    master, _ = depthwise
+    master, _ = inverted
     tensors = [node.output[0] for node in master.graph.node if node.op_type == "Conv"]
     scales = least_error_scales(master, tensors, pixels)
     for name in tensors:
