@@ -98,7 +98,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Pat
 
 @pytest.fixture(scope="session")
 def depthwise(tmp_path_factory: pytest.TempPathFactory, data: DataSplit) -> Path:
-    """The graph of a small network of depthwise convolutions, trained, with the tiny student's pixels as input."""
+    """The graph of a small trained network of depthwise convolutions; it takes the tiny student's pixels."""
     from small_student import SPEC, depthwise_network
 
     from builder.prepare.export import export_onnx

@@ -53,7 +53,7 @@ LEVELS: Final = {
     "AVX512_CORE_FP16": "avx512_fp16",
     "DEFAULT": "sse4_1",
 }
-# The extremes, the one that most processors without VNNI have, and the machine as it is; the long tests run them all.
+# The least, what most processors without VNNI have, and the machine as it is; the long tests run them all.
 DISTINCT: Final = ("SSE41", "AVX2", "DEFAULT")
 FLAGS: Final = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
 

@@ -62,7 +62,8 @@ def test_every_precision_compiles_with_every_kind_of_profile(rtx, graph, precisi
 
 
 @pytest.mark.parametrize(
-    "precision", [pytest.param("fp32", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.slow), "int8-fp16"]
+    "precision",
+    [pytest.param("fp32", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.slow), "int8-fp16"],
 )
 @pytest.mark.parametrize("preset", ["aligned", "report", "aggressive"])
 def test_every_pruning_preset_compiles(rtx, graph, preset, precision):
