@@ -38,15 +38,15 @@ demo: $(VENV)/.install  ## Build, serve, ask and compare, once, on handwritten d
 serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:8000.
 	@$(BIN)/trimrt serve --engine $(ENGINE)
 
-# A file's tests share what is slow to build; tests/conftest.py puts the longest files first. Each of the two
-# workers has a core, so OpenMP gets one thread: several would spin while they wait for each other.
+# A file's tests share what is slow to build; tests/conftest.py puts the longest files first. Three workers keep two
+# cores busy while some wait for servers. OpenMP gets one thread: several would spin while they wait for each other.
 test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail where that is too low.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder \
 		--max-worker-restart 0 --cov
 
 test-long: $(VENV)/.install-dev  ## Run the long tests: whole trainings, QAT, examples, Ray, a soak.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile \
-		tests/benchmarks tests/builder tests/docs tests/examples tests/experiments tests/models tests/trimrt/cluster \
+		tests/benchmarks tests/builder tests/docs tests/e2e tests/examples tests/experiments tests/models tests/trimrt \
 		tests/load/test_soak.py
 
 test-load: $(VENV)/.install-dev  ## Load a server: overload, abuse, thousands of requests, packages that change.

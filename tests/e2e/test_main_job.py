@@ -80,6 +80,7 @@ def test_the_demo_shows_prediction_latency_and_comparison(demo: tuple[Path, str]
     assert re.search(r"trimrt serve --engine \S+-int8-openvino starts the server", printed)
 
 
+@pytest.mark.slow
 def test_a_second_demo_builds_nothing_anew(demo: tuple[Path, str]) -> None:
     directory, _ = demo
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}

@@ -167,6 +167,7 @@ class TestRerun:
         assert "pruned: made again" in result.output
         assert weights(tmp_path) == weights(finished[0])
 
+    @pytest.mark.slow
     def test_interrupted_it_says_so_and_leaves_whole_stages_only(
         self, few_digits: Path, tmp_path: Path
     ) -> None:

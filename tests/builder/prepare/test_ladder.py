@@ -236,6 +236,7 @@ def test_the_command_climbs_until_one_passes_and_the_manifest_tells_the_whole_st
     assert manifest.evidence.label_agreement >= 0.98
 
 
+@pytest.mark.slow
 def test_a_kit_holds_one_way_more_than_passes_and_no_compiled_failure(
     fragile: Path, tmp_path: Path, trimrt: Callable[..., Result]
 ) -> None:

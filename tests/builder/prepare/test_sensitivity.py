@@ -166,6 +166,7 @@ def test_layers_are_kept_only_while_int8_is_faster(
     assert (tmp_path / "fragile-int8-openvino").exists() == published
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_ranking_and_what_was_tried(
     fragile: Path, tmp_path: Path, trimrt: Callable[..., Result]
 ) -> None:

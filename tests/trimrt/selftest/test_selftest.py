@@ -65,6 +65,7 @@ def test_the_figures_come_with_the_machine(tested: dict) -> None:
     assert tested["machine"]["memory"].endswith("GiB available")
 
 
+@pytest.mark.slow
 def test_what_was_built_before_is_tested_as_it_is(tested: dict, trimrt: Trimrt, engines: Path) -> None:
     before = sha256_of(engines / "selftest-int8-openvino" / "manifest.json")
     result = trimrt("selftest", "--backend", "openvino", "--engines", engines, "--soak-seconds", 0)

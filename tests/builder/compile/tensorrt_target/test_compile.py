@@ -61,11 +61,9 @@ def test_every_precision_compiles_with_every_kind_of_profile(rtx, graph, precisi
     assert compile_graph(rtx, graph(precision), PROFILES[profiles]).startswith(b"vtrt")
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [pytest.param("fp32", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.slow), "int8-fp16"],
-)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-fp16"])
 @pytest.mark.parametrize("preset", ["aligned", "report", "aggressive"])
+@pytest.mark.slow
 def test_every_pruning_preset_compiles(rtx, graph, preset, precision):
     path = graph(precision, preset)
     assert check_legality(onnx.load(path)).errors == []
