@@ -5,6 +5,7 @@ each precision, for the tests of the builder and of the command line.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,30 @@ def short_measurements() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measurement, "MEASURE_SECONDS", 0.03)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untraced_exports() -> Iterator[None]:
+    """Coverage does not watch PyTorch's exporter, whose millions of calls it would slow down by a third."""
+    torch = sys.modules.get("torch")
+    if torch is None:  # where no test that was collected needs it
+        yield
+        return
+    import torch.onnx
+
+    export = torch.onnx.export
+
+    def untraced(*arguments: object, **options: object) -> object:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return export(*arguments, **options)
+        finally:
+            sys.settrace(trace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", untraced)
         yield
 
 
