@@ -210,6 +210,7 @@ class TestChoices:
         assert 0.2 < pruned.metrics.parameters / student.metrics.parameters <= 0.25
         assert pruned.recipe["pruning"]["ratio"] == pytest.approx(0.5, abs=0.05)
 
+    @pytest.mark.slow
     def test_pretrained_teacher_with_another_head(
         self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
     ) -> None:
@@ -258,6 +259,7 @@ class TestChoices:
         assert spec.mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=1e-3)
         assert spec.std == pytest.approx(values.std(axis=(0, 1, 2)), abs=1e-3)
 
+    @pytest.mark.slow
     def test_networks_of_timm(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
         names = ["--teacher-architecture", "timm:test_resnet", "--student-architecture", "timm:lcnet_035"]
         run(few_digits, "--out", tmp_path, *SHORT, *names, "--pruning-ratio", "0.5")
@@ -275,6 +277,7 @@ class TestChoices:
         run(few_digits, "--out", tmp_path, *SHORT, *names, "--until", "student")
         assert load_checkpoint(tmp_path / "student")[1].architecture == "shufflenet_v2_x0_5"
 
+    @pytest.mark.slow
     def test_until_the_student(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
         run(few_digits, "--out", tmp_path, *SHORT, "--until", "student")
         assert {path.name for path in tmp_path.iterdir()} == {"teacher", "student", ".training"}

@@ -121,7 +121,7 @@ def test_a_user_without_name_and_home_runs_engines(place: Path) -> None:
     ("home", "says"),
     [
         (None, "this user has no home folder to unpack data sets in; name a folder in TRIMRT_CACHE"),
-        ("/proc", "cannot unpack digits in /proc/.cache/trimrt: "),
+        pytest.param("/proc", "cannot unpack digits in /proc/.cache/trimrt: ", marks=pytest.mark.slow),
     ],
 )
 def test_a_user_without_a_place_for_data_sets_is_told_where_to_name_one(

@@ -77,7 +77,9 @@ def test_if_neither_passes_nothing_is_published(kit: Kit, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("objective", "chosen"), [("latency", "fp32"), ("throughput", "int8")])
+@pytest.mark.parametrize(
+    ("objective", "chosen"), [pytest.param("latency", "fp32", marks=pytest.mark.slow), ("throughput", "int8")]
+)
 def test_the_objective_decides_what_is_fast(
     kit: Kit,
     tmp_path: Path,

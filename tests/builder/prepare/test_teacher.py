@@ -114,6 +114,7 @@ def test_a_student_learns_from_an_onnx_file(
     assert again.output.count("is finished already") == 2
 
 
+@pytest.mark.slow
 def test_another_teachers_student_is_another(
     trimrt: Trimrt, network_file: Path, checkpoint: Path, three_digits: Path, tmp_path: Path
 ) -> None:

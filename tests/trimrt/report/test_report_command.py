@@ -258,6 +258,7 @@ def test_mistakes_are_explained(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_engines_are_reported_on_without_torch(packages: dict[Precision, Path], tmp_path: Path) -> None:
     """As on a Jetson, where only engines can be measured and no training library is installed."""
     out = tmp_path / "report.html"

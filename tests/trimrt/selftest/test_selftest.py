@@ -113,6 +113,7 @@ def test_where_there_is_an_nvidia_gpu_openvino_is_no_answer(monkeypatch: pytest.
     assert choose() == ("tensorrt", "/dev/nvmap is here, so there is an NVIDIA GPU")
 
 
+@pytest.mark.slow
 def test_labels_that_are_not_the_recorded_ones_are_a_failure(
     tested: dict, trimrt: Trimrt, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
