@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from jetson_files import THOR, write_files, write_orin_nano
+from jetson_files import AGX_ORIN, THOR, write_files, write_orin_nano
 from running import running
 
 from runtime.devices import find_devices
@@ -67,6 +67,29 @@ def test_sensors_that_fail_or_vanish_are_left_out(orin: Path) -> None:
         ("power_watts", "VDD_CPU_GPU_CV"),
         ("throttling_events", "undervoltage"),
         ("throttling_events", "instantaneous overcurrent"),
+    ]
+
+
+def test_an_agx_orin_has_other_rails_and_a_label_that_is_none(tmp_path: Path) -> None:
+    write_files(tmp_path, AGX_ORIN)
+    monitor = tmp_path / "sys/class/hwmon/hwmon3"
+    for rail in (1, 2, 3):
+        (monitor / f"in{rail}_input").write_text("5000\n")
+        (monitor / f"curr{rail}_input").write_text(f"{rail}000\n")
+    (monitor / "in7_input").write_text("6000\n")
+    (device,) = find_devices(tmp_path)
+    assert device.name == "NVIDIA Jetson AGX Orin Developer Kit"
+    assert device.read() == [
+        Reading("utilization_ratio", "17000000.gpu", 0.12),
+        Reading("clock_hertz", "17000000.gpu", 1_300_500_000),
+        Reading("clock_limit_hertz", "17000000.gpu", 1_300_500_000),
+        Reading("temperature_celsius", "cpu-thermal", 52.968),
+        Reading("temperature_celsius", "gpu-thermal", 47.625),
+        Reading("power_watts", "VDD_GPU_SOC", 5.0),
+        Reading("power_watts", "VDD_CPU_CV", 10.0),
+        Reading("power_watts", "VIN_SYS_5V0", 15.0),
+        Reading("memory_total_bytes", "", 62817 << 20),
+        Reading("memory_used_bytes", "", 20642 << 20),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jetson_files import write_orin_nano
+from jetson_files import AGX_ORIN, write_files, write_orin_nano
 
 from runtime.jetson import Power, available_memory, jetson_linux, jetson_model, power
 
@@ -33,6 +33,16 @@ def test_the_host_says_all(host: Path) -> None:
     assert str(found) == (
         "mode 25W; GPU up to 918 MHz, not held there (`sudo jetson_clocks` does that); "
         "CPU up to 1344 MHz; 6 cores on"
+    )
+
+
+def test_an_agx_orin_says_all(tmp_path: Path) -> None:
+    write_files(tmp_path, AGX_ORIN)
+    assert jetson_model(tmp_path) == "NVIDIA Jetson AGX Orin Developer Kit"
+    assert jetson_linux(tmp_path) == "36.4.0"
+    assert available_memory(tmp_path) == (62817 - 20642) << 20
+    assert power(tmp_path) == Power(
+        mode="MAXN", gpu_max_hz=1_300_500_000, gpu_fixed=False, cpu_max_hz=2_201_600_000, cores=12
     )
 
 

@@ -45,6 +45,37 @@ ORIN_NANO = {
     "sys/class/hwmon/hwmon3/oc3_event_cnt": "37\n",
 }
 
+# Of an AGX Orin (64 GB) with JetPack 6: names, paths and clocks as in issues 381, 428 and 668 of
+# jetson-stats; load, temperatures and memory as tegrastats gives them in its tests; the board's names as in
+# the Linux kernel. No report was found with voltages and currents, so there are none. The last label is no
+# rail's.
+AGX_ORIN = {
+    "proc/device-tree/compatible": "nvidia,p3737-0000+p3701-0000\0nvidia,p3701-0000\0nvidia,tegra234\0",
+    "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.0, GCID: 37537400, BOARD: generic, EABI: aarch64, "
+    "DATE: Fri Sep 13 04:36:44 UTC 2024\n",
+    "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=MODE_15W >\n"
+    "< POWER_MODEL ID=2 NAME=MODE_30W >\n< POWER_MODEL ID=3 NAME=MODE_50W >\n< PM_CONFIG DEFAULT=2 >\n",
+    "var/lib/nvpmodel/status": "pmode:0000\n",
+    "sys/devices/soc0/family": "Tegra\n",
+    "sys/devices/system/cpu/online": "0-11\n",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq": "2201600\n",
+    "sys/class/devfreq/17000000.gpu/min_freq": "306000000\n",
+    "sys/class/devfreq/17000000.gpu/max_freq": "1300500000\n",
+    "sys/class/devfreq/17000000.gpu/cur_freq": "1300500000\n",
+    "sys/class/devfreq/17000000.gpu/device/load": "120\n",
+    "proc/meminfo": f"MemTotal: {62817 * 1024} kB\nMemAvailable: {(62817 - 20642) * 1024} kB\n",
+    "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+    "sys/class/thermal/thermal_zone0/temp": "52968\n",
+    "sys/class/thermal/thermal_zone1/type": "gpu-thermal\n",
+    "sys/class/thermal/thermal_zone1/temp": "47625\n",
+    "sys/class/hwmon/hwmon3/name": "ina3221\n",
+    "sys/class/hwmon/hwmon3/in1_label": "VDD_GPU_SOC\n",
+    "sys/class/hwmon/hwmon3/in2_label": "VDD_CPU_CV\n",
+    "sys/class/hwmon/hwmon3/in3_label": "VIN_SYS_5V0\n",
+    "sys/class/hwmon/hwmon3/in7_label": "sum of shunt voltages\n",
+}
+
 # Of a Thor with JetPack 7, as public reports have them: no load in sysfs, and an NVIDIA driver like a PC's.
 THOR = {
     "proc/device-tree/compatible": "nvidia,p3971-0089+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0",
