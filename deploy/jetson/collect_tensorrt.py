@@ -13,6 +13,8 @@ from pathlib import Path
 
 # What running a plan needs, by the names that the loader asks for; `import tensorrt` loads all three.
 LIBRARIES = ("libnvinfer.so.", "libnvinfer_plugin.so.", "libnvonnxparser.so.")
+# What TensorRT of JetPack 6 loads besides, and not every image of CUDA's has: cuDLA, as small as harmless.
+CUDLA = "libcudla.so.1"
 
 # Which releases build for a Jetson's GPU, as (first, last) of each range: JetPack 6's own end with 10.7,
 # JetPack 7 has those for Arm servers, which build for Thor since 10.13, for Orin only since 10.16.
@@ -28,6 +30,12 @@ def find_libraries(root: Path) -> list[Path]:
         for name in LIBRARIES
         if path.name.startswith(name) and path.name.removeprefix(name).isdigit()
     ]
+
+
+def find_cudla(root: Path) -> list[Path]:
+    """CUDA's interface to the DLA, if the image has it."""
+    found = sorted(root.glob(f"usr/local/cuda*/targets/*/lib/{CUDLA}"))
+    return [path for path in found if path.stat().st_size][:1]
 
 
 def find_package(root: Path) -> list[Path]:
@@ -89,6 +97,7 @@ def collect(root: Path, into: Path, *, required: bool, sm: str) -> list[str]:
         )
     if required and (reason := refusal(libraries, sm)):
         sys.exit(f"{reason}.\nChoose another with --build-arg BASE_IMAGE=... (docs/containers.md).")
+    libraries += find_cudla(root)
     for library in libraries:
         shutil.copy2(library.resolve(), into / "lib" / library.name)
     for path in package:

@@ -11,6 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "deploy/jetson/collect_tensorrt.py"
 LIBRARIES = "usr/lib/aarch64-linux-gnu"
+CUDA = "usr/local/cuda-12.6/targets/aarch64-linux/lib"
 PACKAGE = "usr/lib/python3.10/dist-packages"
 
 
@@ -24,6 +25,10 @@ def root(tmp_path: Path) -> Path:
         real.write_bytes(name.encode())
         (libraries / f"lib{name}.so.10").symlink_to(real.name)
         (libraries / f"lib{name}.so").symlink_to(real.name)
+    cuda = tmp_path / CUDA
+    cuda.mkdir(parents=True)
+    (cuda / "libcudla.so.1.0.0").write_bytes(b"cudla")
+    (cuda / "libcudla.so.1").symlink_to("libcudla.so.1.0.0")
     for name in ("tensorrt", "tensorrt-10.3.0.dist-info", "tensorrt_lean", "numpy"):
         (package / name).mkdir(parents=True)
         (package / name / "file").write_text(name)
@@ -59,6 +64,7 @@ def test_the_runtime_is_taken_under_the_names_that_the_loader_asks_for(
     taken = {str(path.relative_to(tmp_path / "into")) for path in (tmp_path / "into").glob("*/*")}
     assert taken == {
         *(f"lib/lib{name}.so.10" for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser")),
+        "lib/libcudla.so.1",
         *("python/tensorrt", "python/tensorrt-10.3.0.dist-info"),
     }
     library = tmp_path / "into/lib/libnvinfer.so.10"
@@ -84,6 +90,12 @@ def test_a_missing_library_stops_the_build(root: Path, collect: Collect, name: s
     assert f"{name[:-2]}N is not there" in done.stderr
     assert "--build-arg BASE_IMAGE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_tensorrt_for_servers_needs_no_cudla(root: Path, collect: Collect, tmp_path: Path) -> None:
+    (root / CUDA / "libcudla.so.1").unlink()
+    assert collect().returncode == 0
+    assert not (tmp_path / "into/lib/libcudla.so.1").exists()
 
 
 def test_an_empty_placeholder_is_not_a_library(root: Path, collect: Collect) -> None:

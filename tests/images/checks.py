@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.serving import free_port
+from deploy.jetson.collect_tensorrt import CUDLA
 from models.files import replace_folder
+from tests.images import libraries
 from tests.images.golden import write_images
 from tests.images.podman import BUILD, ROOT, Container, call, configuration, started, wait_for
 
@@ -302,11 +304,24 @@ def check_gpu(image: str) -> Facts:
     return {**check_packages(image), **check_user(image), **without_tensorrt(image, image)}
 
 
+def check_libraries(image: str) -> list[str]:
+    """Every shared library that TensorRT or a package asks for is in the image, copied there, or mounted."""
+    script = mount(Path(libraries.__file__), "/libraries.py")
+    arguments = ("/opt/trimrt", "/opt/tensorrt", "--also", *libraries.TENSORRT_NEEDS)
+    done = call(image, "/libraries.py", *arguments, options=("--entrypoint", "python3", *script))
+    expect(done.returncode == 0, f"the libraries to be listed:\n{done.stderr}")
+    missing: dict[str, list[str]] = json.loads(done.stdout)
+    left = missing.keys() - {CUDLA}  # it comes with TensorRT, which the stand-in for NVIDIA's base has not
+    expect(left <= libraries.MOUNTED, f"no library but {sorted(libraries.MOUNTED)} to be missing: {missing}")
+    return sorted(left)
+
+
 def check_jetson(image: str, builder: str, x86: str) -> Facts:
     """Without TensorRT, emulated: everything else, and the tensors that the image for x86 makes."""
     facts = {**check_packages(image), **check_user(image), **without_tensorrt(image, builder)}
     facts["machine"] = python(image, "import platform; print(platform.machine(), platform.python_version())")
     expect(facts["machine"].startswith("aarch64"), "an Arm machine")
+    facts["libraries_from_the_host"] = check_libraries(image)
     here, there = golden(image), golden(x86)
     different = sorted(name for name in there if here.get(name) != there[name])
     expect(not different, f"the tensors of x86, but {different} differ")

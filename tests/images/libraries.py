@@ -1,0 +1,107 @@
+"""Which shared libraries programs ask for that an image has not.
+
+The file runs inside an image, by its own Python without any package: `python3 libraries.py FOLDER... --also
+NAME...` prints each missing library with the files that ask for it, as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+# Of ELF, in 64 bits and little-endian.
+_MAGIC: Final = b"\x7fELF\x02\x01"
+_LOADED, _DYNAMIC = 1, 2  # kinds of segments
+_NEEDED, _NAMES, _RPATH, _RUNPATH = 1, 5, 15, 29  # tags of the dynamic segment
+
+# What TensorRT 10.3 of JetPack 6 asks for beyond the C and C++ libraries: from public reports of `ldd` and of
+# the loader's errors (jetson-inference 1653 and 1920, balena-jetson-orin 519, nvidia-container-runtime 124).
+TENSORRT_NEEDS: Final = ("libcudla.so.1", "libnvdla_compiler.so")
+# What NVIDIA's container runtime mounts from the host's /usr/lib/aarch64-linux-gnu/nvidia: libcuda by public
+# listings of `drivers.csv` of Jetson Linux r36, libnvdla_compiler by NVIDIA's staff in jetson-containers 644.
+MOUNTED: Final = frozenset({"libcuda.so.1", "libnvdla_compiler.so"})
+
+
+class Segment(NamedTuple):
+    """A part of a file, and where it lies in memory."""
+
+    kind: int
+    offset: int
+    address: int
+    size: int
+
+
+def needed(content: bytes) -> tuple[list[str], list[str]]:
+    """Names of the libraries that an ELF file asks for, and the folders that it says to look into."""
+    (headers,) = struct.unpack_from("<Q", content, 32)
+    size, count = struct.unpack_from("<HH", content, 54)
+    segments = []
+    for place in range(headers, headers + size * count, size):
+        kind, _flags, offset, address, _physical, length = struct.unpack_from("<IIQQQQ", content, place)
+        segments.append(Segment(kind, offset, address, length))
+    dynamic = next((segment for segment in segments if segment.kind == _DYNAMIC), None)
+    if dynamic is None:
+        return [], []
+    entries = list(
+        struct.iter_unpack("<qQ", content[dynamic.offset : dynamic.offset + dynamic.size // 16 * 16])
+    )
+    (names,) = (value for tag, value in entries if tag == _NAMES)
+    holder = next(s for s in segments if s.kind == _LOADED and s.address <= names < s.address + s.size)
+
+    def text(value: int) -> str:
+        start = names - holder.address + holder.offset + value
+        return content[start : content.index(b"\0", start)].decode()
+
+    libraries = [text(value) for tag, value in entries if tag == _NEEDED]
+    folders = [text(value) for tag, value in entries if tag in (_RPATH, _RUNPATH)]
+    return libraries, [folder for listed in folders for folder in listed.split(":")]
+
+
+def loader_folders(environment: Mapping[str, str]) -> list[Path]:
+    """Where the loader looks for all libraries."""
+    configured = [
+        line.strip()
+        for path in sorted(Path("/etc/ld.so.conf.d").glob("*.conf"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("/")
+    ]
+    listed = environment.get("LD_LIBRARY_PATH", "").split(":")
+    return [Path(folder) for folder in (*listed, *configured, "/lib", "/usr/lib", "/lib64") if folder]
+
+
+def missing(folders: list[Path], everywhere: list[Path]) -> Iterator[tuple[str, Path]]:
+    """The libraries that files below the folders ask for and that are nowhere, each with the file."""
+    files = [path for folder in folders for path in sorted(folder.rglob("*.so*")) if path.is_file()]
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                continue
+        libraries, own = needed(path.read_bytes())
+        places = [Path(folder.replace("$ORIGIN", str(path.resolve().parent))) for folder in own]
+        for name in libraries:
+            if not any((place / name).exists() for place in (*places, *everywhere)):
+                yield name, path
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--also", nargs="*", default=[], help="libraries that something else asks for")
+    options = parser.parse_args()
+    everywhere = loader_folders(os.environ)
+    found: dict[str, list[str]] = {
+        name: [] for name in options.also if not any((place / name).exists() for place in everywhere)
+    }
+    for name, path in missing(options.folders, everywhere):
+        found.setdefault(name, []).append(str(path))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
