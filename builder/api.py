@@ -102,6 +102,8 @@ def build(
                 refused.append(str(error))
                 continue
             observer.published(package)
+            if options.tensorrt.sparsity and package.sparsity is not None:
+                observer.noted(str(package.sparsity))
             packages.append(package)
         if refused and {"int8", "best"} & set(precisions):
             refused += _remedies(graphs, options)

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from builder.external_data import has_external_data
 from models.errors import TrimRTError, faults
 from models.files import restore
 from models.preprocessing import Pixels, Preprocessing
-from runtime.manifest import Activation, Calibration, Precision, sha256_of
+from runtime.manifest import Activation, Calibration, LeftOut, Precision, sha256_of
 
 # The tensors that every graph takes and gives.
 INPUT: Final = "images"
@@ -35,6 +35,9 @@ PROBABILITIES: Final = "probabilities"
 UNKNOWN: Final = -1  # the class of an image that nobody has labelled
 Rest = Literal["fp32", "fp16"]  # precision of what an INT8 graph does not quantise
 Report = Callable[[str], None]  # takes a line of progress
+# What else INT8 graphs leave unquantised, in a graph each, for `--precision best` to compare. On GPUs FP16 is
+# fast enough for that to pay; CPUs are slower with either (docs/cpus.md).
+LEFT_OUT: Final[dict[Rest, tuple[LeftOut, ...]]] = {"fp32": (), "fp16": get_args(LeftOut)}
 
 _Number = TypeVar("_Number", np.uint8, np.int64, np.float32)
 
@@ -115,6 +118,17 @@ class Student(_Strict):
     macs: int | None
 
 
+class Sparsity(_Strict):
+    """How many layers TensorRT's sparse kernels could take."""
+
+    layers: int = Field(description="convolutions and matrix products with constant weights")
+    sparse: int = Field(description="of these: two of every four weights along the input channels are zero")
+
+    def __str__(self) -> str:
+        effect = ", so --sparsity has no effect" if self.sparse == 0 else ""
+        return f"{self.sparse} of {self.layers} layers have 2:4 sparse weights{effect}"
+
+
 class Graph(_Strict):
     """One ONNX file: the student in one precision."""
 
@@ -131,6 +145,12 @@ class Graph(_Strict):
         default=None, description="of a static INT8 graph: what it gives where its sums are exact"
     )
     seconds: float | None = Field(default=None, description="that making it took")
+    sparsity: Sparsity | None = Field(default=None, description="None: not recorded")
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What of an INT8 graph is not quantised, as it may be faster so."""
+        return self.calibration.left_out if self.calibration is not None else None
 
 
 class GraphSource(Protocol):
@@ -148,11 +168,18 @@ class GraphSource(Protocol):
     def verification(self) -> VerificationSet:
         """What its engines are judged by."""
 
-    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+    def graphs(
+        self, precision: Precision, rest: Rest, left_out: LeftOut | None = None
+    ) -> Iterator[tuple[Graph, Path]]:
         """Graphs of one precision, the preferred one first; later ones are for when it fails the gate.
 
+        Args:
+            precision: of the graphs.
+            rest: precision of what INT8 graphs do not quantise.
+            left_out: what they are not to quantise besides.
+
         Raises:
-            KitError: there is none.
+            KitError: there is none, or no more of them.
         """
 
 
@@ -185,13 +212,19 @@ class Kit:
         """The network."""
         return self.manifest.student
 
-    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+    def graphs(
+        self, precision: Precision, rest: Rest, left_out: LeftOut | None = None
+    ) -> Iterator[tuple[Graph, Path]]:
         """The kit's graphs of one precision, in the order in which they were prepared."""
         found = [
             graph
             for graph in self.manifest.graphs
-            if graph.precision == precision and (graph.rest == rest or precision != "int8")
+            if graph.precision == precision
+            and (graph.rest == rest or precision != "int8")
+            and graph.left_out == left_out
         ]
+        if not found and left_out:
+            raise KitError(f"{self.path} has no {precision} graph with the {left_out} left out")
         if not found:
             held = sorted({f"{graph.precision} (rest {graph.rest})" for graph in self.manifest.graphs})
             raise KitError(

@@ -18,8 +18,9 @@ class BuildOptions:
     """How engine packages are built.
 
     Attributes:
-        precisions: one package each; `best` is the faster one of INT8 and FP16 (FP32 for OpenVINO) that
-            passes the gate. None: INT8, of TensorRT-RTX FP16.
+        precisions: one package each; `best` is the fastest that passes the gate of INT8, FP16 (FP32 for
+            OpenVINO) and, on GPUs, INT8 that leaves residual sums or the first layer in FP16. None: INT8, of
+            TensorRT-RTX FP16.
         target: compiler; `auto` is TensorRT where it and a GPU are, else OpenVINO.
         batch: batch sizes to compile for.
         gate: what an engine may lose and still be published.

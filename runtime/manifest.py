@@ -29,6 +29,7 @@ Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 Activation = Literal["softmax", "sigmoid"]
 CalibrationMethod = Literal["entropy", "max", "mse", "qat"]
 WeightChange = Literal["equalised", "bias", "rounded"]
+LeftOut = Literal["residual sums", "first layer"]
 
 
 class EngineError(TrimRTError):
@@ -129,13 +130,17 @@ class Calibration(_Strict):
     fine_tuning: FineTuning | None = Field(default=None, description="of `qat` alone")
     tried: list[str] = Field(default=[], description="methods that failed the accuracy gate before this one")
     higher_precision_layers: list[str] = Field(default=[], description="kept out of INT8 to pass the gate")
+    left_out: LeftOut | None = Field(default=None, description="left out of INT8, as it may be faster so")
     ladder: list[Rung] = Field(default=[], description="all that was tried, in order; the last was published")
 
     @property
     def name(self) -> str:
         """How it differs from other calibrations, in words."""
-        kept = len(self.higher_precision_layers)
-        words = [self.method, *self.changes, *([f"{kept} layers in higher precision"] if kept else [])]
+        words = [self.method, *self.changes]
+        if self.higher_precision_layers:
+            words.append(f"{len(self.higher_precision_layers)} layers in higher precision")
+        if self.left_out:
+            words.append(f"{self.left_out} left out")
         return ", ".join(words)
 
 
@@ -185,10 +190,18 @@ class Candidate(_Strict):
     """An engine that `--precision best` tried; what was not measured is None."""
 
     precision: Precision
+    left_out: LeftOut | None = Field(default=None, description="of INT8")
     latency_ms: float | None = None
     throughput: float | None = None
     engine_top1: float | None = None
-    refused: str | None = Field(default=None, description="what the accuracy gate said of it")
+    refused: str | None = Field(
+        default=None, description="what the accuracy gate said of it, or why there is no such engine"
+    )
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        return f"{self.precision}, {self.left_out} left out" if self.left_out else self.precision
 
 
 class Manifest(_Strict):

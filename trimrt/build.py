@@ -47,8 +47,9 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     callback=one_or_more_of((*get_args(Precision), "best")),
     metavar="LIST",
     show_default="int8; of tensorrt-rtx fp16",
-    help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the faster one of "
-    "int8 and fp16 (fp32 for OpenVINO) that passes the gate.",
+    help=f"One or more of {', '.join(get_args(Precision))}, separated by commas; or best: the fastest that "
+    "passes the gate of int8, fp16 (fp32 for OpenVINO) and, on GPUs, int8 with residual sums or the first "
+    "layer left in fp16.",
 )
 @click.option(
     "--target",

@@ -14,7 +14,7 @@ from models.naming import shortened
 from models.preprocessing import Preprocessing
 from runtime.manifest import Evidence, Manifest, Tensor, read_artefact, read_manifest
 from runtime.packages import resolve_package
-from runtime.tensorrt.layers import PlanLayer, read_layers
+from runtime.tensorrt.layers import PlanLayer, read_layers, summarise
 from trimrt.options import HELP, Command, engine_dir_option
 from trimrt.report.provenance import calibration_text
 
@@ -61,7 +61,7 @@ def _print(folder: Path, manifest: Manifest, all_labels: bool) -> None:
 
 
 def _print_layers(layers: list[PlanLayer]) -> None:
-    table = Table("layer", "kind", "gives", "of the graph", box=SIMPLE_HEAD, title=f"{len(layers)} layers")
+    table = Table("layer", "kind", "gives", "of the graph", box=SIMPLE_HEAD, title=summarise(layers))
     for layer in layers:
         gives = ", ".join(f"{tensor.dtype} {tensor.shape}" for tensor in layer.outputs)
         table.add_row(escape(layer.name), layer.kind, escape(gives), escape(", ".join(layer.graph_layers)))

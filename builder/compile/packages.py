@@ -16,12 +16,32 @@ from builder.compile.publication import next_version, write_manifest
 from builder.compile.targets.base import INT8_REST, Artefact, Target
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError, compare
-from builder.kit import INPUT, LOGITS, PROBABILITIES, Graph, GraphSource, KitError, Report, VerificationSet
+from builder.kit import (
+    INPUT,
+    LOGITS,
+    PROBABILITIES,
+    Graph,
+    GraphSource,
+    KitError,
+    Report,
+    Sparsity,
+    VerificationSet,
+)
 from models.files import clear_folder, replace_folder
 from runtime.engine import Engine
 from runtime.jetson import power
 from runtime.loading import load_engine
-from runtime.manifest import BatchSizes, Evidence, Manifest, Precision, Provenance, Rung, Tensor, sha256_of
+from runtime.manifest import (
+    BatchSizes,
+    Evidence,
+    LeftOut,
+    Manifest,
+    Precision,
+    Provenance,
+    Rung,
+    Tensor,
+    sha256_of,
+)
 
 LEAST_INT8: Final = 0.5  # share of the multiply-accumulates of an INT8 engine
 _SATURATES: Final = (
@@ -40,6 +60,7 @@ class Package:
         rejected: the ways to it that the gate refused, and why.
         unverified: why it could not be run here; None when it was run and passed.
         slower: how an INT8 engine compares with one without INT8, if it is no faster on this machine.
+        sparsity: how many layers TensorRT's sparse kernels could take; None: the kit does not say.
     """
 
     folder: Path
@@ -47,6 +68,7 @@ class Package:
     rejected: tuple[str, ...]
     unverified: str | None
     slower: str | None = None
+    sparsity: Sparsity | None = None
 
 
 def package_name(source: GraphSource, target: Target, precision: Precision) -> str:
@@ -65,6 +87,7 @@ def build_package(
     command: str,
     report: Report,
     replace: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Package:
     """Build one engine and publish it, if it passes the gate.
 
@@ -80,12 +103,13 @@ def build_package(
         command: the command that rebuilds it.
         report: takes lines of progress.
         replace: whatever network the package of that name was made of.
+        left_out: what INT8 is to leave in floating point, for speed.
 
     Raises:
         GateError: every graph failed; nothing was published.
         CompileError: the compiler refused a graph.
         EngineError: the compiled engine does not load or run.
-        KitError: the source has no graph of this precision.
+        KitError: the source has no such graph.
         PublicationError: something else than an earlier package of the same network is in the way.
         BusyError: another process is building this package.
     """
@@ -94,7 +118,7 @@ def build_package(
     with replace_folder(output / name) as folder:
         # Find out now, not after minutes of work.
         version = next_version(output / name, None if replace else source.student)
-        for graph, path in source.graphs(precision, INT8_REST[target.backend]):
+        for graph, path in source.graphs(precision, INT8_REST[target.backend], left_out):
             clear_folder(folder)
             unverified = target.missing_device()
             slower, saturates = None, False
@@ -123,7 +147,7 @@ def build_package(
             report("publishing")
             write_manifest(folder, manifest)
             rejected = tuple(_told(rung) for rung in refused)
-            return Package(output / name, manifest, rejected, unverified, slower)
+            return Package(output / name, manifest, rejected, unverified, slower, graph.sparsity)
         raise GateError("\n  ".join([f"{name} was not published.", *map(_told, refused), *_nearest(refused)]))
 
 

@@ -1,4 +1,4 @@
-"""`--precision best`: the fastest precision that passes the accuracy gate, on this device."""
+"""`--precision best`: the fastest engine that passes the accuracy gate, on this device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Final, Literal
 from builder.compile.measurement import measure_in_turns
 from builder.compile.packages import Package, build_package
 from builder.compile.publication import next_version, write_manifest
-from builder.compile.targets.base import CompileError, Target
+from builder.compile.targets.base import INT8_REST, CompileError, Target
 from builder.compile.verification import Gate, GateError
-from builder.kit import GraphSource, Report
+from builder.kit import LEFT_OUT, GraphSource, KitError, Report
 from models.files import replace_folder
 from runtime.loading import load_engine
-from runtime.manifest import Backend, BatchSizes, Candidate, Evidence, Precision
+from runtime.manifest import Backend, BatchSizes, Candidate, Evidence, LeftOut, Precision
 
 Objective = Literal["latency", "throughput"]
 
@@ -44,14 +44,16 @@ def build_best(
     replace: bool = False,
     objective: Objective = "latency",
 ) -> Package:
-    """Build INT8 and the best precision beside it, time them in turns, and publish the one that is faster.
+    """Build INT8, the best precision beside it and mixtures of both, and publish the one that is fastest.
 
-    The published manifest says what was compared. Arguments as for `build_package`; `objective` says whether
+    They are timed in turns. The mixtures are INT8 graphs that leave more in floating point (`LEFT_OUT`). The
+    published manifest says what was compared. Arguments as for `build_package`; `objective` says whether
     faster is less time for the smallest batch, or more images a second at the largest.
 
     Raises:
         CompileError: engines cannot be run here, so there is nothing to measure.
-        GateError: neither passes; nothing was published.
+        GateError: none passes; nothing was published.
+        KitError: the source has no graph of one of the precisions.
     """
     if missing := target.missing_device():
         raise CompileError(
@@ -61,11 +63,13 @@ def build_best(
         build = partial(build_package, source, target, batch=batch, gate=gate, command=command, report=report)
         packages: list[Package] = []
         candidates: list[Candidate] = []
-        for precision in COMPARED[target.backend]:
+        for number, (precision, left_out) in enumerate(_choices(target.backend)):
             try:
-                package = build(precision, Path(scratch))
-            except GateError as error:
-                candidates.append(Candidate(precision=precision, refused=str(error)))
+                package = build(precision, Path(scratch, str(number)), left_out=left_out)
+            except (GateError, KitError) as error:
+                if left_out is None and isinstance(error, KitError):
+                    raise
+                candidates.append(Candidate(precision=precision, left_out=left_out, refused=str(error)))
             else:
                 packages.append(package)
         if not packages:
@@ -84,6 +88,12 @@ def build_best(
             manifest = best.manifest.model_copy(update=found)
             write_manifest(new, manifest)
     return dataclasses.replace(best, folder=folder, manifest=manifest)
+
+
+def _choices(backend: Backend) -> list[tuple[Precision, LeftOut | None]]:
+    """What is compared: precisions, and what INT8 leaves out."""
+    whole: list[tuple[Precision, LeftOut | None]] = [(precision, None) for precision in COMPARED[backend]]
+    return [*whole, *(("int8", part) for part in LEFT_OUT[INT8_REST[backend]])]
 
 
 def _timed_in_turns(packages: Sequence[Package]) -> list[Package]:
@@ -107,9 +117,10 @@ def _speed(package: Package, objective: Objective) -> float:
 
 
 def _measured(package: Package) -> Candidate:
-    evidence = _evidence(package)
+    evidence, calibration = _evidence(package), package.manifest.provenance.calibration
     return Candidate(
         precision=package.manifest.precision,
+        left_out=calibration.left_out if calibration is not None else None,
         latency_ms=evidence.latency_ms,
         throughput=evidence.throughput,
         engine_top1=evidence.engine_top1,

@@ -25,10 +25,11 @@ from builder.kit import Report
 from builder.prepare.equalise import equalise
 from builder.prepare.int8 import convert_to_int8
 from builder.prepare.options import PrepareOptions
+from builder.prepare.placement import keep_in_float
 from builder.prepare.qdq import activation_scales, quantise_again
 from builder.prepare.ranges import Ranges, least_error_scales
 from builder.prepare.reconstruction import reconstruct
-from builder.prepare.sensitivity import LayerCost, keep_in_float, rank_layers, worthwhile_groups
+from builder.prepare.sensitivity import LayerCost, rank_layers, worthwhile_groups
 from models.preprocessing import Pixels
 from runtime.manifest import WeightChange
 

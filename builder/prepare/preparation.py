@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -18,8 +20,10 @@ from rich.progress import Progress
 from builder.comparison import Comparison
 from builder.kit import (
     KIT_NAME,
+    LEFT_OUT,
     VERIFICATION_NAME,
     Graph,
+    KitError,
     KitManifest,
     Report,
     Rest,
@@ -36,8 +40,10 @@ from builder.prepare.ladder import Candidate, Ladder
 from builder.prepare.legality import require_legal
 from builder.prepare.mac_share import int8_share
 from builder.prepare.options import PrepareOptions
+from builder.prepare.placement import leave_out
 from builder.prepare.qdq import exact_logits
 from builder.prepare.sensitivity import LayerCost
+from builder.prepare.sparsity import count_sparse_layers
 from models.card import Card
 from models.checkpoint import load_checkpoint
 from models.datasets import (
@@ -53,7 +59,7 @@ from models.files import replace_folder
 from models.preprocessing import Pixels
 from models.recipe import Augmentation, Training
 from models.training import Images
-from runtime.manifest import Calibration, CalibrationMethod, FineTuning, Precision, sha256_of
+from runtime.manifest import Calibration, CalibrationMethod, FineTuning, LeftOut, Precision, sha256_of
 
 if TYPE_CHECKING:
     import onnx
@@ -133,10 +139,15 @@ class Preparation:
         """What a kit says of the network."""
         return self.subject.student
 
-    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+    def graphs(
+        self, precision: Precision, rest: Rest, left_out: LeftOut | None = None
+    ) -> Iterator[tuple[Graph, Path]]:
         """Convert the master graph; for static INT8, in every way that the options allow."""
         path = self.workspace / f"{precision}.onnx"
-        if precision == "fp32":
+        if left_out is not None:
+            for graph, whole in self.graphs(precision, rest):
+                yield self._without(left_out, graph, whole)
+        elif precision == "fp32":
             yield self._graph(self.master, precision, "fp32"), self.master
         elif precision == "fp16":
             self.report("converting to FP16")
@@ -187,6 +198,24 @@ class Preparation:
             convert_to_int8(self.master, path, self._calibration_pixels, method=candidate.method, rest="fp16")
         else:
             qat.convert_rest_to_fp16(candidate.path, path)
+
+    def _without(self, part: LeftOut, whole: Graph, whole_path: Path) -> tuple[Graph, Path]:
+        """An INT8 graph without Q and DQ in that part.
+
+        Raises:
+            KitError: it has none there.
+        """
+        import onnx
+
+        model = leave_out(onnx.load(str(whole_path)), part)
+        if model is None or whole.calibration is None:
+            raise KitError(f"there is no {part} in INT8 that could be left out")
+        path = whole_path.with_name(f"{whole_path.stem}-without-{part.replace(' ', '-')}.onnx")
+        self.report(f"judging INT8 without the {part} by exact sums")
+        onnx.save(model, str(path))
+        calibration = whole.calibration.model_copy(update={"left_out": part})
+        graph = self._graph(path, "int8", whole.rest, calibration)
+        return graph.model_copy(update={"exact": self._judge(model), "seconds": whole.seconds}), path
 
     def _fine_tuned(self, training: Training, rest: Rest) -> tuple[Graph, Path]:
         """The graph of the network fine-tuned for INT8."""
@@ -251,6 +280,7 @@ class Preparation:
                 onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer
             ),
             int8_share=int8_share(model) if precision.startswith("int8") else None,
+            sparsity=count_sparse_layers(model),
         )
 
 
@@ -375,19 +405,26 @@ def write_kit(
         command: the command that makes this kit.
         passes: whether a graph is likely to pass the accuracy gate. Of the ways to static INT8, the kit gets
             all until one does, and the next that does: kernels of some processors are less exact. If the
-            network is fine-tuned, it gets all.
+            network is fine-tuned, it gets all. Of those that leave more in floating point, one that does.
     """
     graphs: dict[str, Graph] = {}
+
+    def add(found: Iterator[tuple[Graph, Path]], most: float) -> None:
+        passed = 0
+        for graph, path in found:
+            shutil.copyfile(path, new / graph.file)
+            graphs[graph.file] = graph
+            passed += passes(graph)
+            if passed == most:
+                break
+
     with replace_folder(folder) as new:
         for precision in precisions:
             for rest in rests if precision == "int8" else rests[:1]:
-                passed = 0
-                for graph, path in preparation.graphs(precision, rest):
-                    shutil.copyfile(path, new / graph.file)
-                    graphs[graph.file] = graph
-                    passed += passes(graph)
-                    if passed == 2 and not preparation.options.qat:
-                        break
+                add(preparation.graphs(precision, rest), math.inf if preparation.options.qat else 2)
+                for part in LEFT_OUT[rest] if precision == "int8" else ():
+                    with suppress(KitError):  # the network has no such part
+                        add(preparation.graphs(precision, rest, part), 1)
         write_verification(new / VERIFICATION_NAME, preparation.verification)
         manifest = KitManifest(
             builder_version=version("trimrt"),

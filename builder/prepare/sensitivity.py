@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.mac_share import layer_macs
-from builder.prepare.qdq import constants_of, copy_of, exact_logits, quantised_layers
+from builder.prepare.qdq import constants_of, exact_logits, quantised_layers
 from builder.weights import round_to_scale
 from models.preprocessing import Pixels
 
@@ -100,64 +100,6 @@ def worthwhile_groups(costs: Sequence[LayerCost]) -> Iterator[list[str]]:
         if chosen != before and chosen:
             yield chosen
         before = chosen
-
-
-def keep_in_float(
-    quantised: onnx.ModelProto, master: onnx.ModelProto, layers: Sequence[str]
-) -> onnx.ModelProto:
-    """A Q/DQ graph in which some layers are not quantised any more.
-
-    Args:
-        quantised: with FP32 between the quantised layers.
-        master: the FP32 graph that it was made from.
-        layers: names of nodes that are quantised.
-    """
-    from onnx import numpy_helper
-
-    result = copy_of(quantised)
-    graph = result.graph
-    floats = constants_of(master)
-    sources = {node.name: node for node in master.graph.node}
-    taken = {tensor.name for tensor in graph.initializer}
-    for name, layer in quantised_layers(result).items():
-        if name not in layers:
-            continue
-        weights = sources[name].input[1]
-        own = weights if weights not in taken else f"{name}/weights"
-        graph.initializer.append(numpy_helper.from_array(floats[weights], own))
-        layer.node.input[0], layer.node.input[1] = layer.activation, own
-    _leave_sums(graph, set(layers))
-    _remove_unused(graph)
-    return result
-
-
-def _leave_sums(graph: onnx.GraphProto, layers: set[str]) -> None:
-    """Do not quantise what is added to the output of a layer that is not quantised any more, in place."""
-    producers = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
-        sources = [producers.get(name) for name in node.input]
-        if node.op_type != "Add" or not any(
-            source is not None and source.name in layers for source in sources
-        ):
-            continue
-        for place, source in enumerate(sources):
-            if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in producers:
-                node.input[place] = producers[source.input[0]].input[0]
-
-
-def _remove_unused(graph: onnx.GraphProto) -> None:
-    """Remove nodes and constants that nothing needs, in place."""
-    needed = {value.name for value in graph.output}
-    nodes = []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            nodes.append(node)
-            needed |= set(node.input)
-    kept = [type(node).FromString(node.SerializeToString()) for node in reversed(nodes)]
-    constants = [type(t).FromString(t.SerializeToString()) for t in graph.initializer if t.name in needed]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(kept)
-    graph.initializer.extend(constants)
 
 
 def layer_scales(model: onnx.ModelProto) -> dict[str, LayerScales]:

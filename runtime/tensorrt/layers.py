@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -64,6 +65,14 @@ def parse_layers(text: str) -> list[PlanLayer]:
         )
         for found in _LAYER.finditer(text)
     ]
+
+
+def summarise(layers: list[PlanLayer]) -> str:
+    """How many there are, what types they write, and how many compute several of the graph's layers."""
+    written = Counter(tensor.dtype for layer in layers for tensor in layer.outputs[:1])
+    types = ", ".join(f"{count} write {dtype}" for dtype, count in written.most_common())
+    fused = sum(len(layer.graph_layers) > 1 for layer in layers)
+    return f"{len(layers)} layers: {types}; {fused} compute several of the graph's"
 
 
 def _tensors(text: str) -> list[PlanTensor]:

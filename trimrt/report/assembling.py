@@ -154,7 +154,7 @@ def _model(entry: Entry, label: str, group: int) -> Model:
             image_set=evidence.image_set,
         ),
         evidence=evidence,
-        provenance=facts_of_package(manifest),
+        provenance=facts_of_package(item.folder, manifest),
         **common,
     )
 

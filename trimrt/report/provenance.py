@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from models.card import Card
-from runtime.manifest import Calibration, Candidate, Compatibility, Manifest
+from runtime.manifest import Calibration, Candidate, Compatibility, EngineError, Manifest
+from runtime.tensorrt.layers import LAYERS_NAME, read_layers, summarise
 from trimrt.report.results import Fact
 
 
@@ -27,8 +30,8 @@ def facts_of_checkpoint(card: Card) -> list[Fact]:
     return _facts(lines)
 
 
-def facts_of_package(manifest: Manifest) -> list[Fact]:
-    """What a manifest says of its origin."""
+def facts_of_package(folder: Path, manifest: Manifest) -> list[Fact]:
+    """What a package says of its origin."""
     origin = manifest.provenance
     lines = {
         "built by": manifest.build_command,
@@ -39,6 +42,7 @@ def facts_of_package(manifest: Manifest) -> list[Fact]:
         "activation": "" if manifest.activation == "softmax" else "sigmoid: any number of labels may be true",
         "batch": f"{manifest.batch.min} to {manifest.batch.max}, best at {manifest.batch.opt}",
         "calibration": calibration_text(origin.calibration) if origin.calibration else "",
+        "layers": _layers(folder),
         "chosen from": "; ".join(_candidate(candidate) for candidate in manifest.candidates),
         "checkpoint SHA-256": origin.checkpoint_sha256 or "none: an ONNX graph from elsewhere",
         "ONNX SHA-256": origin.onnx_sha256,
@@ -58,7 +62,19 @@ def calibration_text(calibration: Calibration) -> str:
         text += f"; failed the gate before: {', '.join(calibration.tried)}"
     if calibration.higher_precision_layers:
         text += f"; kept in higher precision: {', '.join(calibration.higher_precision_layers)}"
+    if calibration.left_out:
+        text += f"; left out of INT8: {calibration.left_out}"
     return text
+
+
+def _layers(folder: Path) -> str:
+    """What the graph became, where the package has a list of it, as those for TensorRT do."""
+    if not (folder / LAYERS_NAME).exists():
+        return ""
+    try:
+        return summarise(read_layers(folder))
+    except EngineError as error:
+        return str(error)
 
 
 def _facts(lines: dict[str, str]) -> list[Fact]:
@@ -80,7 +96,7 @@ def _machine(machine: Compatibility) -> str:
 
 def _candidate(candidate: Candidate) -> str:
     if candidate.refused:
-        return f"{candidate.precision}: refused, {candidate.refused}"
+        return f"{candidate.name}: refused, {candidate.refused}"
     if candidate.latency_ms is None:
-        return str(candidate.precision)
-    return f"{candidate.precision}: {candidate.latency_ms:.2f} ms"
+        return candidate.name
+    return f"{candidate.name}: {candidate.latency_ms:.2f} ms"

@@ -1,21 +1,25 @@
-"""`--precision best`: both are built and measured, the faster one is published with the comparison."""
+"""`--precision best`: all are built and measured, the fastest one is published with the comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import Result
 
+from builder.compile import selection
 from builder.compile.measurement import Speed
 from builder.compile.selection import build_best
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
-from builder.kit import Kit
+from builder.kit import Kit, Rest
+from builder.prepare.options import PrepareOptions
+from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from runtime.jetson import Power
 from runtime.loading import load_engine
-from runtime.manifest import BatchSizes, read_manifest
+from runtime.manifest import BatchSizes, LeftOut, read_manifest
 
 BATCH = BatchSizes(min=1, opt=8, max=16)
 
@@ -98,6 +102,68 @@ def test_the_objective_decides_what_is_fast(
     manifest = read_manifest(tmp_path / f"tiny-digits-{chosen}-openvino")
     assert {candidate.throughput for candidate in manifest.candidates} == {2000, 9000}
     assert ("--objective throughput" in manifest.build_command) == (objective == "throughput")
+
+
+@pytest.fixture(scope="module")
+def preparation(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Preparation:
+    options = PrepareOptions(calibration_images=64, calibration="max")
+    subject = open_checkpoint(checkpoint, data=None)
+    return prepare(subject, tmp_path_factory.mktemp("workspace"), options, lambda _: None)
+
+
+@pytest.fixture
+def all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO compares what GPUs do, which cannot run here."""
+    left_out: dict[Rest, tuple[LeftOut, ...]] = {"fp32": get_args(LeftOut)}
+    monkeypatch.setattr(selection, "LEFT_OUT", left_out)
+
+
+@pytest.mark.usefixtures("all_left_out")
+@pytest.mark.parametrize("fastest", [2, 3])
+def test_int8_that_leaves_more_in_floating_point_is_chosen_where_it_is_fastest(
+    preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: int
+) -> None:
+    speeds = [Speed(latency_ms=2, throughput=1000) for _ in range(4)]
+    speeds[fastest] = Speed(latency_ms=1, throughput=2000)
+    monkeypatch.setattr(selection, "measure_in_turns", lambda _engines: speeds)
+    package = build_best(
+        preparation,
+        open_target("openvino"),
+        tmp_path,
+        batch=BATCH,
+        gate=Gate(max_drop=0.02, min_agreement=0.95),
+        command="",
+        report=lambda _: None,
+    )
+    manifest = read_manifest(package.folder)
+    assert manifest.name == "tiny-digits-int8-openvino"
+    names = ["fp32", "int8", "int8, residual sums left out", "int8, first layer left out"]
+    assert [candidate.name for candidate in manifest.candidates] == names
+    calibration = manifest.provenance.calibration
+    assert calibration is not None
+    assert calibration.left_out == manifest.candidates[fastest].left_out
+
+
+@pytest.mark.usefixtures("all_left_out")
+def test_a_kit_without_such_graphs_is_compared_without_them(kit: Kit, tmp_path: Path) -> None:
+    package = build_best(
+        kit,
+        open_target("openvino"),
+        tmp_path,
+        batch=BATCH,
+        gate=Gate(max_drop=0.02, min_agreement=0.95),
+        command="",
+        report=lambda _: None,
+    )
+    refused = [candidate.refused for candidate in package.manifest.candidates if candidate.left_out]
+    assert ["left out" in str(reason) for reason in refused] == [True, True]
+
+
+def test_on_gpus_each_of_them_is_compared_and_on_cpus_none() -> None:
+    """Both were slower on a CPU (docs/cpus.md)."""
+    whole = [("fp16", None), ("int8", None)]
+    assert selection._choices("tensorrt") == [*whole, ("int8", "residual sums"), ("int8", "first layer")]
+    assert selection._choices("openvino") == [("fp32", None), ("int8", None)]
 
 
 def test_the_power_mode_is_recorded_with_the_figures(

@@ -24,9 +24,20 @@ from models.datasets import DataSplit
 from models.evaluation import evaluate, predict_logits
 from runtime.loading import load_engine
 from runtime.manifest import MANIFEST_NAME, Precision
+from runtime.tensorrt.layers import PlanLayer, PlanTensor, summarise, write_layers
 from trimrt.report.results import Model, Report
 
 ENGINES: tuple[Precision, ...] = ("fp32", "int8", "int8-dynamic")
+LAYERS = [
+    PlanLayer(
+        name="conv1 + relu1",
+        kind="CaskConvolution",
+        kernel="sm80_xmma_fprop",
+        inputs=[PlanTensor(dtype="Half", shape=[1, 3, 24, 24])],
+        outputs=[PlanTensor(dtype="Half", shape=[1, 16, 12, 12])],
+        graph_layers=["conv1", "relu1"],
+    )
+]
 
 
 @dataclass
@@ -75,6 +86,7 @@ def run(
     _edit(runs / "damaged/card.json", weights_sha256="1" * 64, name="damaged")
     shutil.copytree(packages["fp16"], runs / "jetson")
     _edit(runs / "jetson" / MANIFEST_NAME, backend="tensorrt", backend_version="10.3.0")
+    write_layers(runs / "jetson", LAYERS)
     (runs / "torn").mkdir()
     (runs / "torn/card.json").write_text("{")
     out, figures = runs / "out/report.html", runs / "out/report.json"
@@ -163,6 +175,7 @@ def test_what_cannot_run_is_listed_with_what_its_build_measured(run: Run) -> Non
     assert (jetson.accuracy, jetson.latency, jetson.profile) == (None, None, None)
     assert "tensorrt" in jetson.missing["accuracy"].lower()
     assert jetson.evidence is not None
+    assert summarise(LAYERS) in {fact.text for fact in jetson.provenance if fact.term == "layers"}
     assert "tensorrt" in run.output.lower()
     assert jetson.missing["latency"] in run.page.words
 

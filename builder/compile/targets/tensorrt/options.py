@@ -42,7 +42,9 @@ class TensorRTOptions(BaseModel):
         default="detailed", description="What the plan, and layers.json, tell of its layers."
     )
     tf32: bool = Field(default=True, description="Let FP32 layers use TF32 tensor cores.")
-    sparsity: bool = Field(default=False, description="Use 2:4 sparse kernels where weights fit.")
+    sparsity: bool = Field(
+        default=False, description="Use 2:4 sparse kernels where weights fit; the output says where they do."
+    )
     version_compatible: bool = Field(default=False, description="Loads on newer TensorRT too.")
     hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = Field(
         default="none", description="Other GPUs that the plan is to run on; not on Jetson."

@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 
 from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
 from builder.compile.targets.tensorrt.options import TensorRTOptions
-from builder.kit import open_kit
+from builder.kit import Kit, open_kit
 from runtime.manifest import BatchSizes, EngineError, Precision
-from runtime.tensorrt.layers import LAYERS_NAME, PlanLayer, parse_layers, read_layers
+from runtime.tensorrt.layers import LAYERS_NAME, PlanLayer, parse_layers, read_layers, summarise
 from trimrt.cli import main
 from trimrt.selftest.checks import KIT
 
@@ -85,7 +85,7 @@ def test_a_package_has_its_layers_and_inspect_shows_them(
     assert (package / LAYERS_NAME).is_file()
     shown = trimrt("inspect", package, "--layers")
     assert shown.exit_code == 0, shown.output
-    assert f"{len(read_layers(package))} layers" in shown.output
+    assert summarise(read_layers(package)) in " ".join(shown.output.split())
     assert "correlation" in shown.output
 
 
@@ -97,6 +97,18 @@ def test_int8_for_rtx_is_built_with_a_word_of_warning(
     assert "FP16, which it fuses, is likely faster" in " ".join(result.output.split())
 
 
+def test_sparsity_is_told_to_have_no_effect_where_no_weights_are_sparse(
+    rtx, kit: Kit, tmp_path: Path, trimrt: Callable[..., Result]
+) -> None:
+    """As in all networks that are made here."""
+    for options, told in ((["--sparsity"], True), ([], False)):
+        arguments = ["build", kit.path, "--target", "tensorrt-rtx", "-p", "fp16", "-o", tmp_path, *options]
+        result = trimrt(*arguments)
+        assert result.exit_code == 0, result.output
+        said = "0 of 21 layers have 2:4 sparse weights, so --sparsity has no effect" in result.output
+        assert said == told
+
+
 # The list, as the releases write it
 
 LINE = (
@@ -105,6 +117,8 @@ LINE = (
     "Dimensions: [1,16,4,4], Format/Datatype: Half }], ParameterType: Convolution, Kernel: [3,3], "
     "TacticName: sm80_xmma_fprop, StreamId: 0, Metadata: [ONNX Layer: conv1]\x1f[ONNX Layer: relu]"
 )
+
+ALONE = LINE.replace("\x1f[ONNX Layer: relu]", "")
 
 
 def test_a_line_with_more_parts_is_read(rtx) -> None:
@@ -117,6 +131,11 @@ def test_a_line_with_more_parts_is_read(rtx) -> None:
 def test_what_is_no_list_has_no_layers() -> None:
     assert parse_layers("Layers:\nconv1\nconv2\n") == []
     assert parse_layers("") == []
+
+
+def test_a_list_is_summed_up_by_the_types_written_and_by_fusion() -> None:
+    layers = parse_layers(f"Layers:\n{LINE}\n{LINE.replace('Half }], Para', 'Int8 }], Para')}\n{ALONE}")
+    assert summarise(layers) == "3 layers: 2 write Half, 1 write Int8; 2 compute several of the graph's"
 
 
 @pytest.mark.parametrize("content", ["{", "[{}]", "[1]"])
