@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
 from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
 from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.kit import Kit, open_kit
-from runtime.manifest import BatchSizes, EngineError, Precision
+from builder.prepare.placement import leave_out
+from runtime.manifest import BatchSizes, EngineError, LeftOut, Precision
 from runtime.tensorrt.layers import LAYERS_NAME, PlanLayer, parse_layers, read_layers, summarise
 from trimrt.cli import main
 from trimrt.selftest.checks import KIT
@@ -68,6 +70,21 @@ def test_int8_convolutions_of_rtx_write_fp32_with_a_kernel_more_each(int8: list[
     assert {tensor.dtype for layer in found for tensor in layer.inputs} == {"Int8"}
     assert {tensor.dtype for layer in found for tensor in layer.outputs} == {"Float"}
     assert len(int8) >= 1.8 * CONVOLUTIONS
+
+
+@pytest.mark.parametrize(
+    ("part", "in_int8"), [("residual sums", CONVOLUTIONS), ("first layer", CONVOLUTIONS - 1)]
+)
+def test_int8_that_leaves_more_in_fp16_is_built(rtx, tmp_path: Path, part: LeftOut, in_int8: int) -> None:
+    _, whole = next(iter(open_kit(KIT).graphs("int8", "fp16")))
+    graph = leave_out(onnx.load(whole), part)
+    assert graph is not None
+    onnx.save(graph, tmp_path / "graph.onnx")
+    resources = BuildResources(workspace=1 << 30, layers=tmp_path)
+    build_engine(rtx, tmp_path / "graph.onnx", TensorRTOptions(profiles=FIXED), resources)
+    found = convolutions(read_layers(tmp_path))
+    assert len(found) == CONVOLUTIONS
+    assert sum(layer.inputs[0].dtype == "Int8" for layer in found) == in_int8
 
 
 def test_without_details_there_is_no_list(rtx, tmp_path: Path) -> None:
