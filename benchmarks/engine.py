@@ -25,13 +25,13 @@ from benchmarks.photos import photographs
 from builder.compile.packages import Package, build_package
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate
-from builder.kit import INPUT, Graph, Report, Rest, Student, VerificationSet
+from builder.kit import INPUT, Graph, KitError, Report, Rest, Student, VerificationSet
 from builder.prepare.export import export_onnx
 from builder.prepare.int8 import convert_to_int8
 from models.preprocessing import Pixels, Preprocessing, load_pixels
 from models.recipe import make_recipe
 from runtime.loading import load_engine
-from runtime.manifest import BatchSizes, EngineError, Precision, sha256_of
+from runtime.manifest import BatchSizes, EngineError, LeftOut, Precision, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +109,12 @@ class RandomNetwork:
             "crops of two photographs", self._pixels, logits.argmax(axis=1), logits, len(logits)
         )
 
-    def graphs(self, precision: Precision, rest: Rest) -> Iterator[tuple[Graph, Path]]:
+    def graphs(
+        self, precision: Precision, rest: Rest, left_out: LeftOut | None = None
+    ) -> Iterator[tuple[Graph, Path]]:
         """One graph; its calibration images are the verification's, for nothing is learned here."""
+        if left_out is not None:
+            raise KitError(f"it has no graph with the {left_out} left out")
         path = self.path / f"{self.name}-{precision}.onnx"
         if precision == "int8":
             convert_to_int8(self._master, path, self._pixels, method="max", rest=rest)

@@ -136,7 +136,7 @@ class Calibration(_Strict):
     @property
     def name(self) -> str:
         """How it differs from other calibrations, in words."""
-        words = [self.method, *self.changes]
+        words: list[str] = [self.method, *self.changes]
         if self.higher_precision_layers:
             words.append(f"{len(self.higher_precision_layers)} layers in higher precision")
         if self.left_out:
