@@ -2,7 +2,7 @@
 
 libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for which
 Pillow keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, for which Pillow
-has no compiled code. Pillow reads the rest.
+has no compiled code. Pillow reads the rest, HEIC photographs with pillow-heif (the extra `heif`).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _decode_jpeg(data: bytes, header: JpegHeader, smallest: float) -> Pixels:
 
 def _decode_with_pillow(data: bytes, header: Header, divisor: int = 1, bits: int = 16) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data), formats=(header.format,)) as image:
+        with _opened(data, header) as image:
             if divisor > 1:
                 image.draft("RGB", (math.ceil(header.width / divisor), math.ceil(header.height / divisor)))
             image.load()
@@ -141,6 +141,15 @@ def _decode_with_pillow(data: bytes, header: Header, divisor: int = 1, bits: int
     except Exception as error:  # Pillow's readers raise many types on hostile files
         raise DamagedImageError(f"damaged {header.format}: {error}") from error
     return _upright(pixels, turned)
+
+
+def _opened(data: bytes, header: Header) -> Image.Image:
+    if header.format == "HEIF":  # by its own class: to register it would change Pillow for the whole process
+        from pillow_heif import HeifImageFile
+
+        heic: Image.Image = HeifImageFile(io.BytesIO(data))
+        return heic
+    return Image.open(io.BytesIO(data), formats=(header.format,))
 
 
 def _rgb(image: Image.Image, bits: int) -> Pixels:
