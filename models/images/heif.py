@@ -14,6 +14,7 @@ from models.images.errors import DamagedImageError, UnsupportedImageError
 from models.images.header import Cost, Header
 from models.images.items import Items, read_items
 
+_LEFT_ALONE: Final = (b"urn:com:apple:photo:", b"urn:mpeg:hevc:2015:auxid:2\0")
 _MAX_PADDING: Final = 64  # pixels of a coded picture beyond those that are shown, along a side
 
 
@@ -26,20 +27,20 @@ class _Codec:
         item: the kind of items that hold coded pictures.
         settings: the property with the decoder's settings.
         read: width, height, and how often every pixel may be decoded, from settings and coded bytes.
-        by_pixel: seconds for a decoded pixel.
-        by_byte: seconds for a byte of the file.
+        by_shown: bytes of memory for a shown pixel.
+        by_decoded: bytes of memory for a decoded pixel.
     """
 
     format: str
     item: bytes
     settings: bytes
     read: Callable[[bytes, bytes], tuple[int, int, int]]
-    by_pixel: float
-    by_byte: float
+    by_shown: int
+    by_decoded: int
 
 
-_HEVC: Final = _Codec("HEIF", b"hvc1", b"hvcC", hevc.read, 60e-9, 100e-9)
-_AV1: Final = _Codec("AVIF", b"av01", b"av1C", av1.read, 60e-9, 100e-9)
+_HEVC: Final = _Codec("HEIF", b"hvc1", b"hvcC", hevc.read, 8, 6)
+_AV1: Final = _Codec("AVIF", b"av01", b"av1C", av1.read, 12, 14)
 
 
 def read_heif(data: bytes) -> Header:
@@ -61,8 +62,8 @@ def _read(data: bytes, codec: _Codec) -> Header:
     # Each image's colour profile is copied, also where many share one.
     properties = itertools.chain.from_iterable(items.properties.values())
     profiles = sum(box.end - box.start for box in properties if box.kind == b"colr")
-    seconds = codec.by_pixel * decoded + codec.by_byte * len(data) + 20e-9 * width * height
-    memory = 12 * (width * height + decoded) + len(data) + profiles
+    seconds = 45e-9 * decoded + 80e-9 * len(data) + 10e-9 * width * height
+    memory = codec.by_shown * width * height + codec.by_decoded * decoded + len(data) + profiles
     return Header(codec.format, width, height, Cost(seconds, memory))
 
 
@@ -73,7 +74,7 @@ def _pictures(data: bytes, items: Items, codec: _Codec) -> list[int]:
     """
     auxiliary = defaultdict(list)
     for reference in items.references:
-        if reference.kind == b"auxl":
+        if reference.kind == b"auxl" and not _is_left_alone(data, items, reference.source):
             for target in reference.targets:
                 auxiliary[target].append(reference.source)
     pictures: list[int] = []
@@ -87,6 +88,12 @@ def _pictures(data: bytes, items: Items, codec: _Codec) -> list[int]:
             images += new
             known.update(new)
     return pictures
+
+
+def _is_left_alone(data: bytes, items: Items, item: int) -> bool:
+    """Whether an auxiliary image is decoded only for those who ask: depths, and maps of brightness."""
+    names = [data[box.start + 4 : box.end] for box in items.properties.get(item, []) if box.kind == b"auxC"]
+    return len(names) == 1 and names[0].startswith(_LEFT_ALONE)
 
 
 def _parts(data: bytes, items: Items, image: int, codec: _Codec) -> Sequence[int]:
