@@ -2,8 +2,8 @@
 
 libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for which
 Pillow keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, for which Pillow
-has no compiled code. pillow-heif (the extra `heif`) decodes HEIC; through Pillow that would take three times the memory.
-Pillow reads the rest.
+has no compiled code. pillow-heif (the extra `heif`) decodes HEIC: as a part of Pillow it takes twice the
+memory. Pillow reads the rest.
 """
 
 from __future__ import annotations
