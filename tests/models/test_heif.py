@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pillow_heif
 import pytest
 from iso_media import File, Item, box, grid, picture, size
 from PIL import Image, features
@@ -54,6 +56,18 @@ def test_a_file_put_together_here_is_read_as_the_encoders_own(form: str, picture
     np.testing.assert_array_equal(
         load_pixels(file, SPEC), load_pixels(saved(photograph(SIDE, SIDE), form), SPEC)
     )
+
+
+@pytest.mark.parametrize("mode", ["RGB;16", "L;16"])
+def test_deep_channels_keep_their_upper_bits(mode: str) -> None:
+    """As cameras write them, in 10 bits."""
+    pixels = np.asarray(photograph(SIDE, SIDE), np.uint16)
+    samples = (pixels if mode == "RGB;16" else pixels[:, :, 0]) << 8
+    file = io.BytesIO()
+    deep = pillow_heif.from_bytes(mode, (SIDE, SIDE), samples.tobytes())
+    deep.save(file, quality=95, subsampling="4:4:4")
+    expected = pixels if mode == "RGB;16" else pixels[:, :, :1]
+    assert np.abs(load_pixels(file.getvalue(), SPEC).astype(int) - expected).mean() < 3
 
 
 @FORMS

@@ -44,7 +44,6 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "WebP alpha": ("WEBP", "RGBA", {"lossless": True, "exact": True}),
     **{f"HEIC {mode}": ("HEIF", mode, {}) for mode in ("L", "LA", "RGB", "RGBA")},
     "HEIC 4:4:4": ("HEIF", "RGB", {"subsampling": "4:4:4"}),
-    "HEIC 10 bits": ("HEIF", "I;16", {}),
     **{f"AVIF {mode}": ("AVIF", mode, {}) for mode in ("L", "RGB", "RGBA")},
     "AVIF 4:4:4": ("AVIF", "RGB", {"subsampling": "4:4:4"}),
 }

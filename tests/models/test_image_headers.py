@@ -78,7 +78,7 @@ def test_the_size_is_the_one_that_pillow_finds(
         image = Image.fromarray(noise(width, height)).convert("RGB" if mode == "I;16" else mode)
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image)[:, :, 0].astype(np.uint16))
-        data = saved(image, form, exif=exif, **options)
+        data = saved(image, form, exif=exif.tobytes(), **options)
     except (OSError, ValueError):
         assume(False)  # the format has no such mode
     header = read_header(data)
