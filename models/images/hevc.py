@@ -73,7 +73,8 @@ def _units(data: bytes, length_size: int) -> Iterator[bytes]:
             return
         length = int.from_bytes(data[position : position + length_size], "big")
         position += length_size
-        if length < 3 or position + length > len(data):
+        # No unit ends with a zero (section 7.4.2.1); decoders pass over what a broken download left as zeros.
+        if length < 3 or position + length > len(data) or not data[position + length - 1]:
             raise DamagedImageError("damaged HEIF: a picture is truncated")
         yield data[position : position + 3]
         position += length

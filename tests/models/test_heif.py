@@ -178,7 +178,7 @@ def test_pictures_behind_the_first_are_damaged(pictures: dict[str, Item]) -> Non
 def test_settings_in_the_middle_of_a_picture_are_damaged(pictures: dict[str, Item]) -> None:
     """They could make it another size."""
     item = pictures["HEIF"]
-    settings = struct.pack(">IBBB", 3, 33 << 1, 1, 0)
+    settings = struct.pack(">IBBB", 3, 33 << 1, 1, 1)
     with pytest.raises(DamagedImageError, match="settings change within a picture"):
         read_header(File([replace(item, data=settings + item.data)]).write())
 
@@ -215,7 +215,7 @@ def test_what_programs_leave_behind_the_end_is_no_damage(form: str, pictures: di
 def test_the_dearest_header_is_read_in_a_moment(form: str, pictures: dict[str, Item]) -> None:
     """As many items as there may be, of as many units, with as many references."""
     item = pictures[form]
-    unit = {"HEIF": struct.pack(">IBBB", 3, 1 << 1, 1, 0), "AVIF": b"\x7a\0"}[form]  # slices; padding
+    unit = {"HEIF": struct.pack(">IBBB", 3, 1 << 1, 1, 1), "AVIF": b"\x7a\0"}[form]  # slices; padding
     tiles = [replace(item, data=unit * 12 + item.data)] * 990
     links = [(b"dimg", 1, list(range(2, 992))), *((b"auxl", place, [1]) for place in range(2, 992))]
     file = File([grid(99, 10, SIDE * 10, SIDE * 99), *tiles], links).write()
