@@ -19,7 +19,7 @@ from runtime.manifest import read_manifest
 COLOURS = {"Himmel": (90, 140, 220), "Wiese": (70, 160, 60), "Ziegel": (170, 80, 60)}
 BRIEFLY = (
     *("--preset", "quick", "--image-size", "32", "--image-stem", "small", "--threads", "2"),
-    *("--teacher-architecture", "resnet18", "--teacher-epochs", "3", "--student-epochs", "3"),
+    *("--teacher-architecture", "resnet18", "--teacher-epochs", "2", "--student-epochs", "2"),
     *("--pruning-epochs", "1", "--distillation-views", "2"),
 )
 
@@ -62,17 +62,20 @@ def done(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return place, ran.stdout
 
 
+@pytest.mark.slow
 def test_the_engine_is_there_and_knows_the_classes(done: tuple[Path, str]) -> None:
     manifest = read_manifest(done[0] / "engines/urlaub-resnet18-int8-openvino")
     assert manifest.labels == list(COLOURS)
 
 
+@pytest.mark.slow
 def test_what_was_found_is_told_once(done: tuple[Path, str]) -> None:
     _, printed = done
     assert printed.count("Urlaub: 60 images, of 3 classes") == 1
     assert printed.count("files and folders of operating systems and programs") == 1
 
 
+@pytest.mark.slow
 def test_the_time_is_estimated_and_the_next_step_named(done: tuple[Path, str]) -> None:
     place, printed = done
     assert re.search(r"this took .*; about .* were estimated", printed)
