@@ -73,7 +73,7 @@ ADDED310  := filelock "grpcio-tools<1.82" httpx hypothesis "onnx~=1.21.0" psutil
 test-python310: $(VENV)/.install-dev  ## Test the server on JetPack 6's Python and pins; with no 3.10 here, check types.
 	@if $(PYTHON310) -c "" 2>/dev/null; then set -e; \
 		$(PYTHON310) -m venv build/python3.10; \
-		$(BIN310)/python -m pip install -q -r deploy/jetson/jetpack6.txt $(ADDED310) -e ".[grpc,otel]"; \
+		$(BIN310)/python -m pip install -q -r deploy/jetson/jetpack6.txt $(ADDED310) -e ".[grpc,heif,otel]"; \
 		$(BIN310)/python -c "import builder.compile.packages, builder.compile.targets.choice, trimrt.build"; \
 		OMP_NUM_THREADS=1 $(BIN310)/python -m pytest -m "not slow" -n 2 --dist loadfile \
 			tests/runtime tests/server --ignore tests/server/test_page.py; \

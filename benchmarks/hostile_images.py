@@ -9,8 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+import pillow_heif
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
+
+pillow_heif.register_heif_opener()  # to write them
 
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 Tags: TypeAlias = "dict[int, tuple[int, int, int]]"

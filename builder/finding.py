@@ -45,6 +45,10 @@ def find_source(source: str | Path) -> str:
             return str(last)
         if is_package(path):
             raise MissingSourceError(f"{path} is an engine package; name what it was built from")
+    if path.is_file() and path.suffix.lower() == ".zip":
+        raise MissingSourceError(
+            f"{path} is no network; of photographs, `trimrt compress {path} --build` makes an engine"
+        )
     if path.exists():
         return name
     if path.name != name or path.suffix:

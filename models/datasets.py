@@ -203,13 +203,18 @@ def default_cache_dir() -> Path:
 
 
 def open_dataset(
-    source: str, *, fold: int = 0, cache_dir: Path | None = None, on_damaged: OnDamaged = "stop"
+    source: str,
+    *,
+    fold: int = 0,
+    cache_dir: Path | None = None,
+    on_damaged: OnDamaged = "stop",
+    validation_share: float = VALIDATION_SHARE,
 ) -> DataSplit:
     """Find a data set and part it.
 
     Data that comes with a test part keeps it, and `fold` is not used. Other data is cut into five
     stratified folds, of which `fold` is the test part. A tenth of what is left, stratified, is set
-    aside for validation. The same source and fold always give the same parts.
+    aside for validation. The same source, fold and share always give the same parts.
 
     Args:
         source: `digits` (scikit-learn's, 1797 grey 8x8 images), `digits-unshuffled` (the same, with folds
@@ -219,6 +224,7 @@ def open_dataset(
         fold: 0 to 4.
         cache_dir: where data sets are unpacked; `default_cache_dir()` if None.
         on_damaged: what to do about files that cannot be read: stop and name all, or leave them out.
+        validation_share: of the images that are not for testing.
 
     Raises:
         DatasetError: no such data, or data that cannot be parted.
@@ -243,8 +249,8 @@ def open_dataset(
         trusted=source in _NAMED,
     )
     if found.part_names:
-        return _presplit(name, source, root, found, cache_dir)
-    return _cross_validation(name, source, root, fold, found, cache_dir)
+        return _presplit(name, source, root, found, cache_dir, validation_share)
+    return _cross_validation(name, source, root, fold, found, cache_dir, validation_share)
 
 
 def _unpacked(name: str, cache_dir: Path) -> Path:
@@ -299,10 +305,12 @@ def require_data_of(card: Card, split: DataSplit, *, named: bool) -> None:
         )
 
 
-def _presplit(name: str, source: str, root: Path, found: Scan, cache_dir: Path) -> DataSplit:
+def _presplit(
+    name: str, source: str, root: Path, found: Scan, cache_dir: Path, validation_share: float
+) -> DataSplit:
     train = _image_set(found.train, root, f"{name}-train", cache_dir)
     test = _image_set(found.held_out, root, f"{name}-test", cache_dir)
-    shuffled_train, validation = _split_validation(train, name)
+    shuffled_train, validation = _split_validation(train, name, validation_share)
     whole = hashlib.sha256((train.sha256 + test.sha256).encode()).hexdigest()
     return DataSplit(
         name=name,
@@ -310,7 +318,7 @@ def _presplit(name: str, source: str, root: Path, found: Scan, cache_dir: Path) 
         fold=None,
         folds=None,
         description=f"{' and '.join(f'{shown(part)}/' for part in found.part_names)} as they came; "
-        f"validation: {_VALIDATION_TEXT}",
+        f"validation: {_validation_text(validation_share)}",
         sha256=whole,
         train=shuffled_train,
         validation=validation,
@@ -321,7 +329,7 @@ def _presplit(name: str, source: str, root: Path, found: Scan, cache_dir: Path) 
 
 
 def _cross_validation(
-    name: str, source: str, root: Path, fold: int, found: Scan, cache_dir: Path
+    name: str, source: str, root: Path, fold: int, found: Scan, cache_dir: Path, validation_share: float
 ) -> DataSplit:
     from sklearn.model_selection import StratifiedKFold
 
@@ -330,7 +338,9 @@ def _cross_validation(
     folds = StratifiedKFold(FOLDS, shuffle=shuffle, random_state=SPLIT_SEED if shuffle else None)
     rest, test = list(folds.split(everything.paths, everything.targets))[fold]
     name_and_fold = f"{name}-fold{fold}"
-    train, validation = _split_validation(everything.subset(rest, f"{name_and_fold}-rest"), name_and_fold)
+    train, validation = _split_validation(
+        everything.subset(rest, f"{name_and_fold}-rest"), name_and_fold, validation_share
+    )
     return DataSplit(
         name=name,
         source=source,
@@ -338,7 +348,7 @@ def _cross_validation(
         folds=FOLDS,
         description=f"StratifiedKFold({FOLDS}, "
         + (f"shuffle=True, random_state={SPLIT_SEED}); " if shuffle else "shuffle=False); ")
-        + f"validation: {_VALIDATION_TEXT}",
+        + f"validation: {_validation_text(validation_share)}",
         sha256=everything.sha256,
         train=train,
         validation=validation,
@@ -348,14 +358,15 @@ def _cross_validation(
     )
 
 
-_VALIDATION_TEXT: Final = f"{VALIDATION_SHARE:.0%} of the training part, stratified, seed {SPLIT_SEED}"
+def _validation_text(share: float) -> str:
+    return f"{share:.0%} of the training part, stratified, seed {SPLIT_SEED}"
 
 
-def _split_validation(images: ImageSet, name: str) -> tuple[ImageSet, ImageSet]:
+def _split_validation(images: ImageSet, name: str, share: float) -> tuple[ImageSet, ImageSet]:
     from sklearn.model_selection import train_test_split
 
     smallest = int(np.bincount(images.targets, minlength=len(images.labels)).min())
-    validation_images = max(round(VALIDATION_SHARE * len(images)), len(images.labels))
+    validation_images = max(round(share * len(images)), len(images.labels))
     if smallest < 2 or len(images) - validation_images < len(images.labels):
         raise DatasetError(
             f"{images.root}: too few training images to set some of every class aside for validation"

@@ -23,15 +23,14 @@ ON_DAMAGED_TEXT: Final = "Images that cannot be read: stop and name all of them,
 
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+    | {".heic", ".heif", ".hif", ".avif"}
 )
 # Cameras' own formats. Most are TIFF files to look at, but their first image is a thumbnail.
 RAW_SUFFIXES: Final = frozenset(
     {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}
 )
 # Pictures that cannot be read; they are looked at, so that nobody loses half of a class without a word.
-_OTHER_PICTURES: Final = frozenset(
-    {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".ico", ".svg"} | RAW_SUFFIXES
-)
+_OTHER_PICTURES: Final = frozenset({".jxl", ".jp2", ".psd", ".ico", ".svg"} | RAW_SUFFIXES)
 _LEFT_BY_SYSTEMS: Final = frozenset(
     {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@__thumb", "#recycle"}
     | {"$recycle.bin", "system volume information", "lost+found", "__pycache__"}

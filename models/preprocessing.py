@@ -188,8 +188,8 @@ def load_pixels(
     """The network's input for one encoded image.
 
     Args:
-        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file. Of an animation the first frame counts, of
-            transparent pixels their colour, of 16-bit channels the upper half.
+        data: a JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC or AVIF file. Of an animation the first frame counts,
+            of transparent pixels their colour, of 16-bit channels the upper half.
         spec: sizes and decoding mode.
         max_pixels: refuse images with more pixels than this, judged by the header. Pillow's own limit, which
             is twice `PIL.Image.MAX_IMAGE_PIXELS`, holds beside it for all formats but JPEG.

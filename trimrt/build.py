@@ -10,11 +10,12 @@ import click
 
 from builder import BuildOptions, Gate, PrepareOptions, TensorRTOptions
 from builder import build as build_packages
+from builder.compile.packages import Package
 from builder.compile.selection import Objective
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, BatchSizes, Precision
 from trimrt.display import Display
-from trimrt.options import COUNT, FOLDER, HELP, Choice, Command, one_or_more_of, options_of, take
+from trimrt.options import COUNT, ENGINES, FOLDER, HELP, Choice, Command, one_or_more_of, options_of, take
 
 
 def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> list[BatchSizes]:
@@ -58,7 +59,7 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
     help="What to compile for; auto takes TensorRT where it and a GPU are, else OpenVINO.",
 )
 @click.option(
-    "-o", "--output", type=FOLDER, default=Path("engines"), help="Folder that the packages' folders go into."
+    "-o", "--output", type=FOLDER, default=ENGINES, help="Folder that the packages' folders go into."
 )
 @click.option(
     "--objective",
@@ -136,9 +137,14 @@ def build(
         objective=objective,
         replace=replace,
     )
+    run_build(source, output, options)
+
+
+def run_build(source: str | Path, output: Path, options: BuildOptions) -> list[Package]:
+    """Build packages as `builder.build` does, and show how it goes."""
     with Display() as display:
         try:
-            build_packages(source, output, options, display)
+            return build_packages(source, output, options, display)
         finally:
             display.note_evidence()
 

@@ -16,7 +16,17 @@ from models.files import require_writable
 from models.finding import RUNS
 from models.folders import OnDamaged
 from models.recipe import PRESETS, Recipe, RecipeError, Settings, make_recipe
-from trimrt.options import FOLDER, HELP, Choice, Command, Existing, on_damaged_option, options_of, take
+from trimrt.options import (
+    ENGINES,
+    FOLDER,
+    HELP,
+    Choice,
+    Command,
+    Existing,
+    on_damaged_option,
+    options_of,
+    take,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +88,7 @@ def _overrides(values: dict[str, Any]) -> Settings:
     context_settings=HELP,
     examples=[
         "trimrt compress digits --preset quick",
-        "trimrt compress photos.zip",
+        "trimrt compress photos.zip --build",
         "trimrt compress photos --teacher model.onnx --teacher-preprocess imagenet",
     ],
 )
@@ -117,6 +127,11 @@ def _overrides(values: dict[str, Any]) -> Settings:
     help="a network that is there already, to distil instead of training a teacher: an ONNX file, a "
     "checkpoint's folder, or a state dict of --teacher-architecture",
 )
+@click.option(
+    "--build",
+    is_flag=True,
+    help="then build an engine of the last checkpoint, as `trimrt build` does by default",
+)
 @options_of(Recipe)
 @options_of(PrepareOptions, only=_ABOUT_TEACHER, within=("teacher",))
 def compress(
@@ -129,6 +144,7 @@ def compress(
     on_damaged: OnDamaged,
     until: Role,
     teacher: Path | None,
+    build: bool,
     **values: Any,
 ) -> None:
     """Train a teacher, distil a student from it, and prune the student.
@@ -139,7 +155,7 @@ def compress(
     why, is printed.
 
     Before training begins, the time that it will take is estimated. Finished stages are reused and an
-    interrupted one continues where it stopped.
+    interrupted one continues where it stopped. With --build, photographs become an engine in one command.
     """
     from rich.console import Console
 
@@ -157,6 +173,8 @@ def compress(
         raise click.UsageError(f"the recipe is not valid:\n{error}") from None
 
     require_writable(out or RUNS)
+    if build:
+        require_writable(ENGINES)
     from models import compress as run_compression
 
     console = Console()
@@ -180,6 +198,14 @@ def compress(
         console.print("Interrupted. The same command continues from here.")
         raise click.Abort from None
     _print_table(console, run)
+    next_command = f"trimrt build {run.checkpoint}"
+    if build:
+        from builder import BuildOptions
+        from trimrt.build import run_build
+
+        (package,) = run_build(run.checkpoint, ENGINES, BuildOptions())
+        next_command = f"trimrt serve --engine {package.folder}"
+    console.print(f"Next:  {next_command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _open(teacher: Path, told: dict[str, Any], threads: int) -> ReadyTeacher:
@@ -231,7 +257,7 @@ def _print_table(console: Console, run: CompressionRun) -> None:
     student, pruned = cards[-2:]
     fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
     console.print(
-        f"Pruning took {fewer:.1%} of the student's parameters. Next: trimrt build {run.checkpoint}",
+        f"Pruning took {fewer:.1%} of the student's parameters.",
         markup=False,
         highlight=False,
         soft_wrap=True,

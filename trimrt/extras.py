@@ -13,6 +13,7 @@ _MODULES: Final = {
     ),
     "cuda": ("cuda",),
     "grpc": ("google", "grpc"),
+    "heif": ("pillow_heif",),
     "loadtest": ("gevent", "geventhttpclient", "httpx", "locust"),
     "nvml": ("pynvml",),
     "otel": ("opentelemetry",),

@@ -62,13 +62,14 @@ class Existing(click.Path):
         return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
+ENGINES: Final = Path("engines")
 COUNT: Final = click.IntRange(min=1)
 POSITIVE: Final = click.FloatRange(min=0, min_open=True)
 FILE: Final = click.Path(path_type=Path, dir_okay=False)
 FOLDER: Final = click.Path(path_type=Path, file_okay=False)
 
 engine_dir_option: Final = click.option(
-    "--engine-dir", type=FOLDER, default=Path("engines"), help="Where engine packages are found by name."
+    "--engine-dir", type=FOLDER, default=ENGINES, help="Where engine packages are found by name."
 )
 on_damaged_option: Final = click.option(
     "--on-damaged", type=Choice(get_args(OnDamaged)), default="stop", help=ON_DAMAGED_TEXT

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -442,7 +442,7 @@ def write_kit(
 
 def _open_data(card: Card, data: str | None, on_damaged: OnDamaged) -> DataSplit:
     if data is None:
-        split = reopen_dataset(card.dataset)
+        split = replace(reopen_dataset(card.dataset), summary=())  # the training has told it
     else:
         split = open_dataset(data, fold=card.dataset.fold or 0, on_damaged=on_damaged)
     require_data_of(card, split, named=data is not None)

@@ -18,8 +18,8 @@ from builder.prepare.normalisations import NORMALISATIONS
 from builder.prepare.options import PrepareOptions
 from builder.prepare.plausibility import Alternative, require_plausible
 from builder.prepare.preparation import Subject
-from builder.prepare.unlabelled import has_no_classes, open_unlabelled
-from models.datasets import DatasetError, DataSplit, ImageSet, open_dataset
+from builder.prepare.unlabelled import JUDGING_SHARE, has_no_classes, open_unlabelled
+from models.datasets import VALIDATION_SHARE, DatasetError, DataSplit, ImageSet, open_dataset
 from models.naming import shortened
 from models.preprocessing import Pixels, Preprocessing
 from runtime.manifest import sha256_of
@@ -85,13 +85,16 @@ def require_data(options: PrepareOptions) -> str:
 def open_data(options: PrepareOptions) -> DataSplit:
     """The data set that is named, whose folders may be no classes.
 
+    Nothing was trained on it here, so half of what is not for testing judges; fine-tuning needs more of it.
+
     Raises:
         DatasetError: none is, or it cannot be used.
     """
     source = require_data(options)
     if options.unlabelled or has_no_classes(source):
         return open_unlabelled(source, options.on_damaged)
-    return open_dataset(source, on_damaged=options.on_damaged)
+    share = VALIDATION_SHARE if options.qat else JUDGING_SHARE
+    return open_dataset(source, on_damaged=options.on_damaged, validation_share=share)
 
 
 def find_labels(

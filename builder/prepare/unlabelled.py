@@ -14,7 +14,7 @@ from models.datasets import DatasetError, DataSplit, ImageSet, OnDamaged, defaul
 from models.folders import SUFFIXES
 from models.scan import scan_unlabelled
 
-_JUDGING_SHARE: Final = 0.25
+JUDGING_SHARE: Final = 0.5
 _FEWEST: Final = 8  # images
 _SEED: Final = 0
 
@@ -29,7 +29,7 @@ def has_no_classes(source: str) -> bool:
 
 
 def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
-    """The images under a folder, three quarters to calibrate with and a quarter to judge by.
+    """The images under a folder, half of them to calibrate with and half to judge by.
 
     Raises:
         DatasetError: no such folder, hardly any images, or some that cannot be read and may not be left out.
@@ -55,7 +55,7 @@ def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
     # Photographs in a row are alike, and copies of one file must not be in both parts.
     keys = [hashlib.sha256(f"{_SEED}{digest}".encode()).digest() for digest in digests]
     order = np.array(sorted(range(len(paths)), key=keys.__getitem__), np.int64)
-    judging = max(1, round(_JUDGING_SHARE * len(paths)))
+    judging = max(1, round(JUDGING_SHARE * len(paths)))
     while judging < len(paths) - 1 and digests[order[judging - 1]] == digests[order[judging]]:
         judging += 1
     return DataSplit(
@@ -63,7 +63,7 @@ def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
         source=str(path),
         fold=None,
         folds=None,
-        description=f"no labels; {_JUDGING_SHARE:.0%} judge, chosen by content",
+        description=f"no labels; {JUDGING_SHARE:.0%} judge, chosen by content",
         sha256=everything.sha256,
         train=everything.subset(np.sort(order[judging:]), f"{root.name}-unlabelled"),
         validation=everything.subset(np.sort(order[:judging]), f"{root.name}-unlabelled-held-out"),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import cv2
-from PIL import Image, _imaging
+from PIL import AvifImagePlugin, Image, _imaging
 
 _M_MMAP_THRESHOLD: Final = -3  # of mallopt(3)
 _MAPPED_BYTES: Final = 4 << 20
@@ -21,6 +21,11 @@ def configure_decoders() -> None:
     # What they say about damaged files would let anyone fill the log, and Python remembers each warning.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the server has threads enough
+    with suppress(ImportError):  # the extra `heif`
+        import pillow_heif
+
+        pillow_heif.options.DECODE_THREADS = 1
     # JetPack 6's OpenCV 4.11 has the function elsewhere.
     logs: Any = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2
     logs.setLogLevel(0)  # silent

@@ -28,7 +28,8 @@ def looks_whole(data: bytes, image_format: str) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
     if image_format == "BMP":
         return 0 < int.from_bytes(data[2:6], "little") <= len(data)
-    return False  # TIFF, whose parts can be anywhere
+    # Reading their headers found all items of these in the file; the parts of a TIFF can be anywhere.
+    return image_format in ("HEIF", "AVIF")
 
 
 def _png_is_whole(data: bytes) -> bool:

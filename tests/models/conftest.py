@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from models.training import Images
 
 # Networks and batches are tiny here: a second thread would only wait for the first.
 torch.set_num_threads(1)
+pillow_heif.register_heif_opener()  # to write them
 
 
 @pytest.fixture(scope="session")

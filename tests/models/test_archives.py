@@ -128,7 +128,7 @@ class TestUsual:
         archive = write(tmp_path / "photos.zip", {f"{i}.jpg": picture(i) for i in range(12)})
         assert has_no_classes(str(archive))
         data = open_unlabelled(str(archive))
-        assert (len(data.train), len(data.validation)) == (9, 3)
+        assert (len(data.train), len(data.validation)) == (6, 6)
 
 
 @pytest.mark.usefixtures("cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from iso_media import File, grid, picture
 from PIL import Image
 from pydantic import ValidationError
 from running import Running, running, wait_until
@@ -111,7 +113,7 @@ def test_formats_are_checked_at_the_start() -> None:
 
 @pytest.fixture(scope="module")
 def strict(engine_dir: Path) -> Iterator[Running]:
-    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0, formats="jpeg,png,webp,tiff")
+    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0, formats="jpeg,png,webp,tiff,heif")
     with running(settings) as it:
         yield it
 
@@ -120,6 +122,10 @@ HOSTILE = {
     "WebP": saved(Image.new("L", (16_383, 3900)), "WEBP", lossless=True),
     "TIFF": hostile.tiled_tiff(16, 16, 32_752),
     "JPEG": hostile.progressive_jpeg(1208, 1736, 900, refining=True),  # 11 kB: two bytes for a scan
+    "HEIC": File(
+        [grid(100, 100, 6400, 6400), picture(saved(Image.new("RGB", (64, 64)), "HEIF"))],
+        [(b"dimg", 1, [2] * 10_000)],
+    ).write(),
     "PNG": hostile.png(8, 8, before=[hostile.chunk(b"iCCP", b"a\0\0" + bytes(9))] * 300),
 }
 
@@ -136,9 +142,9 @@ def test_a_hostile_image_is_refused_by_its_header_however_many_there_are(
 
 
 def test_many_images_that_are_dear_together_are_refused_in_words(strict: Running, encode: Encode) -> None:
-    picture = saved(Image.new("L", (4000, 3000)), "WEBP", method=0)
-    assert strict.predict(picture).status_code == 200
-    answer = strict.client.post("/predict", files=[("file", ("a", picture))] * 16)
+    photograph = saved(Image.new("L", (4000, 3000)), "WEBP", method=0)
+    assert strict.predict(photograph).status_code == 200
+    answer = strict.client.post("/predict", files=[("file", ("a", photograph))] * 16)
     assert answer.status_code == 413
     assert "send fewer in one request" in answer.json()["detail"]
 
@@ -147,5 +153,28 @@ def test_a_format_that_is_turned_off_is_named(strict: Running, encode: Encode) -
     answer = strict.predict(encode(0, "GIF"))
     assert answer.status_code == 415
     assert (
-        answer.json()["detail"] == "GIF images are not accepted; convert it to one of JPEG, PNG, WEBP, TIFF"
+        answer.json()["detail"]
+        == "GIF images are not accepted; convert it to one of JPEG, PNG, WEBP, TIFF, HEIF"
     )
+
+
+@pytest.mark.parametrize("form", ["HEIF", "AVIF"])
+def test_a_phones_photograph_is_answered_like_any_other(server: Running, form: str) -> None:
+    photograph = hostile.photograph(300, 200)
+    answers = [
+        server.predict(saved(photograph, form, **options)).json()["results"][0]["predictions"]
+        for form, options in ((form, {"quality": 95, "subsampling": "4:4:4"}), ("PNG", {}))
+    ]
+    assert answers[0][0]["label"] == answers[1][0]["label"]
+    assert answers[0][0]["probability"] == pytest.approx(answers[1][0]["probability"], abs=0.05)
+
+
+def test_a_server_without_the_extra_says_what_it_lacks(
+    server: Running, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photograph = saved(Image.new("RGB", (64, 64)), "HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    answer = server.predict(photograph)
+    assert (answer.status_code, answer.json()["type"]) == (415, "urn:trimrt:problem:unsupported-media-type")
+    assert "pip install 'trimrt[heif]'" in answer.json()["detail"]
+    assert server.predict(encode(0)).status_code == 200

@@ -23,7 +23,7 @@ from models.datasets import ImageSet, reopen_dataset
 from models.pretrained import DIGITS_STUDENT
 from runtime.loading import load_engine
 from runtime.manifest import EngineError, read_manifest
-from trimrt.options import FOLDER, HELP, Command
+from trimrt.options import ENGINES, FOLDER, HELP, Command
 
 PRECISIONS: Final = ("fp32", "fp16", "int8")
 
@@ -33,7 +33,7 @@ _START_SECONDS: Final = 60
 @click.command(
     cls=Command, context_settings=HELP, examples=["trimrt demo", "trimrt demo --engine-dir my-engines"]
 )
-@click.option("--engine-dir", type=FOLDER, default=Path("engines"), help="Where the engine packages go.")
+@click.option("--engine-dir", type=FOLDER, default=ENGINES, help="Where the engine packages go.")
 def demo(engine_dir: Path) -> None:
     """Do it all once, on handwritten digits: build engines, serve one, ask it, compare them.
 

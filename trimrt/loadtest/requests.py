@@ -22,6 +22,8 @@ MEDIA_TYPES: Final = {
     ".bmp": "image/bmp",
     ".tif": "image/tiff",
     ".tiff": "image/tiff",
+    ".heic": "image/heic",
+    ".avif": "image/avif",
 }
 
 

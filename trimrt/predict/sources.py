@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import TrimRTError
+from models.folders import SUFFIXES
 
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 PARQUET_SUFFIXES: Final = frozenset({".parquet", ".pq"})
 
 _ROWS_AT_ONCE: Final = 64  # of a Parquet file; they hold encoded images

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from builder.prepare.export import ExportError, run_onnx
 from builder.prepare.named import open_named
 from builder.prepare.options import PrepareOptions
+from builder.prepare.sources import open_data
 from builder.prepare.unlabelled import open_unlabelled
-from models.datasets import DatasetError, DataSplit
+from models.datasets import DatasetError, DataSplit, open_dataset
 from models.networks import NetworkError
 
 
@@ -119,6 +120,33 @@ def test_unsorted_photographs_are_looked_through_too(photographs: Path):
     with pytest.raises(DatasetError, match=r"an empty file \(1\): dark/damaged.png"):
         open_unlabelled(str(photographs))
     data = open_unlabelled(str(photographs), "skip")
-    assert (len(data.train), len(data.validation), data.damaged) == (15, 5, 1)
+    assert (len(data.train), len(data.validation), data.damaged) == (10, 10, 1)
     assert data.summary[0] == "photos: 20 images, without labels"
     assert any("Thumbs.db" in line for line in data.summary)
+
+
+class TestParts:
+    """A network from elsewhere was not trained on the photographs, so as many judge as calibrate."""
+
+    @pytest.fixture
+    def pages(self, tmp_path: Path) -> str:
+        """Two classes of sixty images."""
+        for label, first in (("upright", 0), ("upside-down", 60)):
+            (tmp_path / "pages" / label).mkdir(parents=True)
+            for grey in range(first, first + 60):
+                Image.new("L", (8, 8), grey).save(tmp_path / "pages" / label / f"{grey}.png")
+        return str(tmp_path / "pages")
+
+    def test_half_calibrates_and_half_judges_of_every_class(self, pages: str):
+        data = open_data(PrepareOptions(data=pages))
+        assert np.bincount(data.train.targets).tolist() == [24, 24]
+        assert np.bincount(data.validation.targets).tolist() == [24, 24]
+        assert not set(data.train.paths) & set(data.validation.paths)
+        assert "validation: 50% of the training part" in data.description
+
+    def test_images_to_test_on_are_those_of_a_training(self, pages: str):
+        assert open_data(PrepareOptions(data=pages)).test.paths == open_dataset(pages).test.paths
+
+    def test_fine_tuning_has_what_a_training_has(self, pages: str):
+        tuned, trained = open_data(PrepareOptions(data=pages, qat=True)), open_dataset(pages)
+        assert (tuned.train.paths, tuned.validation.paths) == (trained.train.paths, trained.validation.paths)
