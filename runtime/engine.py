@@ -1,20 +1,24 @@
 """What a runtime offers: an engine opens slots, a slot runs one batch at a time.
 
 A slot owns the memory that a batch is written into (pinned, where there is a GPU) and belongs to
-one thread: the thread that opened it fills `pixels`, calls `infer`, and closes it. Several slots of
-one engine may run at once.
+one thread: the thread that opened it fills `pixels`, calls `infer`, and closes it. Of an engine that
+`is_brief`, another thread may do the first two while that one waits. Several slots of one engine may
+run at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.manifest import Manifest
+
+BRIEF_S: Final = 750e-6
+"""An engine is brief if it takes at most so long for its smallest batch, seconds."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class Engine(Protocol):
     @property
     def on_cpu(self) -> bool:
         """Whether inference takes the cores that decoding needs too."""
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether an image alone takes at most `BRIEF_S`, and no device. Known once a slot is open."""
 
     def open_slot(self) -> Slot:
         """A slot for the calling thread. It is warm: it has run a batch of each of `run_sizes`.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import platform
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,7 @@ import openvino
 from numpy.typing import NDArray
 
 from models.cores import cores
-from runtime.engine import Options, Outputs
+from runtime.engine import BRIEF_S, Options, Outputs
 from runtime.finite import check_finite
 from runtime.manifest import Compatibility, EngineError, Manifest, read_artefact
 from runtime.processor import WIDE_SUMS, processor
@@ -33,6 +35,7 @@ _BEST_BATCH: Final = 8  # roughly where throughput stops growing
 _MOST_SLOTS: Final = 8  # by default: each slot loads its own models; with more cores each slot gets several
 _MEMORY_BYTES: Final = 150 << 20
 _LOADED_FACTOR: Final = 2  # loaded size relative to blob size, roughly
+_RUNS_TIMED: Final = 10
 
 
 def this_machine() -> Compatibility:
@@ -112,6 +115,7 @@ class OpenVINOEngine:
         self._best_batch = options.batch or min(
             largest * max(1, round(_BEST_BATCH / largest)), manifest.batch.max
         )
+        self._alone_seconds = math.inf
         # For a single image on an idle machine. With a thread for every core they are pinned: in a virtual
         # machine the scheduler mistakes idle cores for busy ones, and would wake all threads on one.
         self._wide = (
@@ -145,6 +149,11 @@ class OpenVINOEngine:
         """True: decoding competes with inference for the cores."""
         return True
 
+    @property
+    def is_brief(self) -> bool:
+        """By the fastest of the slots, with one thread's model."""
+        return self._alone_seconds <= BRIEF_S
+
     def open_slot(self) -> OpenVINOSlot:
         """A warm slot for the calling thread.
 
@@ -160,6 +169,7 @@ class OpenVINOEngine:
         check_finite(slot.infer(self._manifest.batch.min, alone=True))
         for size in self.run_sizes:
             check_finite(slot.infer(size))
+        self._alone_seconds = min(self._alone_seconds, _seconds(slot, self._manifest.batch.min))
         return slot
 
     def close(self) -> None:
@@ -259,6 +269,18 @@ class OpenVINOSlot:
         self._requests.clear()
         self._bound.clear()
         self._wide = None
+
+
+def _seconds(slot: OpenVINOSlot, count: int) -> float:
+    """The least time that a batch takes; a long one is timed once."""
+    seconds = math.inf
+    for _ in range(_RUNS_TIMED):
+        began = time.perf_counter()
+        slot.infer(count)
+        seconds = min(seconds, time.perf_counter() - began)
+        if seconds > 4 * BRIEF_S:
+            break
+    return seconds
 
 
 def _memory(blob: bytes) -> mmap.mmap:

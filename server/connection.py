@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
@@ -22,25 +23,16 @@ from server.v2.rest import infer_call
 _BEGINNING: Final = b"HTTP/1.1 "
 
 
-class _Straight:
-    """What uvicorn asks of its `cycle`, the newest request, while that is one that went straight."""
-
-    __slots__ = ("disconnected", "keep_alive", "message_event", "response_complete")
-
-    def __init__(self) -> None:
-        self.message_event = asyncio.Event()  # nobody waits for it
-        self.keep_alive = True
-        self.response_complete = True
-        self.disconnected = False
-
-
 class Connection(HardenedProtocol):
     """One client's connection."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._cors = bool(self.service.settings.cors_origin)
-        self._straight: Any = _Straight()
+        # What uvicorn asks of its `cycle`, the newest request, while that is one that went straight.
+        self._straight = SimpleNamespace(
+            message_event=asyncio.Event(), keep_alive=True, response_complete=True, disconnected=False
+        )
         self._admission: Admission[HttpAnswer] | None = None  # the request under way, if it goes straight
         self._date: list[tuple[bytes, bytes]] = []
         self._date_lines = b""

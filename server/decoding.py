@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Final
 
 from PIL import Image as PillowImage
 
@@ -19,6 +20,9 @@ from server.mailbox import Mailbox
 from server.problems import Problem, image_problem
 
 log = logging.getLogger("trimrt.scheduler")
+
+_BRIEF_S: Final = 250e-6
+_BRIEF_BYTES: Final = 64 << 10  # a header of so many bytes is read in less than that
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,15 @@ class Decoder:
 
     spec: Preprocessing
     limits: DecodingLimits
+
+    def is_brief(self, data: bytes | Pixels) -> bool:
+        """Whether the image is decoded in less time than another thread needs to begin."""
+        if not isinstance(data, bytes):
+            return True
+        try:
+            return len(data) <= _BRIEF_BYTES and plan_loading(data, self.spec).cost.seconds <= _BRIEF_S
+        except Exception:  # whoever decodes it says what is wrong
+            return False
 
     def decode(self, image: Image, out: Pixels | None = None) -> Pixels:
         """The pixels of `image`; if it came as pixels, those.

@@ -4,6 +4,9 @@ One `Scheduler` serves one engine. It hands images to the `Backlog`, from which 
 batches on a thread of its own. Outcomes come back through the `Mailbox`, one message a batch. For an engine
 on a device, a pool of threads decodes the images before they join the backlog; for an engine on the CPU,
 whose inference needs the same cores, each worker decodes its own images straight into the batch.
+
+To hand an image over and back takes longer than a small network's inference. So where that and the decoding
+are brief, the event loop's thread runs an image that comes alone, with the slot of a worker that waits.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ class Scheduler:
         self._decoder = Decoder(engine.manifest.preprocessing, decoding_limits)
         self._decodes_in_slot = engine.on_cpu
         self._linux_scheduling = linux_scheduling
-        share = engine.on_cpu and not max_batch_delay
+        share = self._brief = engine.on_cpu and not max_batch_delay
         self._backlog = Backlog(
             engine.slots,
             engine.best_batch,
@@ -98,7 +101,8 @@ class Scheduler:
         self._service_time = ServiceTime()
         self._jobs: set[Job] = set()  # under way
         self._retired = False  # admits no more
-        self._workers: list[asyncio.Task[None]] = []
+        self._workers: list[Worker] = []
+        self._runs: list[asyncio.Task[None]] = []  # the workers'
         self._loop: asyncio.AbstractEventLoop
         self._outcomes: Mailbox[Outcome]
         self._idle: asyncio.Event  # set once retired and empty
@@ -118,16 +122,17 @@ class Scheduler:
         self._outcomes = Mailbox(self._loop, self._receive, sockets=self._linux_scheduling)
         self._idle = asyncio.Event()
         gives_way = self._linux_scheduling and self.engine.on_cpu
-        workers = [
+        self._workers = [
             Worker(self.engine, self._backlog, self._outcomes, self._decoder, gives_way=gives_way)
             for _ in range(self.engine.slots)
         ]
-        self._workers = [self._loop.create_task(run_in_engine_thread(worker.run)) for worker in workers]
-        opened = (asyncio.wrap_future(worker.opened) for worker in workers)
+        self._runs = [self._loop.create_task(run_in_engine_thread(worker.run)) for worker in self._workers]
+        opened = (asyncio.wrap_future(worker.opened) for worker in self._workers)
         for outcome in await asyncio.gather(*opened, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 await self.close()
                 raise outcome
+        self._brief = self._brief and self.engine.is_brief
 
     def check_room(self, images: int = 1) -> None:
         """Make sure that a request of so many images fits the queue.
@@ -181,8 +186,22 @@ class Scheduler:
                 encoded.append(image)
         for _ in range(min(len(encoded), self._pool.threads)):
             self._pool.submit(partial(self._decode_next, encoded))
-        self._backlog.put(ready)
+        if self._is_alone() and self._decoder.is_brief(images[0]):
+            self._loop.call_soon(self._run_here, ready[0])
+        else:
+            self._backlog.put(ready)
         return job
+
+    def _is_alone(self) -> bool:
+        """Whether one image is under way, and no worker is at work."""
+        return self._brief and self.pending == 1 and self._backlog.sleeping == self.engine.slots
+
+    def _run_here(self, image: Image) -> None:
+        """Run the image that came alone, unless others have come since, or nobody waits for it any more."""
+        if image.is_dead(time.monotonic()) or not self._is_alone():
+            self._backlog.put([image])
+        elif (outcome := self._workers[0].run_batch([image])) is not None:
+            self._receive(outcome)
 
     def drop(self, job: Job, reason: str) -> None:
         """Abandon `job`, if it is still under way.
@@ -199,7 +218,7 @@ class Scheduler:
         if self.pending:
             await self._idle.wait()
         self._backlog.close()
-        await asyncio.gather(*self._workers)
+        await asyncio.gather(*self._runs)
         self._outcomes.close()
         await run_in_engine_thread(self.engine.close)
 

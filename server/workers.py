@@ -60,14 +60,16 @@ class Worker:
             # A traceback knows its frames, and they the error: such a cycle would keep the engine.
             self.opened.set_exception(error.with_traceback(None))
             return
+        self._slot = slot
         with closing(slot), giving_way() if self._gives_way else nullcontext():
             self.opened.set_result(None)
-            self._work(slot)
+            self._work()
+        del self._slot  # which would keep its memory
 
-    def _work(self, slot: Slot) -> None:
+    def _work(self) -> None:
         batch = self._backlog.wait()
         while batch:
-            outcome = self._run_batch(slot, batch)
+            outcome = self.run_batch(batch)
             # The event loop holds the interpreter's lock while it answers. With its next batch in hand this
             # slot can decode meanwhile.
             batch = self._backlog.take()
@@ -77,11 +79,14 @@ class Worker:
                 del outcome  # frees the images and outputs while the slot waits
             batch = batch or self._backlog.wait()
 
-    def _run_batch(self, slot: Slot, batch: list[Image]) -> Outcome | None:
-        """Decode and infer; None if every image failed alone, which the event loop then already knows."""
+    def run_batch(self, batch: list[Image]) -> Outcome | None:
+        """Decode and infer; None if every image failed alone, which the event loop is told at once.
+
+        Called on this worker's thread, or on the event loop's while this worker waits for images.
+        """
         try:
-            images = self._fill(slot, batch)
-            return self._infer(slot, images) if images else None
+            images = self._fill(self._slot, batch)
+            return self._infer(self._slot, images) if images else None
         except Exception as error:
             log.exception("a batch of %d images failed", len(batch))
             problem = Problem("inference-failed", f"the engine failed: {error}")
@@ -110,7 +115,7 @@ class Worker:
     def _infer(self, slot: Slot, images: list[Image]) -> Computed | None:
         started = time.monotonic()
         count = len(images)
-        alone = self._backlog.others_sleep and not self._backlog.waiting
+        alone = self._backlog.others_sleep and not self._backlog.waiting and not self._engine.is_brief
         # Engines may have a minimum batch; the remaining rows are stale and ignored.
         outputs = slot.infer(max(count, self._engine.manifest.batch.min), alone=alone)
         finished = time.monotonic()

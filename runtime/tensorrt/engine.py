@@ -164,6 +164,11 @@ class TensorRTEngine:
         """False: inference runs on the GPU and leaves the cores to decoding."""
         return False
 
+    @property
+    def is_brief(self) -> bool:
+        """False: a batch waits for the GPU."""
+        return False
+
     def open_slot(self) -> TensorRTSlot:
         """A warm slot owned by the calling thread, which alone may use and close it.
 

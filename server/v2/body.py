@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.bodies import too_many_images
 from server.problems import Problem
@@ -25,20 +25,14 @@ _MOST_JSON: Final = 8 << 20  # bytes
 # Characters of the JSON, and so objects, lists and values: each can take ten to a hundred bytes of memory.
 _MOST: Final = {"{": 4_096, "[": 131_072, ":": 16_384, ",": 524_288}
 
+_DEPTH: Final = 4  # of what is known here: the request, its inputs, one of them, its parameters
+
 Text = Annotated[str, Field(max_length=core.MOST_TEXT)]
 
 
 class _Json(BaseModel):
-    # Strict: a size is no text, and a switch no number.
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        """Clients made from a schema send null for what they leave out."""
-        if not isinstance(fields, dict) or None not in fields.values():
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
+    # Strict: a size is no text, and a switch no number. Frozen: pydantic shares defaults instead of copying.
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
 class TensorParameters(_Json):
@@ -126,7 +120,10 @@ def parse(
     _check_size(json)
     try:
         # orjson is several times faster than pydantic on long lists of numbers.
-        header = InferenceRequest.model_validate(orjson.loads(json))
+        fields = orjson.loads(json)
+        if body.find(b"null", 0, end) >= 0:
+            fields = _without_nulls(fields)
+        header = InferenceRequest.model_validate(fields)
     except orjson.JSONDecodeError as error:
         raise Problem("malformed-request", f"the body is not JSON: {error}") from None
     except ValidationError as error:
@@ -165,6 +162,15 @@ def _check_size(json: memoryview) -> None:
                 "body-too-large",
                 f"the JSON has more than {most:,} times {character!r}; send tensors in binary form",
             )
+
+
+def _without_nulls(fields: Any, depth: int = _DEPTH) -> Any:
+    """Clients made from a schema send null for what they leave out."""
+    if isinstance(fields, dict) and depth:
+        return {name: _without_nulls(it, depth - 1) for name, it in fields.items() if it is not None}
+    if isinstance(fields, list) and depth > 1:
+        return [_without_nulls(it, depth - 1) for it in fields]
+    return fields
 
 
 def _from_json(tensor: Input, max_images: int) -> bytes | list[bytes]:

@@ -8,9 +8,8 @@ image files (`BYTES`, one element an image), which are decoded as for `/predict`
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Container, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -35,19 +34,18 @@ _PLATFORMS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RequestedOutput:
-    """An output asked for; `classification` is how many classes, 0 for all the numbers."""
+class RequestedOutput(NamedTuple):
+    """An output asked for: how many classes of it (0: all numbers), and over HTTP whether in binary form."""
 
     name: str
     classification: int = 0
+    binary: bool = False
 
 
 ALL_OUTPUTS: Final = tuple(RequestedOutput(name) for name in OUTPUTS)
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(NamedTuple):
     """One inference request; `id` is to be repeated in the answer, unless empty."""
 
     id: str
@@ -185,23 +183,18 @@ def outputs_of(
     asked: Sequence[RequestedOutput], results: Sequence[Result], labels: Sequence[str]
 ) -> list[OutputTensor]:
     """The tensors that the request asked for."""
-    columns: Mapping[str, Floats] = {
-        "logits": np.stack([result.logits for result in results]),
-        "probabilities": np.stack([result.probabilities for result in results]),
-    }
-    return [
-        OutputTensor(
-            output.name,
-            _classes(columns[output.name], results, labels, output.classification)
-            if output.classification
-            else columns[output.name],
+    tensors = []
+    for output in asked:
+        rows = [getattr(result, output.name) for result in results]
+        classes = output.classification
+        tensors.append(
+            OutputTensor(output.name, _classes(rows, results, labels, classes) if classes else np.array(rows))
         )
-        for output in asked
-    ]
+    return tensors
 
 
 def _classes(
-    scores: Floats, results: Sequence[Result], labels: Sequence[str], count: int
+    scores: Sequence[Floats], results: Sequence[Result], labels: Sequence[str], count: int
 ) -> list[list[bytes]]:
     return [
         [f"{row[index]:f}:{index}:{labels[index]}".encode() for index in result.order[:count].tolist()]

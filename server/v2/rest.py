@@ -164,7 +164,7 @@ class InferCall(HttpCall):
 
     def is_slow_to_read(self, body: bytes) -> bool:
         """See `Call`."""
-        return json_length(body, self._header_length()) > _LARGE_JSON
+        return len(body) > _LARGE_JSON and json_length(body, self._header_length()) > _LARGE_JSON
 
     def read(
         self, body: bytes, registry: Registry, max_images: int
@@ -175,8 +175,8 @@ class InferCall(HttpCall):
         scheduler = self.find_engine(registry)
         manifest = scheduler.engine.manifest
         images = core.images_of(asked, manifest, max_images)
-        self._id, self._outputs, self._binary = asked.id, asked.outputs, _binary_outputs(header)
-        in_json = [it for it in asked.outputs if not it.classification and it.name not in self._binary]
+        self._id, self._outputs = asked.id, asked.outputs
+        in_json = [it for it in asked.outputs if not it.classification and not it.binary]
         if len(images) * len(manifest.labels) * len(in_json) > _MOST_NUMBERS:
             raise Problem(
                 "invalid-parameter",
@@ -190,11 +190,11 @@ class InferCall(HttpCall):
 
     def render(self, results: Sequence[Result], manifest: Manifest) -> HttpAnswer:
         """See `Call`."""
-        outputs = core.outputs_of(self._outputs, results, manifest.labels)
+        tensors = core.outputs_of(self._outputs, results, manifest.labels)
         answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
         if self._id:
             answer["id"] = self._id
-        headers, body = _render(answer, outputs, self._binary)
+        headers, body = _render(answer, self._outputs, tensors)
         timing = server_timing([latency_ms(result) for result in results])
         return 200, {**headers, "Server-Timing": timing}, body
 
@@ -205,43 +205,34 @@ class InferCall(HttpCall):
 
 
 def _requested(header: InferenceRequest, tensors: Sequence[InputTensor]) -> core.InferRequest:
+    default = header.parameters.binary_data_output
     if header.outputs is None:
-        return core.InferRequest(header.id, tensors, core.ALL_OUTPUTS)
+        outputs = [core.RequestedOutput(name, binary=default) for name in core.OUTPUTS]
+        return core.InferRequest(header.id, tensors, outputs)
+    outputs = []
     for output in header.outputs:
-        core.check_parameters(f"output {output.name!r}", output.parameters.model_fields_set)
-    outputs = [
-        core.RequestedOutput(output.name, output.parameters.classification) for output in header.outputs
-    ]
+        parameters = output.parameters
+        core.check_parameters(f"output {output.name!r}", parameters.model_fields_set)
+        binary = default if parameters.binary_data is None else parameters.binary_data
+        outputs.append(core.RequestedOutput(output.name, parameters.classification, binary))
     return core.InferRequest(header.id, tensors, outputs)
 
 
-def _binary_outputs(header: InferenceRequest) -> set[str]:
-    """Names of the outputs that are to be returned in binary form."""
-    default = header.parameters.binary_data_output
-    if header.outputs is None:
-        return set(core.OUTPUTS) if default else set()
-    return {
-        output.name
-        for output in header.outputs
-        if (default if output.parameters.binary_data is None else output.parameters.binary_data)
-    }
-
-
 def _render(
-    answer: dict[str, Any], outputs: Sequence[OutputTensor], binary: set[str]
+    answer: dict[str, Any], asked: Sequence[core.RequestedOutput], tensors: Sequence[OutputTensor]
 ) -> tuple[dict[str, str], bytes]:
     """Headers and body."""
     chunks = []
     answer["outputs"] = rows = []
-    for output in outputs:
-        row: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
-        if output.name in binary:
-            chunks.append(output.raw())
+    for output, tensor in zip(asked, tensors, strict=True):
+        row: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if output.binary:
+            chunks.append(tensor.raw())
             row["parameters"] = {"binary_data_size": len(chunks[-1])}
-        elif isinstance(output.values, list):
-            row["data"] = [element.decode() for line in output.values for element in line]
+        elif isinstance(tensor.values, list):
+            row["data"] = [element.decode() for line in tensor.values for element in line]
         else:
-            row["data"] = output.values.ravel()
+            row["data"] = tensor.values.ravel()
         rows.append(row)
     header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     if not chunks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ from server.problems import Problem
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class InputTensor:
+class InputTensor(NamedTuple):
     """An input as it came.
 
     Attributes:
@@ -32,8 +31,7 @@ class InputTensor:
     data: bytes | memoryview | Sequence[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """An output: `FP32` numbers of shape `(images, classes)`, or `BYTES` strings of shape `(images, k)`."""
 
     name: str

@@ -157,7 +157,7 @@ def test_batch_outside_the_limits_is_refused(package: Path, count: int) -> None:
 
 @pytest.mark.usefixtures("network")
 def test_a_slot_is_opened_warm(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has run once in every way that a batch may run, and no more."""
+    """It has run once in every way that a batch may run; then only an image alone is timed."""
     ran: list[tuple[int, bool]] = []
     infer = OpenVINOSlot.infer
 
@@ -167,7 +167,24 @@ def test_a_slot_is_opened_warm(package: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(OpenVINOSlot, "infer", record)
     load_engine(package, Options(slots=2)).open_slot()
-    assert ran == [(1, True), (1, False), (2, False), (4, False), (8, False)]
+    assert ran[:5] == [(1, True), (1, False), (2, False), (4, False), (8, False)]
+    assert set(ran[5:]) == {(1, False)}
+
+
+def test_an_engine_that_is_not_brief_is_timed_once(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(package, Options(slots=1, threads=1))
+    ran: list[int] = []
+    infer = OpenVINOSlot.infer
+
+    def record(slot: OpenVINOSlot, count: int, *, alone: bool = False) -> Outputs:
+        ran.append(count)
+        return infer(slot, count, alone=alone)
+
+    monkeypatch.setattr(OpenVINOSlot, "infer", record)
+    monkeypatch.setattr("runtime.openvino.BRIEF_S", 0.0)
+    engine.open_slot()
+    assert ran == [1, 1, 2, 4, 8, 1]
+    assert not engine.is_brief
 
 
 def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
@@ -189,6 +206,13 @@ def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
     for seed in range(2):
         assert all(np.allclose(logits, expected[seed], atol=1e-5) for logits in got[seed])
     assert not np.allclose(expected[0], expected[1], atol=1e-3)
+
+
+def test_an_engine_is_brief_by_what_its_first_slot_takes(package: Path) -> None:
+    engine = load_engine(package, Options(slots=1, threads=1))
+    assert not engine.is_brief  # nothing has been timed
+    engine.open_slot().close()
+    assert engine.is_brief
 
 
 def test_streams_and_threads_are_what_was_asked_for(package: Path) -> None:

@@ -34,13 +34,14 @@ class _WrappedSlot:
 
 
 class WrappedEngine:
-    """`on_cpu` is the test's choice: which threads decode."""
+    """`on_cpu` and `is_brief` are the test's choice: which threads decode, and infer."""
 
-    def __init__(self, engine: Engine, before: Before, *, on_cpu: bool) -> None:
+    def __init__(self, engine: Engine, before: Before, *, on_cpu: bool, is_brief: bool) -> None:
         self._engine = engine
         self._before = before
         self.best_batch = engine.manifest.batch.max
         self.on_cpu = on_cpu
+        self.is_brief = is_brief
 
     def open_slot(self) -> _WrappedSlot:
         return _WrappedSlot(self._engine.open_slot(), self._before)
@@ -49,8 +50,10 @@ class WrappedEngine:
         return getattr(self._engine, name)
 
 
-def load_wrapped(before: Before, *, slots: int = 1, on_cpu: bool = False) -> LoadEngine:
-    """How a server loads its engines so that each batch is preceded by `before`, on the slot's thread."""
+def load_wrapped(
+    before: Before, *, slots: int = 1, on_cpu: bool = False, is_brief: bool = False
+) -> LoadEngine:
+    """How a server loads its engines so that each batch is preceded by `before`, on the batch's thread."""
     return lambda folder: WrappedEngine(
-        load_engine(Path(folder), Options(slots=slots)), before, on_cpu=on_cpu
+        load_engine(Path(folder), Options(slots=slots)), before, on_cpu=on_cpu, is_brief=is_brief
     )
