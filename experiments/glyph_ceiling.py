@@ -3,8 +3,8 @@
     python -m experiments.glyph_ceiling
 
 Two classes are twins in a face if one covers the other when it is scaled and moved up or down by no more
-than the distortion does: the cosine of their images is at least 0.97. Whoever knows the typeface can still only
-guess among twins. That is a ceiling of accuracy; not to know the typeface costs more.
+than the distortion does: the cosine of their images is at least 0.97. Whoever knows the typeface can still
+only guess among twins. That is a ceiling of accuracy; not to know the typeface costs more.
 """
 
 from __future__ import annotations
