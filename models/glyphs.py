@@ -39,7 +39,8 @@ __all__ = [
 
 FONTS_FOLDER: Final = Path("/usr/share/fonts")
 LABELS: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
-GLYPHS_SHA256: Final = ""  # with the fonts of Debian 12 and 13, and the FreeType of Pillow 13.0
+# Of all images, with the fonts of Debian 12 and 13 and the FreeType of Pillow 12.0 to 13.0.
+GLYPHS_SHA256: Final = "5c3b186cdba1974b7812de9d155c486a7b004765c9720648e4c3a4a7ce22b94d"
 
 _SIDE: Final = 32
 _TIMES: Final = 4  # so much larger is a character drawn

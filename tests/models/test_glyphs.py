@@ -14,7 +14,7 @@ from PIL import Image
 import models.datasets
 import models.glyphs
 from models.datasets import DatasetError, DataSplit, open_dataset
-from models.glyphs import GLYPHS_SHA256, LABELS, Typeface, read_typefaces, typeface_of, write_glyphs
+from models.glyphs import GLYPHS_SHA256, LABELS, Typeface, read_typefaces, typeface_of
 from models.preprocessing import Preprocessing
 
 SPEC = Preprocessing(resize=32, height=32, width=32)
@@ -156,16 +156,10 @@ FONTS = models.glyphs.FONTS_FOLDER
     reason="the fonts of models/typefaces.csv are not here (.ci/run installs them)",
 )
 class TestAllTypefaces:
-    @pytest.fixture(scope="class")
-    def glyphs(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("glyphs")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models.glyphs, "FONTS_FOLDER", FONTS)
-            write_glyphs(folder / "glyphs", read_typefaces())
-        return folder
-
-    def test_these_are_the_documented_images(self, glyphs: Path) -> None:
-        data = open_dataset("glyphs", cache_dir=glyphs)
+    def test_these_are_the_documented_images(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(models.glyphs, "FONTS_FOLDER", FONTS)
+        monkeypatch.setattr(models.datasets, "read_typefaces", read_typefaces)
+        data = open_dataset("glyphs", cache_dir=tmp_path)
         assert data.sha256 == GLYPHS_SHA256
         assert data.summary == ()
         assert (len(data.train), len(data.validation), len(data.test)) == (9796, 1116, 2728)
