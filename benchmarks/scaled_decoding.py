@@ -27,7 +27,7 @@ from trimrt.options import HELP
 
 @click.command(context_settings=HELP)
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option("--data", default="digits", help="`digits`, `fashion-mnist` or a folder.")
+@click.option("--data", default="digits", help="`digits`, `fashion-mnist`, `glyphs` or a folder.")
 @click.option("--images", default=300, help="How many test images.")
 @click.option("--megapixels", default=12.0, help="Size that they are enlarged to.")
 def main(package: Path, data: str, images: int, megapixels: float) -> None:

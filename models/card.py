@@ -30,7 +30,7 @@ class _Strict(BaseModel):
 class Dataset(_Strict):
     """What the model was trained on, and which part was held out."""
 
-    name: str = Field(description="`digits`, `fashion-mnist`, or the folder's name")
+    name: str = Field(description="`digits`, `fashion-mnist`, `glyphs`, or the folder's name")
     source: str = Field(description="what `models.datasets.open_dataset` finds it by: a name or a folder")
     sha256: str = Field(description="hash over the sorted relative paths and contents of all images")
     fold: int | None = Field(

@@ -81,7 +81,8 @@ def compress(
     that the recipe does not set itself are chosen to fit the machine (`models.defaults`).
 
     Args:
-        source: `digits`, `digits-unshuffled`, `fashion-mnist`, a folder of images, or a ZIP file of one.
+        source: `digits`, `digits-unshuffled`, `fashion-mnist`, `glyphs`, a folder of images, or a ZIP file of
+            one.
         out: folder for `teacher/`, `student/` and `pruned/`; None: `runs/` and the data's name.
         recipe: every other setting; None: the preset `aligned`.
         fold: part held out for testing, 0 to 4, where the data has no test part.

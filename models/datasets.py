@@ -25,6 +25,7 @@ from models.bars import for_each
 from models.card import Card, Dataset
 from models.files import replace_file, replace_folder
 from models.folders import DatasetError, OnDamaged, is_utf8, shown
+from models.glyphs import GLYPHS_SHA256, read_typefaces, typeface_of, write_glyphs
 from models.naming import did_you_mean, nothing_at
 from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
 from models.scan import MAX_PIXELS, Scan, listed, scan_folder
@@ -45,6 +46,7 @@ FOLDS: Final = 5
 SPLIT_SEED: Final = 42
 VALIDATION_SHARE: Final = 0.1
 UNSHUFFLED_DIGITS: Final = "digits-unshuffled"
+GLYPHS: Final = "glyphs"
 FASHION_MNIST_FOLDER: Final = Path("/usr/share/datasets/fashion-mnist")
 
 _FASHION_LABELS: Final = (
@@ -214,13 +216,15 @@ def open_dataset(
 
     Data that comes with a test part keeps it, and `fold` is not used. Other data is cut into five
     stratified folds, of which `fold` is the test part. A tenth of what is left, stratified, is set
-    aside for validation. The same source, fold and share always give the same parts.
+    aside for validation. Parts of `glyphs` are of whole typefaces. The same source, fold and share always give
+    the same parts.
 
     Args:
         source: `digits` (scikit-learn's, 1797 grey 8x8 images), `digits-unshuffled` (the same, with folds
             that keep the file's order, which goes by writer: a harder split), `fashion-mnist` (Debian's
-            package dataset-fashion-mnist), or a folder or a ZIP file of one: `train/` and `test/` (or `val/`)
-            with a folder of images for each class, or the class folders themselves; see `models.folders`.
+            package dataset-fashion-mnist), `glyphs` (letters and figures of 110 typefaces in Debian's font
+            packages), or a folder or a ZIP file of one: `train/` and `test/` (or `val/`) with a folder of
+            images for each class, or the class folders themselves; see `models.folders`.
         fold: 0 to 4.
         cache_dir: where data sets are unpacked; `default_cache_dir()` if None.
         on_damaged: what to do about files that cannot be read: stop and name all, or leave them out.
@@ -250,6 +254,8 @@ def open_dataset(
     )
     if found.part_names:
         return _presplit(name, source, root, found, cache_dir, validation_share)
+    if source == GLYPHS:
+        return _by_typeface(root, fold, found, cache_dir, validation_share)
     return _cross_validation(name, source, root, fold, found, cache_dir, validation_share)
 
 
@@ -358,6 +364,38 @@ def _cross_validation(
     )
 
 
+def _by_typeface(root: Path, fold: int, found: Scan, cache_dir: Path, validation_share: float) -> DataSplit:
+    """`glyphs` in parts of whole typefaces: none that tests was seen before."""
+    from sklearn.model_selection import GroupKFold, GroupShuffleSplit
+
+    everything = _image_set(found.train, root, GLYPHS, cache_dir)
+    typefaces = np.array([typeface_of(path) for path in everything.paths])
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=SPLIT_SEED)
+    rest, test = list(folds.split(typefaces, groups=typefaces))[fold]
+    share = GroupShuffleSplit(1, test_size=validation_share, random_state=SPLIT_SEED)
+    train, validation = next(share.split(rest, groups=typefaces[rest]))
+    name = f"{GLYPHS}-fold{fold}"
+    return DataSplit(
+        name=GLYPHS,
+        source=GLYPHS,
+        fold=fold,
+        folds=FOLDS,
+        description=f"whole typefaces: GroupKFold({FOLDS}, shuffle=True, random_state={SPLIT_SEED}); "
+        f"validation: {validation_share:.0%} of the other typefaces, seed {SPLIT_SEED}",
+        sha256=everything.sha256,
+        train=everything.subset(rest[train], f"{name}-train"),
+        validation=everything.subset(rest[validation], f"{name}-validation"),
+        test=everything.subset(test, f"{name}-test"),
+        summary=() if everything.sha256 == GLYPHS_SHA256 else _OTHER_GLYPHS,
+    )
+
+
+_OTHER_GLYPHS: Final = (
+    "glyphs: not the images that docs/data.md describes: fonts or Pillow's FreeType",
+    "are of other versions. Compare only networks of this machine.",
+)
+
+
 def _validation_text(share: float) -> str:
     return f"{share:.0%} of the training part, stratified, seed {SPLIT_SEED}"
 
@@ -437,6 +475,14 @@ def _write_fashion_mnist(cache_dir: Path) -> Path:
     return folder
 
 
+def _write_glyphs(cache_dir: Path) -> Path:
+    folder = cache_dir / GLYPHS
+    if not folder.is_dir():
+        with replace_folder(folder, cache=True) as new:
+            write_glyphs(new, read_typefaces())
+    return folder
+
+
 def _read_idx(path: Path) -> NDArray[np.uint8]:
     """An array in the IDX format of LeCun's MNIST: a magic number, big-endian sizes, then bytes."""
     data = gzip.decompress(path.read_bytes())
@@ -463,4 +509,5 @@ _NAMED: Final[dict[str, Callable[[Path], Path]]] = {
     "digits": _write_digits,
     UNSHUFFLED_DIGITS: _write_digits,
     "fashion-mnist": _write_fashion_mnist,
+    GLYPHS: _write_glyphs,
 }

@@ -149,10 +149,10 @@ def compress(
 ) -> None:
     """Train a teacher, distil a student from it, and prune the student.
 
-    SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, or a folder or
-    ZIP file of images: train/ and test/ (or val/) with a folder for each class, or the class folders
-    themselves, which are then split into five folds. All files are looked at first; what is not used, and
-    why, is printed.
+    SOURCE is `digits`, `digits-unshuffled` (its folds keep writers apart), `fashion-mnist`, `glyphs` (letters
+    and figures, whose folds keep typefaces apart), or a folder or ZIP file of images: train/ and test/ (or
+    val/) with a folder for each class, or the class folders themselves, which are then split into five
+    folds. All files are looked at first; what is not used, and why, is printed.
 
     Before training begins, the time that it will take is estimated. Finished stages are reused and an
     interrupted one continues where it stopped. With --build, photographs become an engine in one command.

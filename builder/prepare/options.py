@@ -34,8 +34,8 @@ class PrepareOptions(BaseModel):
     data: str | None = Field(
         default=None,
         description="Data set whose training images calibrate INT8 and whose validation images judge the "
-        "engines: digits, fashion-mnist, or an ImageFolder directory; by default what the checkpoint was "
-        "trained on.",
+        "engines: digits, fashion-mnist, glyphs, or an ImageFolder directory; by default what the "
+        "checkpoint was trained on.",
     )
     on_damaged: OnDamaged = Field(default="stop", description=ON_DAMAGED_TEXT)
     calibration: Literal["auto", "entropy", "max", "mse"] = Field(

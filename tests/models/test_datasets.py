@@ -150,7 +150,7 @@ class TestFolders:
         assert len(list((cache_dir / "pixels").iterdir())) == 1
 
     def test_errors_say_what_to_do(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match="give digits, digits-unshuffled, fashion-mnist, or a folder"):
+        with pytest.raises(DatasetError, match="give digits, digits-unshuffled, fashion-mnist, glyphs, or"):
             open_dataset(str(tmp_path / "nowhere"))
         with pytest.raises(DatasetError, match="0 to 4"):
             open_dataset("digits", fold=5)

@@ -46,8 +46,8 @@ class _Command(Command):
 @click.option("-o", "--out", type=OutputFile(), default=Path("report.html"), help="The page.")
 @click.option(
     "--data",
-    help="Measure all on the test part of this data set: digits, fashion-mnist, or an ImageFolder "
-    "directory.  [default: of what each was trained on]",
+    help="Measure all on the test part of this data set: digits, fashion-mnist, glyphs, or an "
+    "ImageFolder directory.  [default: of what each was trained on]",
 )
 @on_damaged_option
 @click.option("--json", "json_file", type=OutputFile(), help="Write the same figures as JSON here.")
