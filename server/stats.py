@@ -88,6 +88,12 @@ class Distribution:
         for old in [known for known in self._seconds if known <= second - WINDOW_S]:
             del self._seconds[old]
 
+    def merge(self, other: Distribution) -> None:
+        """Count everything `other` counted."""
+        self.total.merge(other.total)
+        for second, histogram in other._seconds.items():
+            self._seconds.setdefault(second, Histogram()).merge(histogram)
+
     def recent(self, seconds: int = WINDOW_S) -> Histogram:
         """What was counted in the last `seconds`, at most `WINDOW_S` of them."""
         now = int(self._clock())
@@ -132,6 +138,14 @@ class EngineStats:
             self._sort()
             self._second = second
         self._images.append((decode, queue, inference, total, device))
+
+    def merge(self, other: EngineStats) -> None:
+        """Count everything `other` counted."""
+        self.batches.update(other.batches)
+        self.dropped.update(other.dropped)
+        self.failed += other.failed
+        for stage, distribution in other.stages.items():
+            self._stages.setdefault(stage, Distribution(self._clock)).merge(distribution)
 
     def _sort(self) -> None:
         durations: dict[str, list[float]] = {}

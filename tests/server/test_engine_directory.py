@@ -15,6 +15,7 @@ import httpx
 import pytest
 from processes import TRIMRT, Started, start_process
 from running import Running, running, wait_until
+from server.watching import Watcher
 from spoiled_packages import SPOILED, UNREADABLE, obey_permissions, spoil_all
 from spoiling import mend
 from tiny_engine import write_package
@@ -25,7 +26,6 @@ from runtime.manifest import EngineError
 from server.registry import Registry, resolve_engines
 from server.settings import Settings
 from server.telemetry import Telemetry
-from server.watching import Watcher
 
 Encode = Callable[..., bytes]
 

@@ -22,7 +22,7 @@ from running import wait_until
 
 from server.settings import Settings
 from trimrt.cli import main
-from trimrt.serve import serve
+from trimrt.serve.command import serve
 
 Start = Callable[..., Started]
 

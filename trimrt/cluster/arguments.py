@@ -10,10 +10,11 @@ from server.settings import Settings
 
 ROUTER: Final = "router"
 
-# Ray's proxies listen, and Ray replaces replicas: a replica does neither.
+# Ray's proxies listen, and Ray starts and replaces replicas: a replica does neither.
 _RAYS: Final = (
     "host",
     "port",
+    "workers",
     "root_path",
     "grpc_port",
     "keep_alive_s",

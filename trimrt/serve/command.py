@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
+import socket
+import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import click
@@ -67,6 +71,11 @@ class _Lost(click.ClickException):
     exit_code = LOST_CODE
 
 
+def _ending(error: Exception) -> click.ClickException:
+    """The end of the process by `error`."""
+    return (_Lost if isinstance(error, EngineLostError) else click.ClickException)(str(error))
+
+
 def _run(settings: Settings) -> None:
     """Serve until a signal ends it."""
     from server.listening import listen
@@ -74,14 +83,22 @@ def _run(settings: Settings) -> None:
     from trimrt import logs
 
     logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
-    resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
+    packages = resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
     # What is not installed is found out before a port is opened.
     if settings.otlp_endpoint:
         importlib.import_module("server.tracing")
     if settings.grpc_port is not None:
         importlib.import_module("server.v2.grpc")
     listener = listen(settings)
+    address, port = listener.getsockname()[:2]
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    if settings.workers > 1:
+        _serve_together(settings, listener, packages, url)
+    else:
+        _serve_alone(settings, listener, url)
 
+
+def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
     from models.images.process import configure_decoders
     from server.app import create_app
     from server.draining import DrainingServer
@@ -95,9 +112,24 @@ def _run(settings: Settings) -> None:
 
     app = create_app(settings, on_failure=stop)
     server = DrainingServer(app, settings)
-    address, port = listener.getsockname()[:2]
-    log.info("listening", extra={"url": f"http://{f'[{address}]' if ':' in address else address}:{port}"})
+    log.info("listening", extra={"url": url})
     server.run(sockets=[listener])
     if failures:
-        lost = isinstance(failures[0], EngineLostError)
-        raise (_Lost if lost else click.ClickException)(str(failures[0]))
+        raise _ending(failures[0])
+
+
+def _serve_together(settings: Settings, listener: socket.socket, packages: Sequence[Path], url: str) -> None:
+    from server.listening import reserve_grpc
+    from trimrt.serve.supervisor import Supervisor
+
+    if sys.platform == "win32":
+        raise click.ClickException("connections cannot be handed to other processes here: use --workers 1")
+    if settings.grpc_port is not None:
+        reserved = reserve_grpc(settings)
+        settings = settings.model_copy(update={"grpc_port": reserved.getsockname()[1]})
+        log.info("listening", extra={"grpc": f"{settings.host}:{settings.grpc_port}"})
+    log.info("listening", extra={"url": url})
+    try:
+        asyncio.run(Supervisor(settings, listener, packages).run())
+    except EngineLostError as error:
+        raise _ending(error) from error

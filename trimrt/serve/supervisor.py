@@ -1,0 +1,211 @@
+"""The process above the workers: it starts, replaces and stops them, and speaks for all of them together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from models.errors import TrimRTError
+from runtime.health import EngineLostError
+from runtime.watching import Watcher
+from server.counts import Counts
+from server.problems import Problem
+from server.registry import Change, EngineRow, Load
+from server.settings import Settings
+from trimrt.serve.changes import change_all
+from trimrt.serve.connections import Acceptor, Taker
+from trimrt.serve.member import Member, start_member
+from trimrt.serve.state import State
+
+log = logging.getLogger("trimrt.workers")
+
+_LONGEST_PAUSE_S: Final = 30.0  # between attempts to replace a worker
+_COUNTS_S: Final = 2.0  # a worker that does not tell by then has counted what it told last
+
+
+class WorkerError(TrimRTError):
+    """A worker that could not begin to serve; the message says why."""
+
+
+class Supervisor:
+    """`settings.workers` processes that serve `listener`'s port together.
+
+    Args:
+        settings: the server's.
+        listener: bound, not yet listening.
+        packages: folders of the engine packages to begin with, the default engine's first.
+    """
+
+    def __init__(self, settings: Settings, listener: socket.socket, packages: Sequence[Path]) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._state = State(packages)
+        self._members: list[Member] = []
+        self._past = Counts(time.time())  # of workers that have ended
+        self._failure: TrimRTError | None = None
+
+    async def run(self) -> None:
+        """Serve until a signal ends it.
+
+        Raises:
+            WorkerError: a worker could not begin to serve.
+            EngineLostError: an engine is lost, and `settings` say to end then.
+        """
+        self._changing = asyncio.Lock()  # the state, by a change or by a new worker that takes it over
+        self._all_loaded = asyncio.Event()
+        self._stopping = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        acceptor = Acceptor(self._listener, self._takers)
+        try:
+            await self._serve()
+        finally:
+            acceptor.close()
+            for member in self._members:
+                member.kill()
+            await asyncio.gather(*(member.ended for member in self._members))
+        if self._failure is not None:
+            raise self._failure
+
+    # --- the workers, from start to stop ---------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        # Looks before what is there is loaded, lest a package come between.
+        watcher = Watcher(self._load, self._settings.engine_dir) if self._settings.watch else None
+        async with self._changing:
+            members = await asyncio.gather(*(self._start() for _ in range(self._settings.workers)))
+        self._all_loaded.set()
+        watching = asyncio.create_task(watcher.run(self._settings.watch_interval_s)) if watcher else None
+        try:
+            await asyncio.gather(*map(self._keep, members))
+        finally:
+            if watching is not None:
+                watching.cancel()
+
+    async def _start(self) -> Member:
+        """A new worker that has loaded its engines, or has ended because all are to stop.
+
+        Raises:
+            WorkerError: it has ended before.
+        """
+        member = await start_member(self._settings, self._state.packages, self._methods)
+        self._members.append(member)
+        await member.ready
+        if not member.is_loaded and not self._stopping.is_set():
+            self._members.remove(member)
+            raise WorkerError(member.reason)
+        return member
+
+    async def _keep(self, member: Member) -> None:
+        """Put another worker in the place of one that ends, until all are to stop."""
+        while True:
+            await member.ended
+            self._members.remove(member)
+            if member.counts is not None:
+                self._past.add(member.counts.past())
+            if self._stopping.is_set():
+                return
+            log.error("a worker is replaced", extra={"reason": member.reason})
+            self._past.replaced += 1
+            replacement = await self._replace()
+            if replacement is None:
+                return
+            member = replacement
+
+    async def _replace(self) -> Member | None:
+        """A new worker; None if all are to stop.
+
+        Raises:
+            WorkerError: it could not begin, and there is no other worker.
+        """
+        pause = 0.5
+        while not self._stopping.is_set():
+            try:
+                async with self._changing:
+                    return await self._start()
+            except WorkerError as error:
+                if not any(member.is_loaded for member in self._members):
+                    raise
+                log.error("a worker could not be replaced", extra={"reason": str(error), "again_in_s": pause})
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return None
+
+    def _on_signal(self) -> None:
+        """Drain; a second signal, or one before anything is served, stops at once."""
+        if self._stopping.is_set() or not self._all_loaded.is_set():
+            self._stopping.set()
+            for member in self._members:
+                member.kill()
+        else:
+            self._drain()
+
+    def _drain(self) -> None:
+        self._stopping.set()
+        for member in self._members:
+            if member.is_loaded:
+                member.drain()
+            else:
+                member.kill()
+
+    def _takers(self) -> list[Taker]:
+        """Workers that can serve; at the start all, which say that they are not ready."""
+        return [it.taker for it in self._members if it.is_loaded or not self._all_loaded.is_set()]
+
+    # --- what a worker may call ------------------------------------------------------------------------
+
+    def _methods(self, member: Member) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        return {
+            "loaded": partial(self._take_loaded, member),
+            "failed": partial(self._take_failure, member),
+            "counts": self._count,
+            "change": self._change,
+        }
+
+    async def _take_loaded(self, member: Member, served: Mapping[str, tuple[Path, str]]) -> None:
+        """A worker has loaded its engines; returns when all have."""
+        self._state.check(served)
+        member.set_loaded()
+        await self._all_loaded.wait()
+
+    async def _take_failure(self, member: Member, reason: str, lost: bool) -> None:
+        """A worker cannot serve: it does not begin to, or has lost an engine and all are to end."""
+        if not member.is_loaded:
+            member.failure = reason
+            member.kill()
+        elif lost and self._failure is None:
+            self._failure = EngineLostError(reason)
+            self._drain()
+
+    async def _count(self) -> Counts:
+        """What all workers counted, also those that have ended: no counter ever falls."""
+        await asyncio.gather(*(self._ask_counts(member) for member in self._members if member.is_loaded))
+        total = Counts(self._past.started)
+        total.add(self._past)
+        for member in self._members:
+            if member.counts is not None:
+                total.add(member.counts)
+        return total
+
+    async def _ask_counts(self, member: Member) -> None:
+        with suppress(ConnectionError, asyncio.TimeoutError):
+            member.counts = await asyncio.wait_for(member.channel.call("counts"), _COUNTS_S)
+
+    async def _change(self, change: Change) -> EngineRow:
+        """Make a change in all workers or in none, see `server.fleet.Fleet`."""
+        async with self._changing:
+            if self._stopping.is_set():
+                raise Problem("not-ready", "the server is draining")
+            return await change_all([it for it in self._members if it.is_loaded], change, self._state)
+
+    async def _load(self, folder: Path) -> None:
+        await self._change(Load(folder))
