@@ -148,6 +148,6 @@ def test_importing_the_server_needs_no_runtime() -> None:
 import sys
 for name in ("openvino", "tensorrt", "tensorrt_rtx", "cuda", "torch", "torchvision", "modelopt", "grpc"):
     sys.modules[name] = None
-import server, server.app, server.listening
+import server, server.app, trimrt.serve.listening
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

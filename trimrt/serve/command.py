@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import signal
 import socket
 import sys
 import typing
@@ -78,9 +79,9 @@ def _ending(error: Exception) -> click.ClickException:
 
 def _run(settings: Settings) -> None:
     """Serve until a signal ends it."""
-    from server.listening import listen
     from server.registry import resolve_engines
     from trimrt import logs
+    from trimrt.serve.listening import listen
 
     logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
     packages = resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
@@ -101,7 +102,7 @@ def _run(settings: Settings) -> None:
 def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
     from models.images.process import configure_decoders
     from server.app import create_app
-    from server.draining import DrainingServer
+    from trimrt.serve.draining import DrainingServer
 
     configure_decoders()
     failures: list[Exception] = []
@@ -119,7 +120,7 @@ def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
 
 
 def _serve_together(settings: Settings, listener: socket.socket, packages: Sequence[Path], url: str) -> None:
-    from server.listening import reserve_grpc
+    from trimrt.serve.listening import reserve_grpc
     from trimrt.serve.supervisor import Supervisor
 
     if sys.platform == "win32":
@@ -129,7 +130,14 @@ def _serve_together(settings: Settings, listener: socket.socket, packages: Seque
         settings = settings.model_copy(update={"grpc_port": reserved.getsockname()[1]})
         log.info("listening", extra={"grpc": f"{settings.host}:{settings.grpc_port}"})
     log.info("listening", extra={"url": url})
+    supervisor = Supervisor(settings, listener, packages)
+
+    async def run() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+        await supervisor.run()
+
     try:
-        asyncio.run(Supervisor(settings, listener, packages).run())
+        asyncio.run(run())
     except EngineLostError as error:
         raise _ending(error) from error

@@ -1,9 +1,9 @@
 """Connections, accepted by the supervisor and handed to the workers.
 
 Left to the kernel, connections that clients keep open would lie where chance put them (`SO_REUSEPORT`), or a
-burst of them with the worker that woke first (a shared listening socket). So the supervisor accepts, and gives
-each connection to the worker with the fewest. A worker tells of every connection that closes by a byte on the
-socket over which it gets them.
+burst of them with the worker that woke first (a shared listening socket). So the supervisor accepts, and
+gives each connection to the worker with the fewest. A worker tells of every connection that closes by a byte
+on the socket over which it gets them.
 """
 
 from __future__ import annotations

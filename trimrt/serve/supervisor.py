@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -42,38 +41,48 @@ class Supervisor:
         settings: the server's.
         listener: bound, not yet listening.
         packages: folders of the engine packages to begin with, the default engine's first.
+
+    Attributes:
+        members: the workers.
     """
 
     def __init__(self, settings: Settings, listener: socket.socket, packages: Sequence[Path]) -> None:
         self._settings = settings
         self._listener = listener
         self._state = State(packages)
-        self._members: list[Member] = []
+        self.members: list[Member] = []
         self._past = Counts(time.time())  # of workers that have ended
         self._failure: TrimRTError | None = None
 
     async def run(self) -> None:
-        """Serve until a signal ends it.
+        """Serve until `stop`.
 
         Raises:
-            WorkerError: a worker could not begin to serve.
+            WorkerError: a worker could not begin to serve, or cannot go on.
             EngineLostError: an engine is lost, and `settings` say to end then.
         """
         self._changing = asyncio.Lock()  # the state, by a change or by a new worker that takes it over
         self._all_loaded = asyncio.Event()
         self._stopping = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         acceptor = Acceptor(self._listener, self._takers)
         try:
             await self._serve()
         finally:
             acceptor.close()
-            for member in self._members:
+            for member in self.members:
                 member.kill()
-            await asyncio.gather(*(member.ended for member in self._members))
+            await asyncio.gather(*(member.ended for member in self.members))
         if self._failure is not None:
             raise self._failure
+
+    def stop(self) -> None:
+        """Answer what was accepted, then end; at once when called again, or before anything is served."""
+        if self._stopping.is_set() or not self._all_loaded.is_set():
+            self._stopping.set()
+            for member in self.members:
+                member.kill()
+        else:
+            self._drain()
 
     # --- the workers, from start to stop ---------------------------------------------------------------
 
@@ -96,19 +105,23 @@ class Supervisor:
         Raises:
             WorkerError: it has ended before.
         """
-        member = await start_member(self._settings, self._state.packages, self._methods)
-        self._members.append(member)
+        try:
+            member = await start_member(self._settings, self._state.packages, self._methods)
+        except OSError as error:  # as where there is no room for another process
+            raise WorkerError(f"a worker could not be started: {error}") from error
+        self.members.append(member)
         await member.ready
         if not member.is_loaded and not self._stopping.is_set():
-            self._members.remove(member)
+            self.members.remove(member)
             raise WorkerError(member.reason)
+        log.info("worker ready", extra={"process": member.pid})
         return member
 
     async def _keep(self, member: Member) -> None:
         """Put another worker in the place of one that ends, until all are to stop."""
         while True:
             await member.ended
-            self._members.remove(member)
+            self.members.remove(member)
             if member.counts is not None:
                 self._past.add(member.counts.past())
             if self._stopping.is_set():
@@ -132,7 +145,7 @@ class Supervisor:
                 async with self._changing:
                     return await self._start()
             except WorkerError as error:
-                if not any(member.is_loaded for member in self._members):
+                if not any(member.is_loaded for member in self.members):
                     raise
                 log.error("a worker could not be replaced", extra={"reason": str(error), "again_in_s": pause})
             with suppress(asyncio.TimeoutError):
@@ -140,18 +153,9 @@ class Supervisor:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         return None
 
-    def _on_signal(self) -> None:
-        """Drain; a second signal, or one before anything is served, stops at once."""
-        if self._stopping.is_set() or not self._all_loaded.is_set():
-            self._stopping.set()
-            for member in self._members:
-                member.kill()
-        else:
-            self._drain()
-
     def _drain(self) -> None:
         self._stopping.set()
-        for member in self._members:
+        for member in self.members:
             if member.is_loaded:
                 member.drain()
             else:
@@ -159,7 +163,7 @@ class Supervisor:
 
     def _takers(self) -> list[Taker]:
         """Workers that can serve; at the start all, which say that they are not ready."""
-        return [it.taker for it in self._members if it.is_loaded or not self._all_loaded.is_set()]
+        return [it.taker for it in self.members if it.is_loaded or not self._all_loaded.is_set()]
 
     # --- what a worker may call ------------------------------------------------------------------------
 
@@ -178,20 +182,20 @@ class Supervisor:
         await self._all_loaded.wait()
 
     async def _take_failure(self, member: Member, reason: str, lost: bool) -> None:
-        """A worker cannot serve: it does not begin to, or has lost an engine and all are to end."""
+        """A worker cannot serve: it does not begin to, or it did and all are to end."""
         if not member.is_loaded:
             member.failure = reason
             member.kill()
-        elif lost and self._failure is None:
-            self._failure = EngineLostError(reason)
+        elif self._failure is None:
+            self._failure = EngineLostError(reason) if lost else WorkerError(reason)
             self._drain()
 
     async def _count(self) -> Counts:
         """What all workers counted, also those that have ended: no counter ever falls."""
-        await asyncio.gather(*(self._ask_counts(member) for member in self._members if member.is_loaded))
+        await asyncio.gather(*(self._ask_counts(member) for member in self.members if member.is_loaded))
         total = Counts(self._past.started)
         total.add(self._past)
-        for member in self._members:
+        for member in self.members:
             if member.counts is not None:
                 total.add(member.counts)
         return total
@@ -205,7 +209,7 @@ class Supervisor:
         async with self._changing:
             if self._stopping.is_set():
                 raise Problem("not-ready", "the server is draining")
-            return await change_all([it for it in self._members if it.is_loaded], change, self._state)
+            return await change_all([it for it in self.members if it.is_loaded], change, self._state)
 
     async def _load(self, folder: Path) -> None:
         await self._change(Load(folder))

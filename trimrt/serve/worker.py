@@ -17,12 +17,12 @@ from runtime.health import EngineLostError
 from server.app import create_app
 from server.connection import Connection
 from server.counts import Counts
-from server.draining import DrainingServer
 from server.fleet import counts_of
 from server.registry import Change, EngineRow, Prepared
 from server.service import Service, service_of
 from trimrt import logs
 from trimrt.serve.channel import Channel
+from trimrt.serve.draining import DrainingServer
 from trimrt.serve.member import Assignment
 
 
