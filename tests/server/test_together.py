@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from tiny_engine import LABELS, write_package
 from together import Together, together
 
 from server.settings import Settings
+from server.v2 import inference_pb2 as pb
+from trimrt.serve.command import LOST_CODE
 
 Encode = Callable[..., bytes]
 Reference = Callable[..., np.ndarray]
@@ -258,6 +261,57 @@ def test_a_package_that_cannot_be_served_ends_the_start_with_the_reason_once(
     assert "Traceback" not in ended.stderr
 
 
+# Python runs `sitecustomize` at the start of each process: from a moment on, this one's engines fail.
+ENGINES_THAT_GET_LOST = """
+from pathlib import Path
+from runtime.manifest import EngineError
+from runtime.openvino import OpenVINOSlot
+
+infer = OpenVINOSlot.infer
+
+def infer_or_fail(self, count, *, alone=False):
+    if Path(__file__).with_name("lost").exists():
+        raise EngineError("gone")
+    return infer(self, count, alone=alone)
+
+OpenVINOSlot.infer = infer_or_fail
+"""
+
+
+def test_a_lost_engine_of_one_worker_ends_all_with_its_own_code_where_that_is_asked_for(
+    engine_dir: Path, tmp_path: Path, encode: Encode
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ENGINES_THAT_GET_LOST)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    options = ["--engine-dir", str(engine_dir), "--engine", "tiny", "--workers", "2"]
+    options += ["--exit-when-lost", "--max-failed-batches", "1"]
+    with start_process(options, tmp_path / "log", PYTHONPATH=path) as started:
+        (tmp_path / "lost").touch()
+        assert httpx.post(f"{started.url}/predict", content=encode(0)).status_code == 500
+        assert started.process.wait(timeout=20) == LOST_CODE
+
+
+def test_grpc_reaches_the_workers_also_after_one_was_killed(engine_dir: Path, tmp_path: Path) -> None:
+    options = ["--engine-dir", str(engine_dir), "--engine", "tiny", "--workers", "2", "--grpc-port", "0"]
+    with start_process(options, tmp_path / "log") as started:
+
+        def is_ready() -> bool:
+            # Without it, channels to one address share a connection.
+            alone = [("grpc.use_local_subchannel_pool", 1)]
+            with grpc.insecure_channel(started.said("grpc"), options=alone) as channel:
+                message = pb.ModelReadyRequest(name="tiny").SerializeToString()
+                answer = channel.unary_unary("/inference.GRPCInferenceService/ModelReady")(
+                    message, timeout=10, wait_for_ready=True
+                )
+            return bool(pb.ModelReadyResponse.FromString(answer).ready)
+
+        assert all(is_ready() for _ in range(8))
+        first = int(started.said("pid"))
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: started.log.read_text().count('"worker ready"') == 3)
+        assert all(is_ready() for _ in range(8))
+
+
 def is_running(process: int) -> bool:
     try:
         return ") Z " not in Path(f"/proc/{process}/stat").read_text()
@@ -268,7 +322,7 @@ def is_running(process: int) -> bool:
 def test_workers_end_when_their_supervisor_is_killed(engine_dir: Path, tmp_path: Path) -> None:
     options = ["--engine-dir", str(engine_dir), "--engine", "tiny", "--workers", "2"]
     with start_process(options, tmp_path / "log") as started:
-        workers = [int(number) for number in re.findall(r'"process":(\d+)', started.log.read_text())]
+        workers = [int(number) for number in re.findall(r'"pid":(\d+)', started.log.read_text())]
         assert len(workers) == 2
         started.process.send_signal(signal.SIGKILL)
         wait_until(lambda: not any(map(is_running, workers)))

@@ -91,12 +91,16 @@ def _run(settings: Settings) -> None:
     if settings.grpc_port is not None:
         importlib.import_module("server.v2.grpc")
     listener = listen(settings)
-    address, port = listener.getsockname()[:2]
-    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    url = f"http://{_place(listener)}"
     if settings.workers > 1:
         _serve_together(settings, listener, packages, url)
     else:
         _serve_alone(settings, listener, url)
+
+
+def _place(bound: socket.socket) -> str:
+    address, port = bound.getsockname()[:2]
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
@@ -128,7 +132,7 @@ def _serve_together(settings: Settings, listener: socket.socket, packages: Seque
     if settings.grpc_port is not None:
         reserved = reserve_grpc(settings)
         settings = settings.model_copy(update={"grpc_port": reserved.getsockname()[1]})
-        log.info("listening", extra={"grpc": f"{settings.host}:{settings.grpc_port}"})
+        log.info("listening", extra={"grpc": _place(reserved)})
     log.info("listening", extra={"url": url})
     supervisor = Supervisor(settings, listener, packages)
 

@@ -114,7 +114,7 @@ class Supervisor:
         if not member.is_loaded and not self._stopping.is_set():
             self.members.remove(member)
             raise WorkerError(member.reason)
-        log.info("worker ready", extra={"process": member.pid})
+        log.info("worker ready", extra={"pid": member.pid})
         return member
 
     async def _keep(self, member: Member) -> None:
