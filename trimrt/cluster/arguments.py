@@ -82,5 +82,10 @@ def on_share(settings: dict[str, Any], cpus: float) -> Settings:
     """The settings of a server that has this many cores of its machine; explicit settings win."""
     threads = max(1, int(cpus))
     # Others reach a replica through Ray's proxies, wherever these listen.
-    ours = {"decode_threads": threads, "inference_threads": threads, "host": "0.0.0.0", "workers": 1}
+    ours: dict[str, Any] = {
+        "decode_threads": threads,
+        "inference_threads": threads,
+        "host": "0.0.0.0",
+        "workers": 1,
+    }
     return Settings(**(ours | settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from runtime.manifest import EngineError
 from server.problems import Problem
@@ -20,7 +21,7 @@ async def change_all(members: Sequence[Member], change: Change, state: State) ->
     Raises:
         EngineError, Problem: a worker cannot, and nothing has changed.
     """
-    prepared = await asyncio.gather(
+    prepared: list[Any] = await asyncio.gather(
         *(member.channel.call("prepare", change) for member in members), return_exceptions=True
     )
     if (refusal := _refusal(prepared)) is not None:
@@ -32,7 +33,7 @@ async def change_all(members: Sequence[Member], change: Change, state: State) ->
         await asyncio.gather(*(member.channel.call("discard") for member in willing), return_exceptions=True)
         raise refusal
     state.apply(change, *prepared[0])
-    rows = await asyncio.gather(
+    rows: list[EngineRow | BaseException] = await asyncio.gather(
         *(member.channel.call("commit") for member in members), return_exceptions=True
     )
     return next(row for row in rows if not isinstance(row, BaseException))
