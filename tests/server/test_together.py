@@ -229,9 +229,7 @@ def test_an_engine_that_one_worker_cannot_load_is_loaded_by_none(served: Togethe
     restore(served)
 
 
-def test_a_worker_that_is_replaced_begins_with_what_the_others_serve(
-    served: Together, encode: Encode
-) -> None:
+def test_a_replaced_worker_begins_with_what_the_others_serve(served: Together, encode: Encode) -> None:
     served.ask("POST", "/engines/other/load")
     served.ask("PUT", "/engines/default", json={"name": "other"})
     served.ask("POST", "/engines/tiny/unload")

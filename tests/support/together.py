@@ -82,7 +82,7 @@ def together(settings: Settings) -> Iterator[Together]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        wait_until(lambda: bool(it.failures) or len(it.pids) == 2)
+        wait_until(lambda: bool(it.failures) or len(it.pids) == 2, timeout=60)
         if it.failures:
             raise it.failures[0]
         wait_until(lambda: it.ask("GET", "/health/ready").status_code == 200)

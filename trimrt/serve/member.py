@@ -42,6 +42,7 @@ class Member:
     Attributes:
         channel: for calls to it.
         taker: takes connections for it.
+        is_answering: it takes connections, though its engines may still be loading.
         is_loaded: it has loaded its engines, and can serve.
         ready: done when it has loaded, or has ended before.
         ended: done when the process has ended.
@@ -53,6 +54,7 @@ class Member:
         loop = asyncio.get_running_loop()
         self.channel = channel
         self.taker = taker
+        self.is_answering = False
         self.is_loaded = False
         self.ready: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
@@ -92,7 +94,7 @@ class Member:
     def _end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._process.sentinel)
         self._process.join()
-        self.is_loaded = False
+        self.is_answering = self.is_loaded = False
         self.taker.close()
         for future in (self.ready, self.ended):
             if not future.done():

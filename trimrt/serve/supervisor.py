@@ -53,6 +53,7 @@ class Supervisor:
         self.members: list[Member] = []
         self._past = Counts(time.time())  # of workers that have ended
         self._failure: TrimRTError | None = None
+        self._acceptor: Acceptor | None = None
 
     async def run(self) -> None:
         """Serve until `stop`.
@@ -64,11 +65,11 @@ class Supervisor:
         self._changing = asyncio.Lock()  # the state, by a change or by a new worker that takes it over
         self._all_loaded = asyncio.Event()
         self._stopping = asyncio.Event()
-        acceptor = Acceptor(self._listener, self._takers)
         try:
             await self._serve()
         finally:
-            acceptor.close()
+            if self._acceptor is not None:
+                self._acceptor.close()
             for member in self.members:
                 member.kill()
             await asyncio.gather(*(member.ended for member in self.members))
@@ -162,18 +163,26 @@ class Supervisor:
                 member.kill()
 
     def _takers(self) -> list[Taker]:
-        """Workers that can serve; at the start all, which say that they are not ready."""
-        return [it.taker for it in self.members if it.is_loaded or not self._all_loaded.is_set()]
+        """Workers that can serve; at the start all that answer, if only that they are not ready."""
+        starting = not self._all_loaded.is_set()
+        return [it.taker for it in self.members if it.is_loaded or (starting and it.is_answering)]
 
     # --- what a worker may call ------------------------------------------------------------------------
 
     def _methods(self, member: Member) -> Mapping[str, Callable[..., Awaitable[Any]]]:
         return {
+            "answering": partial(self._take_answering, member),
             "loaded": partial(self._take_loaded, member),
             "failed": partial(self._take_failure, member),
             "counts": self._count,
             "change": self._change,
         }
+
+    async def _take_answering(self, member: Member) -> None:
+        """A worker answers; until the first does, connections are refused."""
+        member.is_answering = True
+        if self._acceptor is None:
+            self._acceptor = Acceptor(self._listener, self._takers)
 
     async def _take_loaded(self, member: Member, served: Mapping[str, tuple[Path, str]]) -> None:
         """A worker has loaded its engines; returns when all have."""

@@ -67,6 +67,11 @@ class Membership:
         talking.add_done_callback(lambda _: drain())
         self._tasks.append(talking)
 
+    async def tell_answering(self) -> None:
+        """This worker takes connections, though its engines may still be loading."""
+        with suppress(ConnectionError):
+            await self._supervisor.call("answering")
+
     async def wait_until_all_loaded(self) -> None:
         """See `Fleet`."""
         await self._supervisor.call("loaded", self._service.registry.served())
@@ -139,6 +144,7 @@ class WorkerServer(DrainingServer):
         await super().startup(sockets)
         self._connections.setblocking(False)
         self._loop.add_reader(self._connections, self._take)
+        await self._membership.tell_answering()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server`."""
