@@ -59,7 +59,7 @@ def test_it_starts_within_two_seconds_and_stays_small(start: Start, encode: Call
 def test_a_signal_under_load_answers_what_was_accepted_and_exits_with_0(
     start: Start, encode: Callable[..., bytes], stop: signal.Signals, workers: int
 ) -> None:
-    server = start("--drain-delay-s", "0.3", "--workers", str(workers))
+    server = start("--drain-delay-s", "1", "--workers", str(workers))
     process, url = server.process, server.url
     image = encode(1)
     outcomes: list[int] = []
