@@ -216,8 +216,8 @@ def open_dataset(
 
     Data that comes with a test part keeps it, and `fold` is not used. Other data is cut into five
     stratified folds, of which `fold` is the test part. A tenth of what is left, stratified, is set
-    aside for validation. Parts of `glyphs` are of whole typefaces. The same source, fold and share always give
-    the same parts.
+    aside for validation. Parts of `glyphs` are of whole typefaces. The same source, fold and share always
+    give the same parts.
 
     Args:
         source: `digits` (scikit-learn's, 1797 grey 8x8 images), `digits-unshuffled` (the same, with folds

@@ -34,6 +34,8 @@ class Options:
         cuda_graphs: capture a CUDA graph for each batch size, where the CUDA interface can.
         host_code: let a plan run code of its own on the CPU (version-compatible TensorRT plans do);
             only for plans from a trusted place.
+        share: so many processes run the engine at once, each with its share of the slots and threads; only
+            CPU runtimes use it.
     """
 
     slots: int | None = None
@@ -43,6 +45,7 @@ class Options:
     cuda: Literal["cuda-bindings", "pycuda"] | None = None
     cuda_graphs: bool = True
     host_code: bool = False
+    share: int = 1
 
 
 @dataclass(frozen=True)

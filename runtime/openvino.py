@@ -104,9 +104,12 @@ class OpenVINOEngine:
     def __init__(self, folder: Path, manifest: Manifest, options: Options) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._pinning = options.pinning
-        self._threads = options.threads or cores()
-        self._slots = options.slots or min(self._threads, _MOST_SLOTS)
+        # Several processes would all bind their threads to the same first cores.
+        self._pinning = options.pinning and options.share == 1
+        self._threads = max(1, (options.threads or cores()) // options.share)
+        self._slots = (
+            max(1, options.slots // options.share) if options.slots else min(self._threads, _MOST_SLOTS)
+        )
         # A rough estimate of the loaded size: loading a model to measure it takes a while.
         self._blob = _memory(read_artefact(folder, manifest))
         loaded = _LOADED_FACTOR * len(self._blob) * self._slots * len(_SMALL_NETWORK)

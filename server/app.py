@@ -8,6 +8,7 @@ import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
@@ -20,12 +21,14 @@ from starlette.staticfiles import StaticFiles
 
 from runtime.devices import find_devices
 from runtime.manifest import EngineError
+from runtime.watching import Watcher
 from server.bodies import BodyMemory
+from server.fleet import Alone, Fleet
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
-from server.registry import LoadEngine, Registry, resolve_engines
+from server.registry import Load, LoadEngine, Registry, resolve_engines
 from server.routes import docs, engines, health, observability, page, predict
 from server.service import Service
 from server.settings import Settings
@@ -33,7 +36,6 @@ from server.telemetry import RequestObserver, Telemetry
 from server.v2 import rest
 from server.v2.body import HEADER_LENGTH
 from server.version import VERSION
-from server.watching import Watcher
 
 log = logging.getLogger("trimrt")
 
@@ -49,6 +51,8 @@ def create_app(
     load: LoadEngine | None = None,
     on_failure: OnFailure | None = None,
     observers: Sequence[RequestObserver] = (),
+    fleet: Fleet | None = None,
+    packages: Sequence[Path] | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -60,6 +64,9 @@ def create_app(
         on_failure: told when an engine named in `settings` cannot be loaded at start, gRPC's port is
             taken, or an engine is lost and `settings` say to end then.
         observers: told of every inference request.
+        fleet: the processes that serve together; None: this one alone.
+        packages: the folders of the engine packages to begin with, the default's first; None: those that
+            `settings` name.
     """
 
     @contextlib.asynccontextmanager
@@ -69,29 +76,33 @@ def create_app(
         lifecycle = Lifecycle()
         large_work = ThreadPoolExecutor(1, "trimrt-large")
         # Looks before what is there is loaded, lest a package come between.
-        watcher = Watcher(registry, settings.engine_dir) if settings.watch else None
+        watcher = (
+            Watcher(lambda folder: registry.change(Load(folder)), settings.engine_dir)
+            if settings.watch and fleet is None
+            else None
+        )
+        together = fleet or Alone(telemetry, registry)
         app.state.service = service = Service(
             settings,
             lifecycle,
             BodyMemory(settings.max_body_memory_bytes),
             telemetry,
             registry,
-            Metrics(telemetry, registry, find_devices()),
+            together,
+            Metrics(find_devices()),
             large_work,
-            asyncio.create_task(_load_configured(settings, registry, lifecycle, on_failure)),
+            asyncio.create_task(
+                _load_configured(settings, registry, lifecycle, on_failure, together, packages)
+            ),
         )
-        try:
-            grpc_server = await _start_grpc(service)
-        except OSError as error:
-            if on_failure is None:
-                raise
-            on_failure(error)
-            grpc_server = None
+        grpc = asyncio.create_task(_start_grpc(service, on_failure))
+        if fleet is None:
+            await grpc
         watching = asyncio.create_task(watcher.run(settings.watch_interval_s)) if watcher else None
         yield
         if watching is not None:
             watching.cancel()
-        if grpc_server is not None:
+        if (grpc_server := await grpc) is not None:
             await grpc_server.stop(settings.grace_s)
         await service.loading
         await registry.close()
@@ -136,24 +147,36 @@ def _tracers(settings: Settings) -> list[RequestObserver]:
     return [Tracer(settings.otlp_endpoint)]
 
 
-async def _start_grpc(service: Service) -> Any:
+async def _start_grpc(service: Service, on_failure: OnFailure | None) -> Any:
     if service.settings.grpc_port is None:
         return None
     from server.v2 import grpc
 
-    return await grpc.start(service)
+    try:
+        return await grpc.start(service)
+    except OSError as error:
+        if on_failure is None:
+            raise
+        on_failure(error)
+        return None
 
 
 async def _load_configured(
-    settings: Settings, registry: Registry, lifecycle: Lifecycle, on_failure: OnFailure | None
+    settings: Settings,
+    registry: Registry,
+    lifecycle: Lifecycle,
+    on_failure: OnFailure | None,
+    fleet: Fleet,
+    packages: Sequence[Path] | None,
 ) -> None:
     try:
-        for folder in resolve_engines(settings):
-            await registry.load(folder)
+        for folder in resolve_engines(settings) if packages is None else packages:
+            await registry.change(Load(folder))
         # Everything allocated so far is permanent: exclude it from collections, which would stop every thread
         # for 40 ms now and then.
         gc.collect()
         gc.freeze()
+        await fleet.wait_until_all_loaded()
         lifecycle.loaded = True
     except Exception as error:
         log.error("an engine could not be loaded", exc_info=not isinstance(error, EngineError))

@@ -1,9 +1,10 @@
-"""`GET /metrics`: what `Telemetry` counted, in Prometheus's text format."""
+"""`GET /metrics`: what was counted, in Prometheus's text format."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -16,28 +17,41 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from runtime.devices import Device, Reading
-from server.registry import Registry
-from server.telemetry import EngineKey, Telemetry
+from server.counts import Counts
+from server.telemetry import EngineKey
 from server.version import VERSION
 
 _ENGINE_LABELS = EngineKey._fields
+_PROCESS_LEAST = ("process_start_time_seconds", "process_max_fds")  # of several processes; all else adds up
 
 
-class _TelemetryCollector(Collector):
-    def __init__(self, telemetry: Telemetry, registry: Registry) -> None:
-        self._telemetry = telemetry
-        self._registry = registry
-        self.readings: list[tuple[str, Reading]] = []
+class _CountsCollector(Collector):
+    def __init__(self, counts: Counts, readings: Sequence[tuple[str, Reading]]) -> None:
+        self._counts = counts
+        self._readings = readings
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._processes()
         yield from self._requests()
         yield from self._engines()
         yield from self._engine_stats()
         yield from self._device_readings()
 
+    def _processes(self) -> Iterator[Metric]:
+        """`process_*` of all processes together."""
+        found: dict[str, list[Metric]] = {}
+        for process in self._counts.processes:
+            for metric in ProcessCollector(pid=partial(int, process), registry=None).collect():
+                found.setdefault(metric.name, []).append(metric)
+        for metrics in found.values():
+            combine = min if metrics[0].samples[0].name in _PROCESS_LEAST else sum
+            value = combine(metric.samples[0].value for metric in metrics)
+            metrics[0].samples = [metrics[0].samples[0]._replace(value=value)]
+            yield metrics[0]
+
     def _device_readings(self) -> Iterator[Metric]:
         families: dict[str, GaugeMetricFamily] = {}
-        for device, reading in self.readings:
+        for device, reading in self._readings:
             name = f"trimrt_device_{reading.quantity}"
             family = families.setdefault(
                 name, GaugeMetricFamily(name, "As the accelerator reports it.", labels=("device", "sensor"))
@@ -51,11 +65,17 @@ class _TelemetryCollector(Collector):
             "Inference requests, by how they ended.",
             labels=("protocol", "outcome", "reason"),
         )
-        for key, count in self._telemetry.requests.items():
+        for key, count in self._counts.requests.items():
             requests.add_metric(key, count)
         yield requests
         yield GaugeMetricFamily(
-            "trimrt_requests_in_flight", "Inference requests now served.", self._telemetry.in_flight
+            "trimrt_requests_in_flight", "Inference requests now served.", self._counts.in_flight
+        )
+        yield GaugeMetricFamily("trimrt_workers", "Processes that serve.", len(self._counts.processes))
+        yield CounterMetricFamily(
+            "trimrt_workers_replaced",
+            "Processes that ended unasked and were replaced.",
+            self._counts.replaced,
         )
         yield InfoMetricFamily("trimrt_build", "The server's version.", {"version": VERSION})
 
@@ -72,12 +92,11 @@ class _TelemetryCollector(Collector):
         lost = GaugeMetricFamily(
             "trimrt_engine_lost", "1 if the engine fails on every batch.", labels=("engine",)
         )
-        for name, scheduler in self._registry.loaded.items():
-            key = EngineKey.of(scheduler.engine.manifest)
-            info.add_metric((*key, str(name == self._registry.default).lower()), 1)
-            depth.add_metric((name,), scheduler.pending)
-            limit.add_metric((name,), scheduler.queue_limit)
-            lost.add_metric((name,), scheduler.health.lost is not None)
+        for key, queue in self._counts.queues.items():
+            info.add_metric((*key, str(key.engine == self._counts.default).lower()), 1)
+            depth.add_metric((key.engine,), queue.pending)
+            limit.add_metric((key.engine,), queue.limit)
+            lost.add_metric((key.engine,), queue.lost)
         yield from (info, depth, limit, lost)
 
     def _engine_stats(self) -> Iterator[Metric]:
@@ -95,7 +114,7 @@ class _TelemetryCollector(Collector):
         failed = CounterMetricFamily(
             "trimrt_images_failed", "Images that the engine failed on.", labels=_ENGINE_LABELS
         )
-        for key, stats in self._telemetry.engines.items():
+        for key, stats in self._counts.engines.items():
             failed.add_metric(key, stats.failed)
             for stage, distribution in stats.stages.items():
                 total = distribution.total
@@ -117,21 +136,19 @@ def _size_buckets(batches: dict[int, int]) -> tuple[list[tuple[str, float]], flo
 
 
 class Metrics:
-    """Renders the metrics of one application; several applications in a process do not share any."""
+    """Renders metrics, with what the machine's devices report."""
 
-    def __init__(self, telemetry: Telemetry, registry: Registry, devices: Sequence[Device]) -> None:
+    def __init__(self, devices: Sequence[Device]) -> None:
         self._devices = devices
-        self._collectors = CollectorRegistry()
-        ProcessCollector(registry=self._collectors)
-        PlatformCollector(registry=self._collectors)
-        self._collector = _TelemetryCollector(telemetry, registry)
-        self._collectors.register(self._collector)
 
-    async def render(self) -> bytes:
+    async def render(self, counts: Counts) -> bytes:
         """The text exposition."""
-        if self._devices:  # reading sensors may block, on I2C for milliseconds
-            self._collector.readings = await asyncio.to_thread(_read, self._devices)
-        return generate_latest(self._collectors)
+        # Reading sensors may block, on I2C for milliseconds.
+        readings = await asyncio.to_thread(_read, self._devices) if self._devices else []
+        collectors = CollectorRegistry()
+        PlatformCollector(registry=collectors)
+        collectors.register(_CountsCollector(counts, readings))
+        return generate_latest(collectors)
 
 
 def _read(devices: Sequence[Device]) -> list[tuple[str, Reading]]:

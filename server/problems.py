@@ -7,6 +7,7 @@ is for people and may change.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -69,6 +70,9 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         self.detail = detail
         self.headers = dict(headers or {})
         self.extra = dict(extra or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception's arguments by name are lost on pickle
+        return partial(Problem, headers=self.headers, extra=self.extra), (self.name, self.detail)
 
     def body(self) -> bytes:
         """The problem object, in JSON."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel
 
@@ -36,6 +38,7 @@ def _engine_options(settings: Settings) -> Options:
         cuda=settings.cuda,
         cuda_graphs=settings.cuda_graphs,
         host_code=settings.host_code,
+        share=settings.workers,
     )
 
 
@@ -43,6 +46,45 @@ def resolve_engines(settings: Settings) -> list[Path]:
     """The package folders that `settings.engine` names; the first is the default. See `choose_packages`."""
     names = [name.strip() for name in settings.engine.split(",") if name.strip()]
     return choose_packages(settings.engine_dir, names, may_be_empty=settings.watch)
+
+
+class Load(NamedTuple):
+    """Load the package in `folder` beside what runs, then put it in the place of its namesake, if any.
+
+    The namesake answers what it had admitted before it is closed; no request is dropped.
+    """
+
+    folder: Path
+
+
+class Unload(NamedTuple):
+    """Answer what the engine `name` had admitted, then free it."""
+
+    name: str
+
+
+class MakeDefault(NamedTuple):
+    """Let the engine `name` answer the requests that name no engine, from the next one on."""
+
+    name: str
+
+
+Change: TypeAlias = "Load | Unload | MakeDefault"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A change whose only missing step cannot fail. One of the two functions must be called.
+
+    Attributes:
+        engine: the engine that it is about.
+        commit: makes the change; what became of the engine.
+        discard: leaves everything as it was.
+    """
+
+    engine: Manifest
+    commit: Callable[[], Awaitable[EngineRow]]
+    discard: Callable[[], Awaitable[None]]
 
 
 class EngineRow(BaseModel):
@@ -102,59 +144,96 @@ class Registry:
             f"no engine {name!r} is loaded; loaded: {', '.join(sorted(self.loaded)) or 'none'}",
         )
 
+    def served(self) -> dict[str, tuple[Path, str]]:
+        """The folder and the manifest, in JSON, of every loaded engine by name."""
+        return {
+            name: (self._folders[name], scheduler.engine.manifest.model_dump_json())
+            for name, scheduler in self.loaded.items()
+        }
+
     def check_health(self) -> None:
         """Raise the problem `not-ready` if an engine is lost."""
         for scheduler in self.loaded.values():
             if scheduler.health.lost is not None:
                 raise Problem("not-ready", scheduler.health.lost)
 
-    async def load_by_name(self, name: str) -> EngineRow:
-        """Load the newest package of that name; see `load`.
+    async def find(self, name: str) -> Path:
+        """The folder of the newest package of that name.
 
         Raises:
-            Problem: `engine-not-found` or `engine-refused`.
+            Problem: `engine-not-found`.
         """
         try:
-            folder = await asyncio.to_thread(find_package, self._settings.engine_dir, name)
+            return await asyncio.to_thread(find_package, self._settings.engine_dir, name)
         except EngineError as error:
             loaded = self._folders.get(name)
             if loaded is None:
-                raise Problem("engine-not-found", _readable(str(error))) from None
-            folder = loaded  # served from outside the engine directory
-        try:
-            scheduler = await self.load(folder)
-        except EngineError as error:
-            raise Problem("engine-refused", _readable(str(error))) from None
-        return self._row(scheduler.engine.manifest, "loaded")
+                raise Problem("engine-not-found", readable(str(error))) from None
+            return loaded  # served from outside the engine directory
 
-    async def load(self, folder: Path) -> Scheduler:
-        """Load the package in `folder` beside what runs, then put it in the place of its namesake, if any.
-
-        The namesake answers what it had admitted before it is closed; no request is dropped.
+    async def change(self, change: Change) -> EngineRow:
+        """Make a change; changes wait for each other.
 
         Raises:
             EngineError: the package is refused; what ran before still runs.
+            Problem: `engine-not-found`, or `engine-in-use` for the default engine.
         """
-        async with self._changing:
-            stamp = await asyncio.to_thread(stamp_of, folder)
-            try:
-                scheduler = await self._start(folder)
-            except EngineError as error:
-                self._refusals[folder] = stamp, str(error)
-                raise
-            self._refusals.pop(folder, None)
-            manifest = scheduler.engine.manifest
-            replaced = self.loaded.get(manifest.name)
-            self.loaded[manifest.name] = scheduler
-            self._folders[manifest.name] = folder
-            if self.default is None:
-                self.default = manifest.name
-            log.info("engine loaded", extra={"engine": manifest.name, "version": manifest.version})
-            if replaced is not None:
-                await replaced.close()
-            return scheduler
+        async with nullcontext() if isinstance(change, MakeDefault) else self._changing:
+            return await (await self.prepare(change)).commit()
+
+    async def prepare(self, change: Change) -> Prepared:
+        """Do of a change what can fail; for callers that keep changes apart themselves.
+
+        Raises:
+            EngineError, Problem: see `change`.
+        """
+        if isinstance(change, Load):
+            scheduler = await self._start(change.folder)
+            return Prepared(
+                scheduler.engine.manifest, partial(self._put, scheduler, change.folder), scheduler.close
+            )
+        scheduler = self.get(change.name)
+        if isinstance(change, Unload) and change.name == self.default:
+            raise Problem(
+                "engine-in-use", f"{change.name} is the default engine; make another the default first"
+            )
+        act = self._remove if isinstance(change, Unload) else self._make_default
+        return Prepared(scheduler.engine.manifest, partial(act, scheduler), _nothing)
+
+    async def _put(self, scheduler: Scheduler, folder: Path) -> EngineRow:
+        manifest = scheduler.engine.manifest
+        replaced = self.loaded.get(manifest.name)
+        self.loaded[manifest.name] = scheduler
+        self._folders[manifest.name] = folder
+        if self.default is None:
+            self.default = manifest.name
+        log.info("engine loaded", extra={"engine": manifest.name, "version": manifest.version})
+        if replaced is not None:
+            await replaced.close()
+        return self._row(manifest, "loaded")
+
+    async def _remove(self, scheduler: Scheduler) -> EngineRow:
+        manifest = scheduler.engine.manifest
+        del self.loaded[manifest.name], self._folders[manifest.name]
+        await scheduler.close()
+        return self._row(manifest, "available")
+
+    async def _make_default(self, scheduler: Scheduler) -> EngineRow:
+        self.default = scheduler.engine.manifest.name
+        return self._row(scheduler.engine.manifest, "loaded")
 
     async def _start(self, folder: Path) -> Scheduler:
+        stamp = await asyncio.to_thread(stamp_of, folder)
+        try:
+            scheduler = await self._start_checked(folder)
+        except EngineError as error:
+            self._refusal = readable(str(error))
+            self._refusals[folder] = stamp, str(error)
+            raise
+        self._refusals.pop(folder, None)
+        return scheduler
+
+    async def _start_checked(self, folder: Path) -> Scheduler:
         engine = await run_in_engine_thread(partial(self._open, folder))
         manifest = engine.manifest
         scheduler = Scheduler(
@@ -177,6 +256,8 @@ class Registry:
         return scheduler
 
     def _open(self, folder: Path) -> Engine:
+        if self._settings.workers > 1 and (backend := read_manifest(folder).backend) != "openvino":
+            raise EngineError(f"{folder} runs on a device, and {backend} engines need --workers 1")
         try:
             return self._load(folder)
         except EngineError:
@@ -184,41 +265,6 @@ class Registry:
         except Exception as error:
             reason = str(error) or type(error).__name__  # as of MemoryError
             raise EngineError(f"{folder} cannot be loaded: {reason}") from error
-
-    def set_default(self, name: str) -> None:
-        """Let `name` answer the requests that name no engine, from the next one on.
-
-        Raises:
-            Problem: `engine-not-found`.
-        """
-        self.get(name)
-        self.default = name
-
-    async def unload(self, name: str) -> EngineRow:
-        """Answer what `name` had admitted, then free it.
-
-        Raises:
-            Problem: `engine-not-found`, or `engine-in-use` for the default engine.
-        """
-        async with self._changing:
-            scheduler = self.get(name)
-            if name == self.default:
-                raise Problem(
-                    "engine-in-use", f"{name} is the default engine; make another the default first"
-                )
-            del self.loaded[name], self._folders[name]
-            await scheduler.close()
-            return self._row(scheduler.engine.manifest, "available")
-
-    async def load_changed(self, folder: Path) -> None:
-        """Load the package in `folder`, unless there is a newer one of its name; a refusal is logged."""
-        try:
-            name = (await asyncio.to_thread(read_manifest, folder)).name
-            if await asyncio.to_thread(find_package, self._settings.engine_dir, name) == folder:
-                await self.load(folder)
-        except EngineError as error:
-            self._refusal = _readable(str(error))
-            log.warning("engine package refused", extra={"folder": str(folder), "reason": self._refusal})
 
     async def close(self) -> None:
         """Answer what was admitted, and free every engine."""
@@ -235,7 +281,7 @@ class Registry:
         refusals = dict(self._refusals)
         usable, refused = await asyncio.to_thread(survey, self._settings.engine_dir, refusals)
         rows = [
-            EngineRow(name=_readable(folder.name), state="refused", reason=_readable(reason))
+            EngineRow(name=readable(folder.name), state="refused", reason=readable(reason))
             for folder, reason in refused.items()
         ]
         rows += [
@@ -260,6 +306,10 @@ class Registry:
         )
 
 
-def _readable(text: str) -> str:
+async def _nothing() -> None:
+    pass
+
+
+def readable(text: str) -> str:
     """`text` without the surrogates of a file name that is not UTF-8, which JSON cannot hold."""
     return text.encode(errors="backslashreplace").decode()

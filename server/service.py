@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from starlette.applications import Starlette
 
 from server.bodies import BodyMemory
+from server.fleet import Fleet
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.registry import Registry
@@ -33,6 +34,7 @@ class Service:
     body_memory: BodyMemory
     telemetry: Telemetry
     registry: Registry
+    fleet: Fleet
     metrics: Metrics
     large_work: Executor
     loading: asyncio.Task[None]

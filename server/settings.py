@@ -31,6 +31,13 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
 
+    workers: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that serve the port together, each with its share of the cores; auto: one for "
+        "every core. For engines on the CPU.",
+    )
+
     grpc_port: int | None = Field(
         default=None,
         ge=0,
@@ -160,6 +167,11 @@ class Settings(BaseSettings):
             if name.strip().upper() not in FORMATS:
                 raise ValueError(f"{name.strip()!r} is none of {', '.join(FORMATS).lower()}")
         return formats
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_for_every_core(cls, workers: object) -> object:
+        return cores() if workers == "auto" else workers
 
     @field_validator("api_key")
     @classmethod

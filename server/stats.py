@@ -4,71 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
+from runtime.histogram import Histogram
 
 PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9}
 STAGES: Final = ("decode", "queue", "inference", "total")
 
-# Sixteen buckets an octave: a percentile is at most 2.2 % off. The bounds pass through 0.1 ms, so that
-# every eighth of them can be a Prometheus bucket.
-_PER_OCTAVE: Final = 16
-_LOWEST_S: Final = 1e-4 / 2**7
-_BUCKETS: Final = 27 * _PER_OCTAVE  # up to 105 s; beyond it everything is in the last one
-_FIRST_BOUND: Final = 7 * _PER_OCTAVE - 1  # the bucket that ends at 0.1 ms
-
 WINDOW_S: Final = 60
-
-
-def bucket_bound(index: int) -> float:
-    """Upper bound of bucket `index`, seconds."""
-    return float(_LOWEST_S * 2.0 ** ((index + 1) / _PER_OCTAVE))
-
-
-class Histogram:
-    """Log-bucketed durations, after HdrHistogram; only the buckets in use are kept."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[int] = Counter()
-        self.count = 0
-        self.sum = 0.0
-
-    def add(self, seconds: Sequence[float]) -> None:
-        """Count durations."""
-        buckets, counts = np.unique(buckets_of(seconds), return_counts=True)
-        self.counts.update(dict(zip(buckets.tolist(), counts.tolist(), strict=True)))
-        self.count += len(seconds)
-        self.sum += sum(seconds)
-
-    def merge(self, other: Histogram) -> None:
-        """Count everything `other` counted."""
-        self.counts.update(other.counts)
-        self.count += other.count
-        self.sum += other.sum
-
-    def percentile(self, percent: float) -> float | None:
-        """The duration that `percent` of the counted ones do not exceed, seconds; None when empty."""
-        rank = percent / 100 * self.count
-        seen = 0
-        for bucket in sorted(self.counts):
-            seen += self.counts[bucket]
-            if seen >= rank:
-                return bucket_bound(bucket) / 2 ** (0.5 / _PER_OCTAVE)
-        return None
-
-    def cumulative(self) -> Iterator[tuple[float, int]]:
-        """Prometheus buckets, two an octave from 0.1 ms to 6.6 s: upper bound in seconds, count up to it."""
-        for bound in range(_FIRST_BOUND, _FIRST_BOUND + 16 * _PER_OCTAVE + 1, _PER_OCTAVE // 2):
-            yield bucket_bound(bound), sum(n for bucket, n in self.counts.items() if bucket <= bound)
-
-
-def buckets_of(seconds: Sequence[float]) -> NDArray[np.int64]:
-    """Index of the bucket that each of `seconds` belongs to; shape `(len(seconds),)`."""
-    octaves = np.log2(np.maximum(seconds, _LOWEST_S) / _LOWEST_S)
-    return np.minimum((octaves * _PER_OCTAVE).astype(np.int64), _BUCKETS - 1)
 
 
 class Distribution:
@@ -87,6 +31,12 @@ class Distribution:
         self._seconds.setdefault(second, Histogram()).merge(histogram)
         for old in [known for known in self._seconds if known <= second - WINDOW_S]:
             del self._seconds[old]
+
+    def merge(self, other: Distribution) -> None:
+        """Count everything `other` counted."""
+        self.total.merge(other.total)
+        for second, histogram in other._seconds.items():
+            self._seconds.setdefault(second, Histogram()).merge(histogram)
 
     def recent(self, seconds: int = WINDOW_S) -> Histogram:
         """What was counted in the last `seconds`, at most `WINDOW_S` of them."""
@@ -132,6 +82,14 @@ class EngineStats:
             self._sort()
             self._second = second
         self._images.append((decode, queue, inference, total, device))
+
+    def merge(self, other: EngineStats) -> None:
+        """Count everything `other` counted."""
+        self.batches.update(other.batches)
+        self.dropped.update(other.dropped)
+        self.failed += other.failed
+        for stage, distribution in other.stages.items():
+            self._stages.setdefault(stage, Distribution(self._clock)).merge(distribution)
 
     def _sort(self) -> None:
         durations: dict[str, list[float]] = {}

@@ -8,11 +8,12 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Depends, Path, Request
 from pydantic import BaseModel, ValidationError
 
+from runtime.manifest import EngineError
 from server.auth import Caller, require_key
 from server.bodies import body_too_large
 from server.problems import Problem, documented
-from server.registry import EngineRow, Registry
-from server.service import Served
+from server.registry import EngineRow, Load, MakeDefault, Unload, readable
+from server.service import Served, Service
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
@@ -32,12 +33,12 @@ class Default(BaseModel):
     name: str
 
 
-def _manager(request: Request, service: Served) -> Registry:
+def _managed(request: Request, service: Served) -> Service:
     require_key(Caller.over_http(request.scope), service.settings)
-    return service.registry
+    return service
 
 
-Manager = Annotated[Registry, Depends(_manager)]
+Managed = Annotated[Service, Depends(_managed)]
 _MANAGED = documented(400, 401, 403, 404, 409, 422)
 _MOST_BYTES: Final = 4096  # of a body
 _BODY_S: Final = 5.0
@@ -59,7 +60,7 @@ async def list_engines(service: Served) -> Engines:
         }
     },
 )
-async def set_default(registry: Manager, request: Request) -> Default:
+async def set_default(service: Managed, request: Request) -> Default:
     """Make a loaded engine the default. Requests already admitted stay where they are."""
     # FastAPI would read a body of any size before it asks who calls.
     try:
@@ -71,7 +72,7 @@ async def set_default(registry: Manager, request: Request) -> Default:
         first = error.errors()[0]
         where = ".".join(["body", *map(str, first["loc"])])
         raise Problem("invalid-parameter", f"{where}: {first['msg']}") from None
-    registry.set_default(default.name)
+    await service.fleet.change(MakeDefault(default.name))
     return default
 
 
@@ -85,15 +86,19 @@ async def _small_body(request: Request) -> bytes:
 
 
 @router.post("/{name}/load", responses=_MANAGED)
-async def load(registry: Manager, name: EngineName) -> EngineRow:
+async def load(service: Managed, name: EngineName) -> EngineRow:
     """Load the newest package of that name from the engine directory, in the place of the running one if any.
 
     The running one answers what it had admitted; if the package is refused, it runs on.
     """
-    return await registry.load_by_name(name)
+    folder = await service.registry.find(name)
+    try:
+        return await service.fleet.change(Load(folder))
+    except EngineError as error:
+        raise Problem("engine-refused", readable(str(error))) from None
 
 
 @router.post("/{name}/unload", responses=_MANAGED)
-async def unload(registry: Manager, name: EngineName) -> EngineRow:
+async def unload(service: Managed, name: EngineName) -> EngineRow:
     """Answer what the engine had admitted, then free it. The default engine cannot be unloaded."""
-    return await registry.unload(name)
+    return await service.fleet.change(Unload(name))

@@ -10,10 +10,11 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from runtime.histogram import Histogram
+from server.counts import Queue
 from server.problems import documented
-from server.scheduler import Scheduler
 from server.service import Served
-from server.stats import PERCENTILES, WINDOW_S, EngineStats, Histogram
+from server.stats import PERCENTILES, WINDOW_S, EngineStats
 from server.version import VERSION
 
 router = APIRouter(tags=["observability"])
@@ -22,7 +23,9 @@ router = APIRouter(tags=["observability"])
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: Served) -> Response:
     """Prometheus's text format."""
-    return Response(await service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(
+        await service.metrics.render(await service.fleet.counts()), media_type=CONTENT_TYPE_LATEST
+    )
 
 
 @router.get("/stats", responses=documented(422))
@@ -31,25 +34,26 @@ async def stats(
     window_s: Annotated[int, Query(ge=1, le=WINDOW_S, description="length of `recent`, seconds")] = WINDOW_S,
 ) -> dict[str, Any]:
     """Percentiles of every stage in milliseconds, since start and lately, and how requests ended."""
-    telemetry, registry = service.telemetry, service.registry
+    counts = await service.fleet.counts()
     return {
         "version": VERSION,
-        "uptime_s": round(time.time() - telemetry.started, 1),
-        "in_flight": telemetry.in_flight,
-        "requests": [{**key._asdict(), "count": count} for key, count in telemetry.requests.items()],
-        "default": registry.default,
+        "uptime_s": round(time.time() - counts.started, 1),
+        "workers": {"running": len(counts.processes), "replaced": counts.replaced},
+        "in_flight": counts.in_flight,
+        "requests": [{**key._asdict(), "count": count} for key, count in counts.requests.items()],
+        "default": counts.default,
         "window_s": window_s,
         "engines": [
-            {**key._asdict(), **_loaded(registry.loaded.get(key.engine)), **_engine(engine, window_s)}
-            for key, engine in telemetry.engines.items()
+            {**key._asdict(), **_loaded(counts.queues.get(key)), **_engine(engine, window_s)}
+            for key, engine in counts.engines.items()
         ],
     }
 
 
-def _loaded(scheduler: Scheduler | None) -> dict[str, Any]:
-    if scheduler is None:
+def _loaded(queue: Queue | None) -> dict[str, Any]:
+    if queue is None:
         return {"loaded": False}
-    return {"loaded": True, "pending": scheduler.pending, "queue_limit": scheduler.queue_limit}
+    return {"loaded": True, "pending": queue.pending, "queue_limit": queue.limit}
 
 
 def _engine(stats: EngineStats, window_s: int) -> dict[str, Any]:

@@ -57,10 +57,14 @@ _CODES: Final = {
 async def start(service: Service) -> grpc.aio.Server:
     """Serve the application's engines on `settings.grpc_port`, in the running event loop.
 
+    Where several processes share the port, this one begins when its engines are loaded.
+
     Raises:
         OSError: the port is taken.
     """
     settings = service.settings
+    if settings.workers > 1:
+        await service.loading
     intake = Intake(service.body_memory, settings.max_body_bytes)
     server = grpc.aio.server(
         options=[
@@ -69,7 +73,7 @@ async def start(service: Service) -> grpc.aio.Server:
             ("grpc.http2.lookahead_bytes", 64 << 10),
             ("grpc.experimental.tcp_max_read_chunk_size", 64 << 10),
             ("grpc.max_receive_message_length", intake.largest),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(settings.workers > 1)),
         ],
         maximum_concurrent_rpcs=_MOST_CALLS,
     )
@@ -83,7 +87,8 @@ async def start(service: Service) -> grpc.aio.Server:
             "choose another with --grpc-port"
         ) from None
     await server.start()
-    log.info("listening", extra={"grpc": f"{host}:{port}"})
+    if settings.workers == 1:  # several have one who says so for all
+        log.info("listening", extra={"grpc": f"{host}:{port}"})
     return server
 
 

@@ -37,7 +37,7 @@ print(json.dumps([before, state()]))
         "models.preprocessing",
         "server",
         "server.app",
-        "server.listening",
+        "trimrt.serve.listening",
         "runtime.loading",
         "builder.compile.packages",
         "trimrt.cli",

@@ -45,7 +45,11 @@ def check_interpreter() -> Facts:
     write_images(images)
     there = json.loads(_run(python, str(Path(__file__).with_name("golden.py")), str(images)))
     expect(there == tensors(images), "the same tensors as with this Python")
-    _run(python, "-c", "import trimrt.build, server.app, server.v2.rest, trimrt.serve")
+    _run(
+        python,
+        "-c",
+        "import trimrt.build, server.app, server.v2.rest, trimrt.serve.command, trimrt.serve.worker",
+    )
     return {
         "python": _run(python, "--version").split()[1],
         "tensors_equal": len(there),

@@ -22,10 +22,10 @@ from tiny_engine import write_package
 from runtime.engine import Engine, Options
 from runtime.loading import load_engine
 from runtime.manifest import EngineError
-from server.registry import Registry, resolve_engines
+from runtime.watching import Watcher
+from server.registry import Load, Registry, resolve_engines
 from server.settings import Settings
 from server.telemetry import Telemetry
-from server.watching import Watcher
 
 Encode = Callable[..., bytes]
 
@@ -137,7 +137,7 @@ def test_a_package_is_loaded_once_it_holds_still(engine_dir: Path, tmp_path: Pat
 
     async def copy_while_watched() -> None:
         registry = Registry(Settings(engine_dir=tmp_path), Telemetry(), load)
-        watcher = Watcher(registry, tmp_path)
+        watcher = Watcher(lambda folder: registry.change(Load(folder)), tmp_path)
         folder = tmp_path / "other"
         folder.mkdir()
         shutil.copy(engine_dir / "other-v1" / "manifest.json", folder)
@@ -162,7 +162,7 @@ def test_a_failure_that_nobody_thought_of_does_not_end_the_watch(
 ) -> None:
     async def watch() -> None:
         registry = Registry(Settings(engine_dir=tmp_path), Telemetry())
-        watcher = Watcher(registry, tmp_path)
+        watcher = Watcher(lambda folder: registry.change(Load(folder)), tmp_path)
         registry._changing = None  # type: ignore[assignment]  # a mistake of the server's own
         shutil.copytree(engine_dir / "other-v1", tmp_path / "other")
         for _ in range(4):

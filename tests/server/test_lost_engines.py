@@ -14,7 +14,7 @@ from recording_cuda import RecordingCuda
 from running import Running, running
 
 from server.settings import Settings
-from trimrt.serve import LOST_CODE
+from trimrt.serve.command import LOST_CODE
 
 NAME = "digits-fp16-tensorrt"
 

@@ -22,7 +22,7 @@ from running import wait_until
 
 from server.settings import Settings
 from trimrt.cli import main
-from trimrt.serve import serve
+from trimrt.serve.command import serve
 
 Start = Callable[..., Started]
 
@@ -54,11 +54,12 @@ def test_it_starts_within_two_seconds_and_stays_small(start: Start, encode: Call
     assert resident < 300
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_under_load_answers_what_was_accepted_and_exits_with_0(
-    start: Start, encode: Callable[..., bytes], stop: signal.Signals
+    start: Start, encode: Callable[..., bytes], stop: signal.Signals, workers: int
 ) -> None:
-    server = start("--drain-delay-s", "0.3")
+    server = start("--drain-delay-s", "1", "--workers", str(workers))
     process, url = server.process, server.url
     image = encode(1)
     outcomes: list[int] = []
@@ -83,8 +84,11 @@ def test_a_signal_under_load_answers_what_was_accepted_and_exits_with_0(
     assert outcomes.count(200) > 20
 
 
-def test_a_second_signal_stops_it_at_once_without_a_traceback(start: Start, tmp_path: Path) -> None:
-    server = start("--drain-delay-s", "60")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal_stops_it_at_once_without_a_traceback(
+    start: Start, tmp_path: Path, workers: int
+) -> None:
+    server = start("--drain-delay-s", "60", "--workers", str(workers))
     server.process.send_signal(signal.SIGINT)
     wait_until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
     server.process.send_signal(signal.SIGINT)
@@ -148,6 +152,6 @@ def test_importing_the_server_needs_no_runtime() -> None:
 import sys
 for name in ("openvino", "tensorrt", "tensorrt_rtx", "cuda", "torch", "torchvision", "modelopt", "grpc"):
     sys.modules[name] = None
-import server, server.app, server.listening
+import server, server.app, trimrt.serve.listening
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

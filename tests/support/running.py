@@ -12,11 +12,11 @@ import httpx
 from fastapi import FastAPI
 
 from server.app import create_app
-from server.draining import DrainingServer
-from server.listening import listen
 from server.registry import LoadEngine
 from server.service import Service, service_of
 from server.settings import Settings
+from trimrt.serve.draining import DrainingServer
+from trimrt.serve.listening import listen
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:

@@ -10,10 +10,11 @@ from server.settings import Settings
 
 ROUTER: Final = "router"
 
-# Ray's proxies listen, and Ray replaces replicas: a replica does neither.
+# Ray's proxies listen, and Ray starts and replaces replicas: a replica does neither.
 _RAYS: Final = (
     "host",
     "port",
+    "workers",
     "root_path",
     "grpc_port",
     "keep_alive_s",
@@ -81,5 +82,10 @@ def on_share(settings: dict[str, Any], cpus: float) -> Settings:
     """The settings of a server that has this many cores of its machine; explicit settings win."""
     threads = max(1, int(cpus))
     # Others reach a replica through Ray's proxies, wherever these listen.
-    ours: dict[str, Any] = {"decode_threads": threads, "inference_threads": threads, "host": "0.0.0.0"}
+    ours: dict[str, Any] = {
+        "decode_threads": threads,
+        "inference_threads": threads,
+        "host": "0.0.0.0",
+        "workers": 1,
+    }
     return Settings(**(ours | settings))

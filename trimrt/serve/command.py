@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
+import signal
+import socket
+import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import click
@@ -67,24 +72,41 @@ class _Lost(click.ClickException):
     exit_code = LOST_CODE
 
 
+def _ending(error: Exception) -> click.ClickException:
+    """The end of the process by `error`."""
+    return (_Lost if isinstance(error, EngineLostError) else click.ClickException)(str(error))
+
+
 def _run(settings: Settings) -> None:
     """Serve until a signal ends it."""
-    from server.listening import listen
     from server.registry import resolve_engines
     from trimrt import logs
+    from trimrt.serve.listening import listen
 
     logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
-    resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
+    packages = resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
     # What is not installed is found out before a port is opened.
     if settings.otlp_endpoint:
         importlib.import_module("server.tracing")
     if settings.grpc_port is not None:
         importlib.import_module("server.v2.grpc")
     listener = listen(settings)
+    url = f"http://{_place(listener)}"
+    if settings.workers > 1:
+        _serve_together(settings, listener, packages, url)
+    else:
+        _serve_alone(settings, listener, url)
 
+
+def _place(bound: socket.socket) -> str:
+    address, port = bound.getsockname()[:2]
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
     from models.images.process import configure_decoders
     from server.app import create_app
-    from server.draining import DrainingServer
+    from trimrt.serve.draining import DrainingServer
 
     configure_decoders()
     failures: list[Exception] = []
@@ -95,9 +117,31 @@ def _run(settings: Settings) -> None:
 
     app = create_app(settings, on_failure=stop)
     server = DrainingServer(app, settings)
-    address, port = listener.getsockname()[:2]
-    log.info("listening", extra={"url": f"http://{f'[{address}]' if ':' in address else address}:{port}"})
+    log.info("listening", extra={"url": url})
     server.run(sockets=[listener])
     if failures:
-        lost = isinstance(failures[0], EngineLostError)
-        raise (_Lost if lost else click.ClickException)(str(failures[0]))
+        raise _ending(failures[0])
+
+
+def _serve_together(settings: Settings, listener: socket.socket, packages: Sequence[Path], url: str) -> None:
+    from trimrt.serve.listening import reserve_grpc
+    from trimrt.serve.supervisor import Supervisor
+
+    if sys.platform == "win32":
+        raise click.ClickException("connections cannot be handed to other processes here: use --workers 1")
+    if settings.grpc_port is not None:
+        reserved = reserve_grpc(settings)
+        settings = settings.model_copy(update={"grpc_port": reserved.getsockname()[1]})
+        log.info("listening", extra={"grpc": _place(reserved)})
+    log.info("listening", extra={"url": url})
+    supervisor = Supervisor(settings, listener, packages)
+
+    async def run() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+        await supervisor.run()
+
+    try:
+        asyncio.run(run())
+    except EngineLostError as error:
+        raise _ending(error) from error

@@ -18,14 +18,28 @@ def listen(settings: Settings) -> socket.socket:
     Raises:
         CannotListenError: it is taken, or not this machine's.
     """
+    return _bound(settings.host, settings.port, socket.SO_REUSEADDR, "port")
+
+
+def reserve_grpc(settings: Settings) -> socket.socket:
+    """A socket that keeps the port for gRPC, on which several processes of this user can then listen.
+
+    Raises:
+        CannotListenError: it is taken, or not this machine's.
+    """
+    assert settings.grpc_port is not None
+    return _bound(settings.host, settings.grpc_port, socket.SO_REUSEPORT, "grpc-port")
+
+
+def _bound(host: str, port: int, reuse: int, setting: str) -> socket.socket:
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, _, _, address = found[0]
         # asyncio turns off Nagle's algorithm, which would hold an answer's body back for 40 ms, only where
         # the protocol is named.
         listener = socket.socket(family, kind, socket.IPPROTO_TCP)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, reuse, 1)
             listener.bind(address)
         except OSError:
             listener.close()
@@ -33,6 +47,5 @@ def listen(settings: Settings) -> socket.socket:
         return listener
     except OSError as error:
         raise CannotListenError(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
-            "choose another with --port"
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --{setting}"
         ) from None

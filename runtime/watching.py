@@ -1,13 +1,14 @@
-"""`--watch`: loads engine packages that appear or change in the engine directory."""
+"""Loads engine packages that appear or change in the engine directory."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from runtime.packages import Stamp, find_package_folders, stamp_of
-from server.registry import Registry
+from runtime.manifest import EngineError, read_manifest
+from runtime.packages import Stamp, find_package, find_package_folders, stamp_of
 
 log = logging.getLogger("trimrt.registry")
 
@@ -18,12 +19,12 @@ class Watcher:
     What lies in the directory when the watcher is made is not loaded until it changes.
 
     Args:
-        registry: loads.
+        load: loads the package in a folder, or raises `EngineError`, which is logged.
         directory: the engine directory.
     """
 
-    def __init__(self, registry: Registry, directory: Path) -> None:
-        self._registry = registry
+    def __init__(self, load: Callable[[Path], Awaitable[object]], directory: Path) -> None:
+        self._load = load
         self._directory = directory
         self._trouble = ""
         self._known = self._stamps()
@@ -43,10 +44,22 @@ class Watcher:
             if holds_still and stamp != self._known.get(folder):
                 self._known[folder] = stamp
                 try:
-                    await self._registry.load_changed(folder)
+                    if await asyncio.to_thread(self._is_newest, folder):
+                        await self._load(folder)
+                except EngineError as error:
+                    said = {"folder": str(folder), "reason": str(error)}
+                    log.warning("engine package refused", extra=said)
                 except Exception:
                     log.exception("an engine package could not be loaded", extra={"folder": str(folder)})
         self._seen = now
+
+    def _is_newest(self, folder: Path) -> bool:
+        """Whether there is no newer version; of a package that cannot be read, loading it says why."""
+        try:
+            name = read_manifest(folder).name
+        except EngineError:
+            return True
+        return find_package(self._directory, name) == folder
 
     def _stamps(self) -> dict[Path, Stamp]:
         """The stamp of every package; none while the directory cannot be read, which is logged once."""

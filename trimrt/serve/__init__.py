@@ -1,0 +1,1 @@
+"""`trimrt serve`: one process that serves, or several under a supervisor."""
