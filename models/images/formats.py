@@ -103,7 +103,7 @@ def _missing_decoder(name: str) -> str | None:
     if name == "HEIF" and find_spec("pillow_heif") is None:
         return "HEIC photographs need pillow-heif, which is not installed: pip install 'trimrt[heif]'"
     if name == "AVIF" and not features.check("avif"):
-        return "AVIF images need a Pillow that was built with AVIF: pip install --force-reinstall pillow"
+        return "AVIF images need a Pillow that was built with AVIF, as those from pip are; this one was not"
     return None
 
 
