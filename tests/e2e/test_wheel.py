@@ -108,7 +108,7 @@ def test_files_that_are_no_modules_are_in_the_wheel(installed: Installed) -> Non
     assert done.returncode == 0, done.stderr
     root, *files = done.stdout.splitlines()
     assert Path(root).is_relative_to(installed.environment)
-    suffixes = (".html", ".css", ".js", ".svg", ".safetensors", ".typed", ".onnx", ".npz", ".json")
+    suffixes = (".html", ".css", ".js", ".svg", ".safetensors", ".typed", ".onnx", ".npz", ".json", ".csv")
     expected = {
         str(path.relative_to(ROOT))
         for name in (*OWN, "trimrt")
