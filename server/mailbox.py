@@ -64,7 +64,7 @@ class Mailbox(Generic[Message]):
                 end.close()
         # A scheduler and its mailbox know each other: they would keep the engine until the next garbage
         # collection, or for good if they are older than the last `gc.freeze`.
-        self._receive = _ignore
+        self._receive = lambda _message: None  # what is left after the end
 
     def _empty(self) -> None:
         assert self._sockets is not None
@@ -72,7 +72,3 @@ class Mailbox(Generic[Message]):
             self._sockets[0].recv(_WAKE_UPS)
         while self._messages:
             self._loop.call_soon(self._receive, self._messages.popleft())
-
-
-def _ignore(_message: object) -> None:
-    """The receiver of what is left after the end."""

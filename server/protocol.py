@@ -299,19 +299,16 @@ class HardenedProtocol(HttpToolsProtocol):
             return False
         if not self._eof:
             self._eof = self.ending = True
-            self._probe()
+            self.loop.call_later(_PROBE_S, self._probe)
         return True
 
     def _probe(self) -> None:
         """Tell a client that left from one that waits: the system of the first resets the connection."""
-        self.loop.call_later(_PROBE_S, self._probe_again)
-
-    def _probe_again(self) -> None:
         if self.transport.is_closing() or not self._under_way():
             return
         if not self.pipeline and not getattr(self.cycle, "response_started", False):
             self.say_something()
-        self._probe()
+        self.loop.call_later(_PROBE_S, self._probe)
 
     def say_something(self) -> None:
         """Send what may come before any answer: an interim one (RFC 9110, 15.2), unknown to HTTP/1.0."""

@@ -135,10 +135,7 @@ def check_parameters(tensor: str, parameters: Container[str]) -> None:
         Problem: `invalid-parameter`: it is in shared memory.
     """
     if "shared_memory_region" in parameters:
-        raise Problem(
-            "invalid-parameter",
-            f"{tensor} names shared memory, which is not supported",
-        )
+        raise Problem("invalid-parameter", f"{tensor} names shared memory, which is not supported")
 
 
 def _encoded(tensor: InputTensor, max_images: int) -> list[bytes]:
