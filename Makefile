@@ -46,8 +46,8 @@ test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail 
 
 test-long: $(VENV)/.install-dev  ## Run the long tests: whole trainings, QAT, examples, Ray, a soak.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile \
-		tests/benchmarks tests/builder tests/docs tests/e2e tests/examples tests/experiments tests/models tests/trimrt \
-		tests/load/test_soak.py
+		tests/benchmarks tests/builder tests/docs tests/e2e tests/examples tests/experiments tests/models tests/server \
+		tests/trimrt tests/load/test_soak.py
 
 test-load: $(VENV)/.install-dev  ## Load a server: overload, abuse, thousands of requests, packages that change.
 	@$(BIN)/python -m pytest -m slow tests/load

@@ -30,7 +30,7 @@ from server.middleware import RequestContext
 from server.problems import Problem, internal_error
 from server.registry import Load, LoadEngine, Registry, resolve_engines
 from server.routes import docs, engines, health, observability, page, predict
-from server.service import Service
+from server.service import Service, service_of
 from server.settings import Settings
 from server.telemetry import RequestObserver, Telemetry
 from server.v2 import rest
@@ -81,19 +81,16 @@ def create_app(
             if settings.watch and fleet is None
             else None
         )
-        together = fleet or Alone(telemetry, registry)
         app.state.service = service = Service(
             settings,
             lifecycle,
             BodyMemory(settings.max_body_memory_bytes),
             telemetry,
             registry,
-            together,
+            fleet or Alone(telemetry, registry),
             Metrics(find_devices()),
             large_work,
-            asyncio.create_task(
-                _load_configured(settings, registry, lifecycle, on_failure, together, packages)
-            ),
+            asyncio.create_task(_load_configured(app, packages, on_failure)),
         )
         grpc = asyncio.create_task(_start_grpc(service, on_failure))
         if fleet is None:
@@ -162,22 +159,18 @@ async def _start_grpc(service: Service, on_failure: OnFailure | None) -> Any:
 
 
 async def _load_configured(
-    settings: Settings,
-    registry: Registry,
-    lifecycle: Lifecycle,
-    on_failure: OnFailure | None,
-    fleet: Fleet,
-    packages: Sequence[Path] | None,
+    app: FastAPI, packages: Sequence[Path] | None, on_failure: OnFailure | None
 ) -> None:
+    service = service_of(app)
     try:
-        for folder in resolve_engines(settings) if packages is None else packages:
-            await registry.change(Load(folder))
+        for folder in resolve_engines(service.settings) if packages is None else packages:
+            await service.registry.change(Load(folder))
         # Everything allocated so far is permanent: exclude it from collections, which would stop every thread
         # for 40 ms now and then.
         gc.collect()
         gc.freeze()
-        await fleet.wait_until_all_loaded()
-        lifecycle.loaded = True
+        await service.fleet.wait_until_all_loaded()
+        service.lifecycle.loaded = True
     except Exception as error:
         log.error("an engine could not be loaded", exc_info=not isinstance(error, EngineError))
         if on_failure is not None:

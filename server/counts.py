@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from server.stats import EngineStats
 from server.telemetry import EngineKey, RequestKey
@@ -63,7 +63,3 @@ class Counts:
             ours.limit += queue.limit
             ours.lost |= queue.lost
         self.default = other.default or self.default
-
-    def past(self) -> Counts:
-        """What stays of it when its processes have ended."""
-        return replace(self, processes=[], in_flight=0, queues={})

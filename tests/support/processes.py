@@ -61,7 +61,7 @@ def start_process(
         process = subprocess.Popen(command, stderr=stderr, env=environment, preexec_fn=before)
     started = Started(process, log)
     try:
-        wait_until(started.is_ready)
+        wait_until(started.is_ready, timeout=60)
         yield started
     finally:
         process.kill()

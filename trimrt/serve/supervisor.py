@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -124,7 +125,7 @@ class Supervisor:
             await member.ended
             self.members.remove(member)
             if member.counts is not None:
-                self._past.add(member.counts.past())
+                self._past.add(replace(member.counts, processes=[], in_flight=0, queues={}))
             if self._stopping.is_set():
                 return
             log.error("a worker is replaced", extra={"reason": member.reason})
