@@ -119,7 +119,7 @@ def possible_heads(
 
 def _by_value(outputs: NDArray[np.float32]) -> tuple[Found, float]:
     """What the numbers themselves say, and what a row of probabilities adds up to."""
-    totals = outputs.sum(axis=1)
+    totals = outputs.sum(axis=1, dtype=np.float64)
     several = outputs.shape[1] > 1
     alike = totals.min() > 0 and np.ptp(totals) <= _TOLERANCE * totals.max()
     if (outputs >= 0).all() and alike and (several or np.isclose(totals.max(), 1, atol=_TOLERANCE)):

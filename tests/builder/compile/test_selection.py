@@ -119,6 +119,7 @@ def all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_left_out")
+@pytest.mark.slow
 def test_int8_that_leaves_more_in_floating_point_is_chosen_where_it_is_fastest(
     preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_int8_that_leaves_more_in_floating_point_is_chosen_where_it_is_fastest(
 
 
 @pytest.mark.usefixtures("all_left_out")
+@pytest.mark.slow
 def test_a_kit_without_such_graphs_is_compared_without_them(kit: Kit, tmp_path: Path) -> None:
     package = build_best(
         kit,

@@ -486,7 +486,7 @@ def test_inputs_that_do_not_go_together_are_refused(photos: Path, tiny: Path, tm
     rest = ("--engine", tiny, "--out", tmp_path / "out.parquet")
     (tmp_path / "empty").mkdir()
     file = write_parquet(tmp_path / "in.parquet", {"a": [b"x"], "b": [b"x"], "n": [1]})
-    assert "no images (.bmp, " in refusal(tmp_path / "empty", *rest)
+    assert "no images (.avif, .bmp, " in refusal(tmp_path / "empty", *rest)
     assert "scored by itself" in refusal(file, photos, *rest)
     assert "for a Parquet file" in refusal(photos, *rest, "--column", "a")
     assert "choose with --column: a, b, n" in refusal(file, *rest)
