@@ -12,7 +12,7 @@ from typing import Final
 
 from PIL import Image as PillowImage
 
-from models.preprocessing import ImageError, Pixels, Preprocessing, plan_loading
+from models.preprocessing import ImageError, Pixels, Plan, Preprocessing, plan_loading
 from server.backlog import Backlog
 from server.decoding_limits import DecodingLimits
 from server.jobs import Failed, Image, Outcome
@@ -22,7 +22,7 @@ from server.problems import Problem, image_problem
 log = logging.getLogger("trimrt.scheduler")
 
 _BRIEF_S: Final = 250e-6
-_BRIEF_BYTES: Final = 64 << 10  # a header of so many bytes is read in less than that
+_BRIEF_BYTES: Final = 4 << 10  # a header of so many bytes is read in less than that, whatever is in it
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Decoder:
         if not isinstance(data, bytes):
             return True
         try:
-            return len(data) <= _BRIEF_BYTES and plan_loading(data, self.spec).cost.seconds <= _BRIEF_S
+            return len(data) <= _BRIEF_BYTES and self._plan(data).cost.seconds <= _BRIEF_S
         except Exception:  # whoever decodes it says what is wrong
             return False
 
@@ -62,7 +62,7 @@ class Decoder:
         image.decoding = time.monotonic()
         limits = self.limits
         try:
-            plan = plan_loading(image.data, self.spec, max_pixels=limits.max_pixels, formats=limits.formats)
+            plan = self._plan(image.data)
             cost = plan.cost
             limits.admit(cost, image.job)
             try:
@@ -78,6 +78,10 @@ class Decoder:
             raise Problem("internal-error", "decoding failed") from None
         image.decoded = time.monotonic()
         return pixels
+
+    def _plan(self, data: bytes) -> Plan:
+        limits = self.limits
+        return plan_loading(data, self.spec, max_pixels=limits.max_pixels, formats=limits.formats)
 
     def decode_ahead(self, image: Image, backlog: Backlog, outcomes: Mailbox[Outcome]) -> None:
         """Decode `image` before it joins `backlog`; a failure goes to `outcomes`."""

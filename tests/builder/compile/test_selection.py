@@ -11,17 +11,30 @@ from click.testing import Result
 
 from builder.compile import selection
 from builder.compile.measurement import Speed
+from builder.compile.packages import Package
 from builder.compile.selection import build_best
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
-from builder.kit import Kit, Rest
+from builder.kit import GraphSource, Kit, Rest
 from builder.prepare.options import PrepareOptions
 from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from runtime.jetson import Power
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, LeftOut, read_manifest
 
-BATCH = BatchSizes(min=1, opt=8, max=16)
+LENIENT = Gate(max_drop=0.02, min_agreement=0.95)
+
+
+def best_of(source: GraphSource, output: Path, gate: Gate) -> Package:
+    return build_best(
+        source,
+        open_target("openvino"),
+        output,
+        batch=BatchSizes(min=1, opt=8, max=16),
+        gate=gate,
+        command="",
+        report=lambda _: None,
+    )
 
 
 def test_the_fastest_that_passes_is_published_with_the_comparison(
@@ -51,15 +64,7 @@ def test_what_the_gate_refuses_is_not_chosen_however_fast(kit: Kit, tmp_path: Pa
             if comparison.max_logit_difference > 0.05:  # FP32 stays far below it, INT8 does not
                 raise GateError("as the test asked")
 
-    package = build_best(
-        kit,
-        open_target("openvino"),
-        tmp_path,
-        batch=BATCH,
-        gate=RefusesInt8(),
-        command="",
-        report=lambda _: None,
-    )
+    package = best_of(kit, tmp_path, RefusesInt8())
     assert package.manifest.precision == "fp32"
     refused = {candidate.precision: candidate.refused for candidate in package.manifest.candidates}
     assert refused["fp32"] is None
@@ -69,15 +74,7 @@ def test_what_the_gate_refuses_is_not_chosen_however_fast(kit: Kit, tmp_path: Pa
 def test_if_neither_passes_nothing_is_published(kit: Kit, tmp_path: Path) -> None:
     impossible = Gate(max_drop=-1)
     with pytest.raises(GateError, match=r"(?s)fp32-openvino was not.*int8-openvino was not"):
-        build_best(
-            kit,
-            open_target("openvino"),
-            tmp_path,
-            batch=BATCH,
-            gate=impossible,
-            command="",
-            report=lambda _: None,
-        )
+        best_of(kit, tmp_path, impossible)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,15 +122,7 @@ def test_int8_that_leaves_more_in_floating_point_is_chosen_where_it_is_fastest(
 ) -> None:
     speeds = [*[Speed(latency_ms=2, throughput=1000)] * 3, Speed(latency_ms=1, throughput=2000)]
     monkeypatch.setattr(selection, "measure_in_turns", lambda _engines: speeds)
-    package = build_best(
-        preparation,
-        open_target("openvino"),
-        tmp_path,
-        batch=BATCH,
-        gate=Gate(max_drop=0.02, min_agreement=0.95),
-        command="",
-        report=lambda _: None,
-    )
+    package = best_of(preparation, tmp_path, LENIENT)
     manifest = read_manifest(package.folder)
     assert manifest.name == "tiny-digits-int8-openvino"
     names = ["fp32", "int8", "int8, residual sums left out", "int8, first layer left out"]
@@ -146,15 +135,7 @@ def test_int8_that_leaves_more_in_floating_point_is_chosen_where_it_is_fastest(
 @pytest.mark.usefixtures("all_left_out")
 @pytest.mark.slow
 def test_a_kit_without_such_graphs_is_compared_without_them(kit: Kit, tmp_path: Path) -> None:
-    package = build_best(
-        kit,
-        open_target("openvino"),
-        tmp_path,
-        batch=BATCH,
-        gate=Gate(max_drop=0.02, min_agreement=0.95),
-        command="",
-        report=lambda _: None,
-    )
+    package = best_of(kit, tmp_path, LENIENT)
     refused = [candidate.refused for candidate in package.manifest.candidates if candidate.left_out]
     assert ["left out" in str(reason) for reason in refused] == [True, True]
 
