@@ -191,6 +191,15 @@ def test_a_damaged_file_is_refused_or_read_but_never_crashes(tmp_path, position,
         assert str(path) in str(error)  # noqa: PT017  # refused is as good as read
 
 
+def test_scores_whose_sum_no_32_bits_hold_are_read(save):
+    model = classifier()
+    for tensor in model.graph.initializer:
+        if tensor.name == model.graph.node[-1].input[1]:
+            weights = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(np.full_like(weights, -3e36), tensor.name))
+    assert import_onnx(save(model), PrepareOptions(preprocess="imagenet")).preprocessing.height > 0
+
+
 # The whole way
 
 
