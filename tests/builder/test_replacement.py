@@ -15,6 +15,7 @@ from killing import kill_after, seconds_of
 
 from builder.compile.publication import next_version, write_manifest
 from builder.kit import Kit, open_kit
+from builder.prepare.options import PrepareOptions
 from builder.prepare.preparation import write_kit
 from models import files
 from models.card import CARD_NAME, read_card
@@ -76,7 +77,11 @@ def test_a_checkpoint_is_never_lost(tmp_path: Path, checkpoint: Path) -> None:
 def test_a_kit_is_never_lost(tmp_path: Path, kit: Kit) -> None:
     folder = tmp_path / "kits" / "kit"
     preparation: Any = SimpleNamespace(
-        student=kit.student, graphs=kit.graphs, verification=kit.verification, export_difference=0.0
+        options=PrepareOptions(),
+        student=kit.student,
+        graphs=kit.graphs,
+        verification=kit.verification,
+        export_difference=0.0,
     )
 
     def write(edition: int) -> None:
