@@ -169,6 +169,8 @@ async def _load_configured(
         # for 40 ms now and then.
         gc.collect()
         gc.freeze()
+        # The images of a few large requests are no reason for a collection, which takes a millisecond.
+        gc.set_threshold(10_000, 10, 10)
         await service.fleet.wait_until_all_loaded()
         service.lifecycle.loaded = True
     except Exception as error:

@@ -1,7 +1,8 @@
 """Images that wait for a slot: handed from the event loop and the decoding threads to the slots' threads.
 
 Requests take turns: in each round, every request under way has one image taken. So a request of one image
-waits for one image of each other request, however many they have.
+waits for one image of each other request, however many they have. And while small requests come among
+large ones, one slot leaves the large ones to the others.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import threading
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
-from server.batching import Shares, collate
-from server.jobs import Image
+from runtime.batching import Shares, collate
+from server.jobs import Image, Job
 
 _turn = attrgetter("turn")
+_is_small = attrgetter("job.small")
 
 
 class Backlog:
@@ -44,6 +46,7 @@ class Backlog:
         self._waiting: deque[Image] = deque()  # by turn, and in one round by arrival
         self._lock = threading.Lock()
         self._sleeping: list[threading.Lock] = []  # one for each slot that waits; released to wake it
+        self._reserve: threading.Lock | None = None  # that of the slot for small requests
         self._closed = False
 
     @property
@@ -57,25 +60,39 @@ class Backlog:
         return len(self._sleeping)
 
     @property
+    def reserve_sleeps(self) -> bool:
+        """Whether the slot for small requests waits, and will do so until images are put."""
+        return self._reserve in self._sleeping
+
+    @property
+    def mixed(self) -> bool:
+        """Whether small requests come among large ones."""
+        return self._shares is not None and self._shares.mixed(time.monotonic())
+
+    @property
     def others_sleep(self) -> bool:
         """Whether all slots but the calling one wait for images."""
         return len(self._sleeping) >= self._slots - 1
 
+    def expect(self, job: Job) -> None:
+        """Note that a request has come, whose images may be put."""
+        if self._shares is not None:
+            self._shares.arrive(len(job.results), job.admitted)
+
     def put(self, images: Sequence[Image]) -> None:
         """Add images of one request, and wake a slot for each."""
         with self._lock:
-            if self._shares is not None and images:
-                self._shares.arrive(len(images), images[0].ready_at)
             for image in images:
                 insort(self._waiting, image, key=_turn)
-            self._wake(len(images))
+            large = images and not images[0].job.small and self.mixed
+            self._wake(len(images), spared=self._reserve if large else None)
 
-    def take(self) -> list[Image]:
-        """The next batch if there is one already, else an empty one."""
+    def take(self, *, reserve: bool = False) -> list[Image]:
+        """The next batch if there is one already, else an empty one; `reserve`: of the slot for small."""
         if not self._waiting:
             return []
         with self._lock:
-            return self._next_batch()[0]
+            return self._next_batch(reserve)[0]
 
     def join(self, size: int) -> list[Image]:
         """Images that may still join a batch of `size`, for which no slot has been woken."""
@@ -84,18 +101,20 @@ class Backlog:
                 return []
             now = time.monotonic()
             room = self._batch_size(now) - size
-            return self._collate(now, room, delay=0.0)[0] if room > 0 else []
+            return self._collate(now, room, 0.0, _is_small if self.mixed else None)[0] if room > 0 else []
 
-    def wait(self) -> list[Image]:
-        """Wait for the next batch; it is empty once the backlog is closed."""
+    def wait(self, *, reserve: bool = False) -> list[Image]:
+        """Wait for the next batch; it is empty once the backlog is closed. For `reserve` see `take`."""
         while True:
             with self._lock:
-                batch, ask_again_at = self._next_batch()
+                batch, ask_again_at = self._next_batch(reserve)
                 if batch or self._closed:
                     return batch
                 asleep = threading.Lock()
                 asleep.acquire()
                 self._sleeping.append(asleep)
+                if reserve:
+                    self._reserve = asleep
             seconds = -1 if ask_again_at == math.inf else max(0.0, ask_again_at - time.monotonic())
             if not asleep.acquire(timeout=seconds):
                 with self._lock:
@@ -108,15 +127,21 @@ class Backlog:
             self._closed = True
             self._wake(len(self._sleeping))
 
-    def _next_batch(self) -> tuple[list[Image], float]:
+    def _next_batch(self, reserve: bool) -> tuple[list[Image], float]:
         now = time.monotonic()
-        batch, ask_again_at = self._collate(now, self._batch_size(now), self._delay)
+        # A small request that comes first does not wait for images of a large one to be decoded.
+        first_is_small = bool(self._waiting) and self._waiting[0].job.small
+        apart = self.mixed and (first_is_small or (reserve and self._slots > 1))
+        only = _is_small if apart else None
+        batch, ask_again_at = self._collate(now, self._batch_size(now), self._delay, only)
         if batch and self._shares is not None:
             self._shares.begin(self.under_way)
         return batch, ask_again_at
 
-    def _collate(self, now: float, room: int, delay: float) -> tuple[list[Image], float]:
-        batch, ask_again_at = collate(self._waiting, now, room, delay)
+    def _collate(
+        self, now: float, room: int, delay: float, only: Callable[[Image], bool] | None = None
+    ) -> tuple[list[Image], float]:
+        batch, ask_again_at = collate(self._waiting, now, room, delay, only)
         if batch:
             self.round = max(self.round, batch[-1].turn)
         return batch, ask_again_at
@@ -124,7 +149,8 @@ class Backlog:
     def _batch_size(self, now: float) -> int:
         return self._most if self._shares is None else self._shares.size(self.under_way, now)
 
-    def _wake(self, slots: int) -> None:
+    def _wake(self, slots: int, spared: threading.Lock | None = None) -> None:
         """Wake slots, first those that fell asleep last: their core's cache is warm."""
-        for _ in range(min(slots, len(self._sleeping))):
-            self._sleeping.pop().release()
+        for asleep in [asleep for asleep in reversed(self._sleeping) if asleep is not spared][:slots]:
+            self._sleeping.remove(asleep)
+            asleep.release()

@@ -59,8 +59,10 @@ class Decoder:
         """
         if not isinstance(image.data, bytes):
             return image.data
-        image.decoding = time.monotonic()
         limits = self.limits
+        if not image.job.small:
+            limits.precedence.give_way()
+        image.decoding = time.monotonic()
         try:
             plan = self._plan(image.data)
             cost = plan.cost

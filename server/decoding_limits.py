@@ -11,7 +11,33 @@ from server.jobs import Job
 from server.problems import Problem
 from server.settings import Settings
 
+_GIVE_WAY_S: Final = 4e-3
 _SMALL: Final = 1 << 20  # bytes; one such image for each thread is not worth counting
+
+
+class Precedence:
+    """Precedence of the event loop's thread, which enters it, over threads that give way.
+
+    Both need the interpreter's lock most of the time, and small requests wait for the event loop. That never
+    waits here: whoever gives way may be a thread of low priority.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held = False
+
+    def __enter__(self) -> None:
+        self._held = self._held or self._lock.acquire(blocking=False)
+
+    def __exit__(self, *_error: object) -> None:
+        if self._held:
+            self._held = False
+            self._lock.release()
+
+    def give_way(self) -> None:
+        """Wait until the event loop has done what it does, but not for long: it may have much to do."""
+        if self._lock.acquire(timeout=_GIVE_WAY_S):
+            self._lock.release()
 
 
 class DecodingLimits:
@@ -24,12 +50,14 @@ class DecodingLimits:
         max_pixels: the most in one image.
         formats: those accepted, by the names in `models.preprocessing.FORMATS`.
         held: bytes that the images under decode take, but for small ones.
+        precedence: of the event loop over the decoding of large requests.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.max_pixels = settings.max_pixels
         self.formats = frozenset(name.strip().upper() for name in settings.formats.split(","))
         self.held = 0
+        self.precedence = Precedence()
         self._max_seconds = settings.max_decoding_ms / 1000
         self._max_memory = settings.max_decoding_memory_bytes
         self._changed = threading.Condition()

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.preprocessing import Pixels
+from runtime.batching import SMALL
 from runtime.manifest import EngineError
 from server.problems import Problem
 
@@ -86,6 +87,7 @@ class Job:
         top: how many classes of each image to rank.
         turn: the round of the backlog in which its first image has its turn; each further image has its own
             in the round after.
+        small: has so few images that it need not share with large ones.
         results: by image; None for those still under way.
         remaining: how many are under way.
         over: answered or dropped; decoding and slot threads read it too.
@@ -94,7 +96,7 @@ class Job:
 
     __slots__ = (
         *("admitted", "deadline", "decoding_seconds", "done", "over"),
-        *("remaining", "results", "top", "turn"),
+        *("remaining", "results", "small", "top", "turn"),
     )
 
     def __init__(
@@ -105,6 +107,7 @@ class Job:
         self.done = done
         self.top = top
         self.turn = turn
+        self.small = count <= SMALL
         self.results: list[Result | None] = [None] * count
         self.remaining = count
         self.over = False

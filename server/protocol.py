@@ -90,10 +90,11 @@ class HardenedProtocol(HttpToolsProtocol):
         """The transport: something came."""
         size = len(data)
         self._deadline.until = math.inf
-        if size <= _PIECE and not self.pipeline:
-            self._parse(data)
-        else:
-            self._parse_in_pieces(memoryview(data))
+        with self.service.registry.decoding_limits.precedence:
+            if size <= _PIECE and not self.pipeline:
+                self._parse(data)
+            else:
+                self._parse_in_pieces(memoryview(data))
         if self.cycle is None or self.cycle.response_complete or self._closing:
             self.await_client(size - len(self._held))
 

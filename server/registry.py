@@ -123,7 +123,7 @@ class Registry:
         self._telemetry = telemetry
         self._load = load or partial(load_engine, options=_engine_options(settings))
         self._pool = DecodePool(settings.decode_threads)
-        self._decoding_limits = DecodingLimits(settings)
+        self.decoding_limits = DecodingLimits(settings)
         self._on_lost = on_lost
         self._changing = asyncio.Lock()
 
@@ -241,7 +241,7 @@ class Registry:
             self._pool,
             self._telemetry.engine(manifest),
             queue_limit=self._settings.queue_limit,
-            decoding_limits=self._decoding_limits,
+            decoding_limits=self.decoding_limits,
             health=Health(manifest.name, self._settings.max_failed_batches, self._on_lost),
             max_batch_delay=self._settings.max_batch_delay_ms / 1000,
             linux_scheduling=self._settings.linux_scheduling,

@@ -20,11 +20,11 @@ from functools import partial
 from typing import cast
 
 from models.preprocessing import Pixels
+from runtime.batching import Shares
 from runtime.engine import Engine
 from runtime.health import Health
 from runtime.threads import run_in_engine_thread
 from server.backlog import Backlog
-from server.batching import Shares
 from server.decoding import DecodePool, Decoder
 from server.decoding_limits import DecodingLimits
 from server.jobs import Computed, Done, Failed, Image, Job, Outcome, Result
@@ -123,8 +123,15 @@ class Scheduler:
         self._idle = asyncio.Event()
         gives_way = self._linux_scheduling and self.engine.on_cpu
         self._workers = [
-            Worker(self.engine, self._backlog, self._outcomes, self._decoder, gives_way=gives_way)
-            for _ in range(self.engine.slots)
+            Worker(
+                self.engine,
+                self._backlog,
+                self._outcomes,
+                self._decoder,
+                gives_way=gives_way,
+                reserve=not number,
+            )
+            for number in range(self.engine.slots)
         ]
         self._runs = [self._loop.create_task(run_in_engine_thread(worker.run)) for worker in self._workers]
         opened = (asyncio.wrap_future(worker.opened) for worker in self._workers)
@@ -176,6 +183,7 @@ class Scheduler:
         self.check_room(len(images))
         job = Job(len(images), time.monotonic(), deadline, done, top, self._backlog.round + 1)
         self._jobs.add(job)
+        self._backlog.expect(job)
         self._backlog.under_way += len(images)
         ready, encoded = [], deque[Image]()
         for index, data in enumerate(images):
@@ -186,15 +194,18 @@ class Scheduler:
                 encoded.append(image)
         for _ in range(min(len(encoded), self._pool.threads)):
             self._pool.submit(partial(self._decode_next, encoded))
-        if self._is_alone() and self._decoder.is_brief(images[0]):
+        if job.small and self._is_alone() and self._decoder.is_brief(images[0]):
             self._loop.call_soon(self._run_here, ready[0])
         else:
             self._backlog.put(ready)
         return job
 
     def _is_alone(self) -> bool:
-        """Whether one image is under way, and no worker is at work."""
-        return self._brief and self.pending == 1 and self._backlog.sleeping == self.engine.slots
+        """Whether one image is under way, large requests aside, and the worker for it waits."""
+        if not self._brief or not self._backlog.reserve_sleeps:
+            return False
+        small = sum(job.remaining for job in self._jobs if job.small) if self._backlog.mixed else self.pending
+        return small == 1
 
     def _run_here(self, image: Image) -> None:
         """Run the image that came alone, unless others have come since, or nobody waits for it any more."""
@@ -237,6 +248,10 @@ class Scheduler:
 
     def _receive(self, outcome: Outcome) -> None:
         """Take an outcome from a slot's or a decoding thread."""
+        with self._decoder.limits.precedence:
+            self._take_in(outcome)
+
+    def _take_in(self, outcome: Outcome) -> None:
         if isinstance(outcome, Failed):
             if outcome.error is not None:
                 self.health.failed(outcome.error)

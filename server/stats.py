@@ -14,6 +14,8 @@ STAGES: Final = ("decode", "queue", "inference", "total")
 
 WINDOW_S: Final = 60
 
+_MOST_UNSORTED: Final = 1000  # to sort them takes less than a millisecond
+
 
 class Distribution:
     """A histogram since start, and one for each second of the last minute."""
@@ -78,7 +80,7 @@ class EngineStats:
     ) -> None:
         """Count one answered image; durations in seconds, `device` those of its batch by stage."""
         second = int(self._clock())
-        if second != self._second:
+        if second != self._second or len(self._images) == _MOST_UNSORTED:
             self._sort()
             self._second = second
         self._images.append((decode, queue, inference, total, device))
@@ -92,10 +94,14 @@ class EngineStats:
             self._stages.setdefault(stage, Distribution(self._clock)).merge(distribution)
 
     def _sort(self) -> None:
-        durations: dict[str, list[float]] = {}
-        for *seconds, device in self._images:
-            for stage, value in (*zip(STAGES, seconds, strict=True), *device.items()):
-                durations.setdefault(stage, []).append(value)
+        if not self._images:
+            return
+        *columns, devices = zip(*self._images, strict=True)
+        of_devices: dict[str, list[float]] = {}
+        for device in filter(None, devices):
+            for stage, value in device.items():
+                of_devices.setdefault(stage, []).append(value)
+        durations = {**dict(zip(STAGES, columns, strict=True)), **of_devices}
         self._images.clear()
         for stage, values in durations.items():
             self._stages.setdefault(stage, Distribution(self._clock)).add(values, self._second)

@@ -25,7 +25,7 @@ SIDE_BY_SIDE: Final = 2
 TARGETS: Final = {
     "server/admission.py": ["tests/server/test_admission.py"],
     "server/scheduler.py": ["tests/server/test_scheduler.py", "tests/server/test_scheduling.py"],
-    "server/batching.py": ["tests/server/test_batching.py"],
+    "runtime/batching.py": ["tests/runtime/test_batching.py"],
     "builder/compile/verification.py": ["tests/builder/compile/test_verification.py"],
 }
 # Not all of cosmic-ray's: one for each way of being wrong is enough, and annotations are no arithmetic.

@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from running import wait_until
 
+from runtime.batching import Shares
 from server.backlog import Backlog
-from server.batching import Shares
 from server.jobs import Image, Job
 
 
@@ -22,6 +22,13 @@ def images(count: int, *, lifetime: float = 60.0, turn: int = 0) -> list[Image]:
     return [Image(job, index, b"") for index in range(count)]
 
 
+def come(backlog: Backlog, request: list[Image]) -> None:
+    """As the scheduler hands a request's images over."""
+    backlog.expect(request[0].job)
+    backlog.under_way += len(request)
+    backlog.put(request)
+
+
 class Slots:
     """Threads that wait at backlogs, until the test ends."""
 
@@ -29,11 +36,11 @@ class Slots:
         self._pool = pool
         self._backlogs: list[Backlog] = []
 
-    def asleep(self, backlog: Backlog) -> Future[list[Image]]:
+    def asleep(self, backlog: Backlog, *, reserve: bool = False) -> Future[list[Image]]:
         """One that has fallen asleep, after all that slept before."""
         self._backlogs.append(backlog)
         before = backlog.sleeping
-        slot = self._pool.submit(backlog.wait)
+        slot = self._pool.submit(backlog.wait, reserve=reserve)
         wait_until(lambda: backlog.sleeping == before + 1)
         return slot
 
@@ -134,11 +141,48 @@ def test_slots_share_what_is_under_way() -> None:
 
 def test_batches_stay_small_while_small_requests_come_among_large_ones() -> None:
     backlog = Backlog(slots=1, most=16, shares=Shares(1, (1, 2, 4), 16))
-    backlog.under_way = 66
-    backlog.put(images(64))
-    assert len(backlog.take()) == 16
-    backlog.put(images(1))
-    assert len(backlog.take()) == 4
+    come(backlog, large := images(64))
+    assert backlog.take() == large[:16]
+    come(backlog, images(1, turn=64))
+    assert backlog.take() == large[16:20]
+
+
+def test_a_small_request_that_comes_first_does_not_wait_for_a_large_ones_images(slots: Slots) -> None:
+    backlog = Backlog(slots=2, most=16, shares=Shares(2, (1, 2, 4), 16))
+    come(backlog, large := images(64, turn=1))
+    come(backlog, small := images(2))
+    assert backlog.take() == small
+    assert backlog.take() == large[:4]
+    come(backlog, later := images(1))
+    assert backlog.join(1) == later
+
+
+def test_one_slot_is_left_for_small_requests_that_come_among_large_ones(slots: Slots) -> None:
+    backlog = Backlog(slots=2, most=16, shares=Shares(2, (1, 2, 4), 16))
+    come(backlog, small := images(1))
+    assert backlog.take(reserve=True) == small
+    reserve, other = slots.asleep(backlog, reserve=True), slots.asleep(backlog)
+    come(backlog, large := images(64))
+    assert other.result(timeout=20) == large[:4]
+    assert backlog.reserve_sleeps
+    assert backlog.take(reserve=True) == []
+    come(backlog, small := images(1, turn=64))
+    assert reserve.result(timeout=20) == small
+    assert backlog.take() == large[4:8]
+
+
+def test_the_only_slot_takes_large_requests_too() -> None:
+    backlog = Backlog(slots=1, most=16, shares=Shares(1, (1, 2, 4), 16))
+    come(backlog, small := images(1))
+    assert backlog.take(reserve=True) == small
+    come(backlog, large := images(64))
+    assert backlog.take(reserve=True) == large[:4]
+
+
+def test_without_small_requests_every_slot_takes_large_ones() -> None:
+    backlog = Backlog(slots=2, most=16, shares=Shares(2, (1, 2, 4), 16))
+    come(backlog, large := images(64))
+    assert backlog.take(reserve=True) == large[:16]
 
 
 def test_late_images_join_a_batch_up_to_its_size() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching import Shares, collate
+from runtime.batching import Shares, collate
 
 
 @dataclass

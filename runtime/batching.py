@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 
@@ -23,7 +23,11 @@ ImageT = TypeVar("ImageT", bound=Waiting)
 
 
 def collate(
-    waiting: deque[ImageT], now: float, max_size: int, delay: float = 0.0
+    waiting: deque[ImageT],
+    now: float,
+    max_size: int,
+    delay: float = 0.0,
+    only: Callable[[ImageT], bool] | None = None,
 ) -> tuple[list[ImageT], float]:
     """Take the next batch off the queue.
 
@@ -35,16 +39,19 @@ def collate(
         now: the monotonic clock, seconds.
         max_size: the most images in the batch.
         delay: how long an image may be held back for a fuller batch, seconds.
+        only: whether an image may be taken; None: all may. The others keep their places.
 
     Returns:
         The images to run now, in the queue's order (none when there is nothing to run yet); and when to ask
         again if no image arrives before, on the monotonic clock (infinity: not before one arrives).
     """
     batch: list[ImageT] = []
+    left: list[ImageT] = []
     while waiting and len(batch) < max_size:
         image = waiting.popleft()
         if not image.is_dead(now):
-            batch.append(image)
+            (batch if only is None or only(image) else left).append(image)
+    waiting.extendleft(reversed(left))
     if delay and batch and len(batch) < max_size:
         ask_again_at = min(image.ready_at for image in batch) + delay
         if now < ask_again_at:
@@ -53,7 +60,9 @@ def collate(
     return batch, math.inf
 
 
-_ENOUGH: Final = 4  # batch size beyond which time per image hardly falls
+SMALL: Final = 4
+"""The most images of a small request; and the batch size beyond which time per image hardly falls."""
+
 _MIXED_S: Final = 1.0  # how long a request counts as one that others meet
 
 
@@ -75,13 +84,13 @@ class Shares:
         self._slots = slots
         self._runs = runs
         self._most = most
-        self._enough = min(_ENOUGH, runs[-1])
+        self._enough = min(SMALL, runs[-1])
         self._loads: deque[int] = deque(maxlen=2 * slots)
         self._small_at = self._large_at = -math.inf
 
     def arrive(self, images: int, now: float) -> None:
         """Note that a request of so many images has come."""
-        if images > self._enough:
+        if images > SMALL:
             self._large_at = now
         else:
             self._small_at = now
@@ -90,12 +99,15 @@ class Shares:
         """Note that a slot begins a batch while `pending` images are under way, waiting or running."""
         self._loads.append(pending)
 
+    def mixed(self, now: float) -> bool:
+        """Whether small requests come among large ones."""
+        return now < min(self._small_at, self._large_at) + _MIXED_S
+
     def size(self, pending: int, now: float) -> int:
         """The most images that a slot may take now, while `pending` are under way."""
         # A client that was just answered has not sent its next image yet, so use the recent load.
         share = max(1, max(pending, *self._loads, 0) // self._slots)
         if share > self._enough:
-            mixed = now < min(self._small_at, self._large_at) + _MIXED_S
-            share = self._enough if mixed else max(share // 2, self._enough)
+            share = self._enough if self.mixed(now) else max(share // 2, self._enough)
             return min(self._most, share - share % self._enough)
         return min(self._most, max((size for size in self._runs if size <= share), default=share))
