@@ -45,6 +45,7 @@ class Items:
         places: begin and end of each item's bytes.
         properties: of each item.
         references: between items.
+        groups: bytes that tell of groups of items.
     """
 
     primary: int = 0
@@ -52,6 +53,7 @@ class Items:
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
     properties: dict[int, list[Box]] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
+    groups: int = 0
 
     def place(self, item: int) -> tuple[int, int]:
         """Begin and end of an item's bytes.
@@ -95,6 +97,7 @@ def read_items(data: bytes) -> Items:
     stored = _only(parts, b"idat") if _has(parts, b"idat") else Box(b"idat", 0, 0)
     _read_places(data, _table(parts, b"iloc"), stored, items)
     _read_properties(data, _only(parts, b"iprp"), items)
+    items.groups = sum(box.end - box.start for box in parts if box.kind == b"grpl")
     if _has(parts, b"iref"):
         _read_references(data, _table(parts, b"iref"), items)
     return items
