@@ -16,6 +16,7 @@ from models.images.errors import DamagedImageError, UnsupportedImageError
 _MAX_BOXES: Final = 10_000
 _MAX_ITEMS: Final = 1000  # libheif reads no more
 _MAX_TABLE: Final = 1 << 16  # bytes that tell of so many items
+_MAX_TARGETS: Final = 2000  # of all references; pillow-heif takes time in proportion to their square
 _IN_FILE, _IN_META = 0, 1  # where an item's bytes are
 
 
@@ -242,3 +243,5 @@ def _read_references(data: bytes, box: Box, items: Items) -> None:
         source = inner.number(size)
         targets = tuple(inner.number(size) for _ in range(inner.number(2)))
         items.references.append(Reference(entry.kind, source, targets))
+    if sum(len(each.targets) for each in items.references) > _MAX_TARGETS:
+        raise DamagedImageError(f"the image has more than {_MAX_TARGETS:,} references between its items")

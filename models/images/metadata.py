@@ -10,7 +10,7 @@ from models.images.directory import Directories
 
 _ORIENTATION: Final = 0x0112  # CIPA DC-008, section 4.6.4
 _MAX_TAGS: Final = 1000
-_PREFIX: Final = re.compile(rb"(?:Exif\0\0)*")
+_PREFIX: Final = re.compile(rb"(?:Exif\0\0){0,3}")
 _XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _MAX_XMP: Final = 1 << 20
 

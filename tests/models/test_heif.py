@@ -166,6 +166,7 @@ CONTRADICTIONS: dict[str, Callable[[Item], File]] = {
         [of_size(grid(1, 2, SIDE, SIDE), (2 * SIDE, SIDE)), item], [(b"dimg", 1, [2, 2])]
     ),
     "more items than libheif reads": lambda item: File([item] * 1001),
+    "more references than photographs have": lambda item: File([item] * 140, [(b"thmb", 2, [1] * 15)] * 134),
     "references that never end": lambda item: File([item], [(b"auxl", 1, [1] * 17_000)] * 2),
 }
 
