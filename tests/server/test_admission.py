@@ -363,9 +363,7 @@ def test_requests_of_many_images_leave_room_for_those_of_one(
     assert [sent.answer().error for sent in [*forms, single]] == [""] * 3
 
 
-def test_each_engine_has_a_queue_and_a_rate_of_its_own(
-    start: Start, gate: Gate, encode: Encode
-) -> None:
+def test_each_engine_has_a_queue_and_a_rate_of_its_own(start: Start, gate: Gate, encode: Encode) -> None:
     it = start(engine="tiny,other", queue_limit=3)
     image = encode(0)
     slow = it.send(image, engine="other")
