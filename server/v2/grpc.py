@@ -38,7 +38,6 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Message = TypeVar("Message", covariant=True)
 
 _MOST_CALLS: Final = 1_024  # at once; beyond it, RESOURCE_EXHAUSTED
-_MOST_STREAMS: Final = 128  # calls of one connection at once; others wait with the client
 _LARGE_REQUEST: Final = 256 << 10  # bytes; as many take a few milliseconds to parse
 # Of `ModelInferRequest`, see `wire`: inputs with their contents' bytes_contents, outputs, raw_input_contents.
 _REQUEST: Final[dict[int, Any]] = {5: {5: {8: None}}, 6: {}, 7: None}
@@ -74,7 +73,7 @@ async def start(service: Service) -> grpc.aio.Server:
             ("grpc.http2.lookahead_bytes", 64 << 10),
             ("grpc.experimental.tcp_max_read_chunk_size", 64 << 10),
             ("grpc.max_receive_message_length", intake.largest),
-            ("grpc.max_concurrent_streams", max(_MOST_STREAMS, settings.queue_limit)),
+            ("grpc.max_concurrent_streams", max(128, settings.queue_limit)),  # of one connection
             ("grpc.so_reuseport", int(settings.workers > 1)),
         ],
         maximum_concurrent_rpcs=_MOST_CALLS,
