@@ -86,7 +86,7 @@ def png(
     return _SIGNATURE + b"".join(body)
 
 
-def _segment(marker: int, content: bytes) -> bytes:
+def segment(marker: int, content: bytes) -> bytes:
     """A JPEG's segment."""
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
@@ -94,20 +94,20 @@ def _segment(marker: int, content: bytes) -> bytes:
 def _codes(kind: int, *symbols: int) -> bytes:
     """A Huffman table whose symbols have one, two, … bits."""
     lengths = [*[1] * len(symbols), *[0] * (16 - len(symbols))]
-    return _segment(0xC4, bytes([kind, *lengths, *symbols]))
+    return segment(0xC4, bytes([kind, *lengths, *symbols]))
 
 
 def _scan(components: int, first: int, last: int, approximation: int, bits: str) -> bytes:
     bits += "1" * (-len(bits) % 8)
     data = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
     listed = b"".join(bytes([number + 1, 0]) for number in range(components))
-    return _segment(0xDA, bytes([components]) + listed + bytes([first, last, approximation])) + data
+    return segment(0xDA, bytes([components]) + listed + bytes([first, last, approximation])) + data
 
 
 def _jpeg(marker: int, width: int, height: int, sampling: Sequence[int], parts: Iterable[bytes]) -> bytes:
     components = b"".join(bytes([number + 1, factors, 0]) for number, factors in enumerate(sampling))
     frame = struct.pack(">BHHB", 8, height, width, len(sampling)) + components
-    head = [b"\xff\xd8", _segment(0xDB, bytes([0, *[1] * 64])), _segment(marker, frame)]
+    head = [b"\xff\xd8", segment(0xDB, bytes([0, *[1] * 64])), segment(marker, frame)]
     return b"".join([*head, *parts, b"\xff\xd9"])
 
 

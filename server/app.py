@@ -114,6 +114,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to an address made of the Host header, which a proxy may have changed
     )
     if settings.cors_origin:
         app.add_middleware(

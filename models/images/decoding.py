@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from models.images.bmp import BmpHeader
 from models.images.errors import DamagedImageError, ImageError, ImageTooLargeError, UnsupportedImageError
 from models.images.header import Header
-from models.images.jpeg import JpegHeader
+from models.images.jpeg import JpegHeader, without_notes
 from models.images.metadata import orientation
 from models.images.tiff import TiffHeader
 from models.images.webp import WebpHeader
@@ -113,7 +113,7 @@ def _unidentified(data: bytes, header: Header) -> ImageError:
 def _decode_jpeg(data: bytes, header: JpegHeader, smallest: float) -> Pixels:
     divisor = header.divisor(smallest)
     if header.components == 4 or not header.plain:
-        return _decode_with_pillow(data, header, divisor)
+        return _decode_with_pillow(without_notes(data), header, divisor)
     try:
         image: Pixels = simplejpeg.decode_jpeg(
             data,
@@ -123,7 +123,7 @@ def _decode_jpeg(data: bytes, header: JpegHeader, smallest: float) -> Pixels:
         )
     except ValueError as error:
         if _READ_BY_PILLOW.search(str(error)) and header.cost(smallest).seconds < _SECOND_TRY_SECONDS:
-            return _decode_with_pillow(data, header, divisor)
+            return _decode_with_pillow(without_notes(data), header, divisor)
         raise DamagedImageError(f"damaged JPEG: {error}") from error
     return _upright(image, header.orientation)
 
@@ -151,7 +151,8 @@ def _decode_with_pillow(data: bytes, header: Header, divisor: int = 1, bits: int
             if divisor > 1:
                 image.draft("RGB", (math.ceil(header.width / divisor), math.ceil(header.height / divisor)))
             image.load()
-            pixels, turned = _rgb(image, bits), _orientation(image)
+            pixels = _rgb(image, bits)
+            turned = header.orientation if isinstance(header, JpegHeader) else _orientation(image)
     except UnsupportedImageError:
         raise
     except UnidentifiedImageError:

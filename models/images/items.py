@@ -16,6 +16,7 @@ from models.images.errors import DamagedImageError, UnsupportedImageError
 _MAX_BOXES: Final = 10_000
 _MAX_ITEMS: Final = 1000  # libheif reads no more
 _MAX_TABLE: Final = 1 << 16  # bytes that tell of so many items
+_MAX_TARGETS: Final = 2000  # of all references; pillow-heif takes time in proportion to their square
 _IN_FILE, _IN_META = 0, 1  # where an item's bytes are
 
 
@@ -45,6 +46,7 @@ class Items:
         places: begin and end of each item's bytes.
         properties: of each item.
         references: between items.
+        groups: bytes that tell of groups of items.
     """
 
     primary: int = 0
@@ -52,6 +54,7 @@ class Items:
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
     properties: dict[int, list[Box]] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
+    groups: int = 0
 
     def place(self, item: int) -> tuple[int, int]:
         """Begin and end of an item's bytes.
@@ -95,6 +98,7 @@ def read_items(data: bytes) -> Items:
     stored = _only(parts, b"idat") if _has(parts, b"idat") else Box(b"idat", 0, 0)
     _read_places(data, _table(parts, b"iloc"), stored, items)
     _read_properties(data, _only(parts, b"iprp"), items)
+    items.groups = sum(box.end - box.start for box in parts if box.kind == b"grpl")
     if _has(parts, b"iref"):
         _read_references(data, _table(parts, b"iref"), items)
     return items
@@ -239,3 +243,5 @@ def _read_references(data: bytes, box: Box, items: Items) -> None:
         source = inner.number(size)
         targets = tuple(inner.number(size) for _ in range(inner.number(2)))
         items.references.append(Reference(entry.kind, source, targets))
+    if sum(len(each.targets) for each in items.references) > _MAX_TARGETS:
+        raise DamagedImageError(f"the image has more than {_MAX_TARGETS:,} references between its items")

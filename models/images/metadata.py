@@ -10,7 +10,7 @@ from models.images.directory import Directories
 
 _ORIENTATION: Final = 0x0112  # CIPA DC-008, section 4.6.4
 _MAX_TAGS: Final = 1000
-_PREFIX: Final = b"Exif\0\0"
+_PREFIX: Final = re.compile(rb"(?:Exif\0\0){0,3}")
 _XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _MAX_XMP: Final = 1 << 20
 
@@ -30,10 +30,10 @@ def orientation(exif: bytes | None, xmp: bytes | None = None) -> int | None:
 
 
 def _in_exif(exif: bytes) -> int | None:
-    while exif.startswith(_PREFIX):
-        exif = exif[len(_PREFIX) :]
+    prefix = _PREFIX.match(exif)
+    assert prefix is not None
     try:
-        directories = Directories(exif)
+        directories = Directories(exif[prefix.end() :])
         for tag in directories.tags(directories.first, _MAX_TAGS):
             if tag.number == _ORIENTATION:
                 return next(iter(directories.integers(tag, 1)), None)

@@ -19,7 +19,7 @@ _MAX_CHUNKS: Final = 50_000
 
 def read(data: bytes) -> Header:
     """See `models.images.formats.read_header`."""
-    if data[12:16] != b"IHDR":
+    if data[8:16] != b"\0\0\0\x0dIHDR":
         raise DamagedImageError("damaged PNG: it does not begin with its header")
     if data[29:33] != struct.pack(">I", zlib.crc32(data[12:29])):
         raise DamagedImageError("damaged PNG: the checksum of its header is wrong")

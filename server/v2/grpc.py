@@ -73,6 +73,7 @@ async def start(service: Service) -> grpc.aio.Server:
             ("grpc.http2.lookahead_bytes", 64 << 10),
             ("grpc.experimental.tcp_max_read_chunk_size", 64 << 10),
             ("grpc.max_receive_message_length", intake.largest),
+            ("grpc.max_concurrent_streams", max(128, settings.queue_limit)),  # of one connection
             ("grpc.so_reuseport", int(settings.workers > 1)),
         ],
         maximum_concurrent_rpcs=_MOST_CALLS,

@@ -95,6 +95,26 @@ def test_transparency_is_a_picture_too(form: str, pictures: dict[str, Item]) -> 
     assert cost(transparent.write()).seconds > 1.5 * cost(plain.write()).seconds
 
 
+@FORMS
+def test_a_description_counts_for_every_image_that_it_describes(form: str, pictures: dict[str, Item]) -> None:
+    """Each gets a copy, and Pillow reads EXIF data in Python."""
+    remark = Item(b"Exif", bytes(1 << 20), [])
+    alone, shared = (
+        cost(File([*[pictures[form]] * 900, remark], [(b"cdsc", 901, list(range(1, 1 + count)))]).write())
+        for count in (0, 900)
+    )
+    assert alone.memory < DEFAULTS.max_decoding_memory_bytes < shared.memory
+    assert shared.seconds > alone.seconds + 0.5
+
+
+@FORMS
+def test_groups_count_for_every_image(form: str, pictures: dict[str, Item]) -> None:
+    """Each gets a copy of all of them, whether it is in one or not."""
+    group = box(b"altr", struct.pack(">II64I", 1, 64, *[1] * 64), flags=0)
+    many = cost(File([pictures[form]] * 900, within=box(b"grpl", group * 90)).write())
+    assert many.seconds > DEFAULTS.max_decoding_ms / 1000
+
+
 def test_what_phones_keep_beside_a_photograph_costs_nothing(pictures: dict[str, Item]) -> None:
     """Depths and maps of brightness, which no decoder looks at unless it is asked to."""
     item = pictures["HEIF"]
@@ -146,6 +166,7 @@ CONTRADICTIONS: dict[str, Callable[[Item], File]] = {
         [of_size(grid(1, 2, SIDE, SIDE), (2 * SIDE, SIDE)), item], [(b"dimg", 1, [2, 2])]
     ),
     "more items than libheif reads": lambda item: File([item] * 1001),
+    "more references than photographs have": lambda item: File([item] * 140, [(b"thmb", 2, [1] * 15)] * 134),
     "references that never end": lambda item: File([item], [(b"auxl", 1, [1] * 17_000)] * 2),
 }
 

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, JpegImagePlugin, TiffImagePlugin
 
 from benchmarks import hostile_images as hostile
 from benchmarks.decoding_cost import files
 from benchmarks.hostile_images import chunk, noise, saved
 from models.images.formats import FORMATS, read_header
+from models.images.metadata import orientation
 from models.preprocessing import (
     Cost,
     DamagedImageError,
@@ -155,6 +156,13 @@ def test_ordinary_photographs_are_within_the_servers_limits(name: str) -> None:
     assert is_within_defaults(cost(ORDINARY[name]))
 
 
+CMYK = saved(Image.new("CMYK", (16, 16)), "JPEG")
+
+
+def with_segments(jpeg: bytes, segments: bytes) -> bytes:
+    return jpeg[:2] + segments + jpeg[2:]
+
+
 TAGS = hostile.tiff_tags(16, 16)
 DEAR = {
     "TIFF of one huge tile": hostile.tiled_tiff(16, 16, 32_752),
@@ -168,6 +176,7 @@ DEAR = {
     "JPEG of 900 refining scans": hostile.progressive_jpeg(2000, 2000, 900, refining=True),
     "PNG of 16-bit channels": hostile.png(5000, 5000, depth=16, colour=6),
     "PNG of profiles": hostile.png(8, 8, before=[chunk(b"iCCP", b"a\0\0" + bytes(9))] * 300),
+    "JPEG of tables": with_segments(CMYK, hostile.segment(0xDB, bytes(65 * 1000)) * 170),
 }
 
 
@@ -176,8 +185,12 @@ def test_files_that_cost_too_much_are_known_by_their_headers(name: str) -> None:
     assert not is_within_defaults(cost(DEAR[name]))
 
 
+PNG = hostile.png(8, 8, before=[chunk(b"iCCP", b"a\0\0" + bytes(9))] * 300)
+# By its length the header ends behind what looks like one chunk that hides all others.
+LONGER_HEADER = PNG[:8] + chunk(b"IHDR", PNG[16:33] + struct.pack(">I", 1 << 30) + b"abCd") + PNG[33:]
 LONG = {
     "PNG of chunks": hostile.png(8, 8, before=[chunk(b"tEXt")] * 60_000),
+    "PNG whose header hides chunks": LONGER_HEADER,
     "PNG of two headers": hostile.png(8, 8, before=[hostile.png(9, 9)[8:33]]),
     "JPEG of comments": b"\xff\xd8" + b"\xff\xfe\0\2" * (1 << 20),
     "JPEG of fill bytes": b"\xff\xd8" + b"\xff" * (1 << 20),
@@ -199,6 +212,37 @@ LONG = {
 def test_headers_too_long_to_be_true_are_refused(name: str) -> None:
     with pytest.raises(DamagedImageError):
         read_header(LONG[name])
+
+
+NOTES = {
+    "EXIF data": (0xE1, b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 0x11A, 5, 1, 26) + bytes(12)),
+    "further pictures": (0xE2, b"MPF\0II*\0" + struct.pack("<IHHHII", 8, 1, 0xB001, 4, 1, 2) + bytes(4)),
+    "Photoshop's notes": (0xED, b"Photoshop 3.0\0" + b"8BIM\x03\xed" + bytes(20)),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_that_pillow_would_read_in_python_are_kept_from_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much there is of them, it takes no time."""
+
+    def read(*_arguments: object) -> None:
+        raise AssertionError("it reads them")
+
+    monkeypatch.setattr(Image.Exif, "load", read)
+    monkeypatch.setattr(TiffImagePlugin.ImageFileDirectory_v2, "load", read)
+    monkeypatch.setattr(JpegImagePlugin, "i32", read)
+    data = with_segments(CMYK, hostile.segment(*NOTES[name]))
+    np.testing.assert_array_equal(load_pixels(data, SPEC), load_pixels(CMYK, SPEC))
+
+
+def test_an_orientation_behind_any_number_of_prefixes_is_found_at_once() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    began = time.thread_time()
+    assert orientation(b"Exif\0\0" * 500_000 + exif.tobytes().removeprefix(b"Exif\0\0")) == 6
+    assert time.thread_time() - began < 1  # a hundred times as long as it takes
 
 
 def test_a_tiff_whose_tag_comes_twice_is_refused() -> None:

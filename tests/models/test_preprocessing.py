@@ -176,6 +176,13 @@ class TestFormats:
             load_pixels(encode(image, "PNG", transparency=transparency), SPEC), expected
         )
 
+    @pytest.mark.parametrize("orientation", STORED_AS)
+    def test_orientation_of_a_jpeg_in_cmyk_is_undone(self, orientation: int) -> None:
+        upright = scene(SIDE, 48)
+        stored = Image.fromarray(STORED_AS[orientation](upright)).convert("CMYK")
+        data = encode(stored, "JPEG", exif=exif(orientation).tobytes(), quality=98, subsampling=0)
+        assert np.abs(load_pixels(data, SPEC).astype(int) - upright[:, 8:40]).mean() < 6
+
     def test_cmyk(self) -> None:
         image = Image.fromarray(scene()).convert("CMYK")
         pixels = load_pixels(encode(image, "JPEG", quality=98), SPEC)

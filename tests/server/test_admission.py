@@ -55,8 +55,9 @@ def start(
     with ExitStack() as stack:
 
         def start(**settings: object) -> Carrier:
-            options = {"port": 0, "grpc_port": 0 if kind is Grpc else None, "queue_limit": QUEUE_LIMIT}
-            configured = Settings(engine="tiny", engine_dir=engine_dir, **{**options, **settings})
+            options = {"engine": "tiny", "engine_dir": engine_dir, "port": 0, "queue_limit": QUEUE_LIMIT}
+            options["grpc_port"] = 0 if kind is Grpc else None
+            configured = Settings(**{**options, **settings})
             server = stack.enter_context(running(configured, load_gated(gate)))
             ports = [int(log.grpc.rpartition(":")[2]) for log in caplog.records if hasattr(log, "grpc")]
             it = stack.enter_context(carrier(kind, server, *ports or [0]))
@@ -74,8 +75,8 @@ def nothing_is_left(it: Carrier) -> bool:
     return service.telemetry.in_flight == service.body_memory.held == pending == 0
 
 
-def pending(it: Carrier) -> int:
-    return it.server.service.registry.get(None).pending
+def pending(it: Carrier, engine: str = "tiny") -> int:
+    return it.server.service.registry.get(engine).pending
 
 
 def dropped(it: Carrier) -> dict[str, int]:
@@ -119,6 +120,7 @@ def test_a_drain_refuses_new_requests_and_waits_for_those_under_way(
     start: Start, gate: Gate, encode: Encode
 ) -> None:
     it = start()
+    assert (it.is_well("live"), it.is_well("ready")) == (True, True)
     image = encode(0)
     sent = it.send(image)
     gate.wait_for_arrivals(1)
@@ -128,6 +130,7 @@ def test_a_drain_refuses_new_requests_and_waits_for_those_under_way(
     while time.monotonic() - refusing_since < 0.6:  # longer than a drain with nothing to wait for takes
         refused = it.ask(image)
         assert (refused.error, refused.detail) == (it.error("not-ready"), "the server is draining")
+        assert (it.is_well("live"), it.is_well("ready")) == (True, False)
         assert not it.server.server.should_exit
     assert it.counted("rejected", "not-ready") > 0
     gate.open()
@@ -141,9 +144,10 @@ def test_a_drain_refuses_new_requests_and_waits_for_those_under_way(
 def test_a_protected_server_asks_everyone_for_the_key(start: Start, gate: Gate, encode: Encode) -> None:
     it = start(api_key=SecretStr(KEY), protect_predict=True)
     image = encode(0)
-    for headers in ({}, ELSEWHERE, {"X_API_Key": "wrong"}, {"Authorization": "Bearer wrong"}):
+    for headers in ({}, ELSEWHERE, {"X_API_Key": KEY[:-1]}, {"Authorization": f"Bearer {KEY}s"}):
         refused = it.ask(image, **headers)
         assert refused.error == it.error("unauthorized")
+        assert refused.headers["www-authenticate"] == "Bearer"
         assert refused.detail == "send the API key as `Authorization: Bearer <key>` or as `X-API-Key: <key>`"
     wait_until(lambda: it.counted("invalid", "unauthorized") == 4)
     assert gate.batches == []
@@ -251,6 +255,26 @@ def test_a_body_that_does_not_come_in_time_is_expired_and_not_invalid(start: Sta
 
 
 @over_http
+def test_the_deadline_counts_from_the_head_whenever_the_body_comes(
+    start: Start, gate: Gate, encode: Encode, kind: type[Http]
+) -> None:
+    it = start()
+    assert isinstance(it, Http)
+    recorder = _Recorder()
+    it.server.service.telemetry.observers = [recorder]
+    body = it.body([encode(0)])
+    first, connection = it.open(it.head(body), timeout_ms=1000)
+    wait_until(lambda: it.server.service.telemetry.in_flight == 1)
+    second = it.send_body(body, timeout_ms=1000)
+    wait_until(lambda: pending(it) == 1)
+    connection.sendall(body)
+    wait_until(lambda: pending(it) == 2)
+    assert first.answer().error == second.answer().error == "deadline-exceeded"
+    began = [request.began for request in recorder.ended]
+    assert began == sorted(began), "the second was late before the first"
+
+
+@over_http
 @pytest.mark.parametrize("value", ["0", "-5", "soon", "nan", ""])
 def test_a_timeout_that_is_no_positive_number_is_invalid(
     start: Start, kind: type[Http], encode: Encode, value: str
@@ -339,11 +363,34 @@ def test_requests_of_many_images_leave_room_for_those_of_one(
     assert [sent.answer().error for sent in [*forms, single]] == [""] * 3
 
 
+def test_each_engine_has_a_queue_and_a_rate_of_its_own(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start(engine="tiny,other", queue_limit=3)
+    image = encode(0)
+    slow = it.send(image, engine="other")
+    gate.wait_for_arrivals(1)
+    arrived = time.monotonic()
+    wait_until(lambda: time.monotonic() - arrived > 0.7)  # the time itself that is measured
+    gate.allow(1)
+    assert slow.answer().error == ""
+    said = {}
+    for full in ("tiny", "other"):
+        accepted = [it.send(image, engine=full) for _ in range(3)]
+        wait_until(lambda full=full: pending(it, full) == 3)
+        refused = it.ask(image, engine=full)
+        assert refused.error == it.error("queue-full")
+        said[full] = int(refused.headers["retry-after"])
+        free = it.send(image, engine="other" if full == "tiny" else "tiny")
+        gate.open()
+        assert [sent.answer().error for sent in [free, *accepted]] == [""] * 4
+        gate.close()
+    assert said["tiny"] == 1 < said["other"]
+
+
 @over_http
 def test_a_full_queue_refuses_before_the_body_has_come(
     start: Start, gate: Gate, encode: Encode, kind: type[Http]
 ) -> None:
-    it = start(queue_limit=1)
+    it = start(engine="other,tiny", queue_limit=1)
     assert isinstance(it, Http)
     first = it.send(encode(0))
     gate.wait_for_arrivals(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -239,6 +240,18 @@ def test_calls_whose_message_never_comes_do_not_keep_others_out(
         over.set()
         for it in idle:
             it.cancel()
+
+
+def test_a_connection_gets_no_more_than_its_share_of_all_calls(process: Started) -> None:
+    """Others of its calls wait with the client, not before those of other clients."""
+    host, _, port = process.said("grpc").rpartition(":")
+    no_settings = bytes(3) + b"\4" + bytes(5)
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_settings)
+        with connection.makefile("rb") as frames:
+            size = int.from_bytes(frames.read(9)[:3], "big")
+            settings = dict(struct.iter_unpack(">HI", frames.read(size)))
+    assert settings[3] == 128  # calls at once (RFC 9113, section 6.5.2)
 
 
 # --- fields that are counted before they are parsed -----------------------------------------------------

@@ -86,6 +86,10 @@ class Carrier(ABC):
         """How the client sees the problem of that name."""
         return problem
 
+    @abstractmethod
+    def is_well(self, way: str) -> bool:
+        """Whether the server says that it is `live` or `ready`."""
+
     def counted(self, outcome: str, reason: str) -> int:
         """How many requests of this protocol ended so."""
         return self.server.service.telemetry.requests[RequestKey(self.protocol, outcome, reason)]
@@ -115,6 +119,14 @@ class Http(Carrier):
     """Over a connection of its own for each request."""
 
     content_type: ClassVar[str]
+    prefix: ClassVar[str] = ""  # of the routes
+
+    def is_well(self, way: str) -> bool:
+        return self.server.client.get(f"{self.prefix}/health/{way}").status_code == 200
+
+    def head(self, body: bytes) -> dict[str, str]:
+        """The headers that go with a body."""
+        return {"Content-Length": str(len(body))}
 
     @abstractmethod
     def path(self, engine: str) -> str: ...
@@ -147,7 +159,7 @@ class Http(Carrier):
     def send_body(
         self, body: bytes, engine: str = "tiny", timeout_ms: float | None = None, **headers: str
     ) -> Sent:
-        sent, connection = self.open({"Content-Length": str(len(body))}, engine, timeout_ms, **headers)
+        sent, connection = self.open(self.head(body), engine, timeout_ms, **headers)
         connection.sendall(body)
         return sent
 
@@ -175,6 +187,7 @@ class PredictThroughAsgi(Predict):
 class Rest(Http):
     protocol = "v2-rest"
     content_type = "application/octet-stream"
+    prefix = "/v2"
 
     def path(self, engine: str) -> str:
         return f"/v2/models/{engine}/infer"
@@ -187,12 +200,8 @@ class Rest(Http):
             json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(data)}}]}).encode() + data
         )
 
-    def send_body(
-        self, body: bytes, engine: str = "tiny", timeout_ms: float | None = None, **headers: str
-    ) -> Sent:
-        head = body.find(b"]}") + 2
-        headers["Inference_Header_Content_Length"] = str(head)
-        return super().send_body(body, engine, timeout_ms, **headers)
+    def head(self, body: bytes) -> dict[str, str]:
+        return super().head(body) | {"Inference-Header-Content-Length": str(body.find(b"]}") + 2)}
 
     def best(self, content: Any) -> list[int]:
         outputs = {output["name"]: output for output in content["outputs"]}
@@ -226,7 +235,12 @@ class Grpc(Carrier):
 
     def __init__(self, server: Running, channel: grpc.Channel) -> None:
         super().__init__(server)
+        self._channel = channel
         self._infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+    def is_well(self, way: str) -> bool:
+        method = self._channel.unary_unary(f"/inference.GRPCInferenceService/Server{way.title()}")
+        return method(b"", timeout=20) == pb.ServerLiveResponse(live=True).SerializeToString()
 
     @staticmethod
     def body(images: Sequence[bytes]) -> bytes:
