@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.export import ExportError
-from builder.prepare.onnx_file import drop_unused
+from builder.prepare.onnx_file import describe, drop_unused
 from runtime.manifest import Activation
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ _SMALLEST_PROBABILITY: Final = 1e-7  # whose logarithm FP16 still holds
 _TOLERANCE: Final = 1e-3
 # They change a tensor's shape or type, or nothing.
 _PASSING: Final = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Transpose"}
+# Behind them nobody knows any more which class had which score.
+_COMPARING: Final = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"}
+_DECIDING: Final = {"ArgMax", "ArgMin", "TopK", "OneHot"} | _COMPARING
 
 # softmax, sigmoid, log-softmax: nodes of the graph; probabilities, log-probabilities, shares: by their values
 Found = Literal["scores", "softmax", "log-softmax", "sigmoid", "probabilities", "log-probabilities", "shares"]
@@ -94,6 +97,12 @@ def possible_heads(
         ExportError: the outputs are not what was asked for, or say nothing.
     """
     classes = outputs.shape[1]
+    last = _last_node(model)
+    if last is not None and (last.op_type in _DECIDING or (last.op_type == "ReduceMax" and classes == 1)):
+        raise ExportError(
+            f"{describe(last)} leaves no score for each class; name the scores before it with "
+            "--output-name, or export the network without it"
+        )
     by_value, total = _by_value(outputs)
     if classes == 1 and by_value == "probabilities":
         raise ExportError("its one output is always 1; export the network without its softmax")
@@ -132,14 +141,21 @@ def _by_value(outputs: NDArray[np.float32]) -> tuple[Found, float]:
     return "scores", 1.0
 
 
-def _activation_of(model: onnx.ModelProto) -> tuple[Found, str, str] | None:
-    """The activation at the end of a graph: its kind, the tensor it makes, and the one it is made of."""
+def _last_node(model: onnx.ModelProto) -> onnx.NodeProto | None:
+    """The last one that computes anything."""
     producers = {name: node for node in model.graph.node for name in node.output}
     node = producers.get(model.graph.output[0].name)
     while node is not None and node.op_type in _PASSING:
         node = producers.get(node.input[0])
+    return node
+
+
+def _activation_of(model: onnx.ModelProto) -> tuple[Found, str, str] | None:
+    """The activation at the end of a graph: its kind, the tensor it makes, and the one it is made of."""
+    node = _last_node(model)
     if node is None:
         return None
+    producers = {name: each for each in model.graph.node for name in each.output}
     result, operand = node.output[0], node.input[0]
     before = producers.get(operand)
     if node.op_type == "Softmax":

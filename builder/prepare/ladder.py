@@ -3,7 +3,8 @@
     entropy, max, mse     activation ranges
     equalised, bias       channels of one range, biases that make up for rounding
     rounded               weights that are rounded for the least error of each layer's output
-    mixed precision       more and more of the layers that INT8 hurts most stay in floating point
+    mixed precision       more and more of the layers that INT8 hurts most stay in floating point, in the best
+                          graph so far
 
 Each is made only when the one before it has been refused, sees training images alone, and is judged by exact
 sums. Fine-tuning (`qat`) comes after them, where there is a network.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -98,13 +99,6 @@ class Ladder:
             yield self._made[place]
             place += 1
 
-    @cached_property
-    def layer_costs(self) -> list[LayerCost]:
-        """What quantising each layer alone costs, the costliest first."""
-        costs = rank_layers(self._equalised, self._by_least_error, self._few, self._report)
-        self._ranked(costs)
-        return costs
-
     def _make_next(self) -> bool:
         made = next(self._ways, None)
         if made is not None:
@@ -113,26 +107,29 @@ class Ladder:
 
     def _climb(self) -> Iterator[Candidate]:
         for method in self._options.methods:
-            yield self._make(method, (), (), partial(self._calibrated, method))
+            yield self._make(method, ())
         changes: tuple[WeightChange, ...] = ()
         if self._options.correction:
             equalised = self._equalised is not self._master
             changes = ("equalised", "bias") if equalised else ("bias",)
-            yield self._make("mse", changes, (), partial(self._corrected, changes))
+            yield self._make("mse", changes)
         if self._options.rounding:
             changes = (*changes, "rounded")
-            yield self._make("mse", changes, (), partial(self._corrected, changes))
+            yield self._make("mse", changes)
         if self._options.sensitivity:
-            for kept in worthwhile_groups(self.layer_costs):
-                yield self._make("mse", changes, kept, partial(self._corrected, changes, kept))
+            # What mends one network spoils another. Of equals, the last is the least accidental.
+            best = max(reversed(self._made), key=lambda each: each.exact.label_agreement)
+            for kept in worthwhile_groups(self._layer_costs(best)):
+                yield self._make(best.method, best.changes, kept)
 
-    def _make(
-        self,
-        method: Ranges,
-        changes: tuple[WeightChange, ...],
-        kept: Sequence[str],
-        make: Callable[[], onnx.ModelProto],
-    ) -> Candidate:
+    def _layer_costs(self, base: Candidate) -> list[LayerCost]:
+        """What quantising each layer of a candidate alone costs, the costliest first."""
+        quantised, master = self._before_changes(base.method, base.changes)
+        costs = rank_layers(master, quantised, self._few, self._report)
+        self._ranked(costs)
+        return costs
+
+    def _make(self, method: Ranges, changes: tuple[WeightChange, ...], kept: Sequence[str] = ()) -> Candidate:
         import onnx
 
         started = time.monotonic()
@@ -140,32 +137,36 @@ class Ladder:
         if kept:
             name += f"-mixed-{sum(bool(each.kept) for each in self._made) + 1}"
         self._report(f"making INT8 ({name}) with {len(self._pixels)} training images")
-        model = make()
+        quantised, master = self._before_changes(method, changes)
+        model = keep_in_float(quantised, master, kept)
+        if changes:
+            rounded = "rounded" in changes
+            model = reconstruct(model, master, self._few, weights=rounded, seed=self._options.seed)
         path = self._path.with_name(f"int8-{name}-fp32.onnx")
         onnx.save(model, str(path))
         seconds = time.monotonic() - started
         self._report(f"judging INT8 ({name}) by exact sums")
         return Candidate(path, method, changes, tuple(kept), seconds, self._judge(model))
 
+    def _before_changes(
+        self, method: Ranges, changes: Sequence[WeightChange]
+    ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        """All layers quantised, before biases and weights change; and the FP32 graph that it is made of."""
+        if changes:
+            return self._by_least_error, self._equalised
+        return self._calibrated(method), self._master
+
     def _calibrated(self, method: Ranges) -> onnx.ModelProto:
         """With ranges found by one method, and the weights as they are."""
         import onnx
 
-        if method == "mse":
-            return self._with_least_error(self._master)
         path = self._path.with_name(f"calibrated-{method}.onnx")
         if not path.exists():
-            convert_to_int8(self._path, path, self._pixels, method=method, rest="fp32")
+            if method == "mse":
+                onnx.save(self._with_least_error(self._master), str(path))
+            else:
+                convert_to_int8(self._path, path, self._pixels, method=method, rest="fp32")
         return onnx.load(str(path))
-
-    def _corrected(self, changes: Sequence[WeightChange], kept: Sequence[str] = ()) -> onnx.ModelProto:
-        """With ranges of least error, some layers left out, and other biases and weights."""
-        model = keep_in_float(self._by_least_error, self._equalised, kept)
-        if not changes:
-            return model
-        return reconstruct(
-            model, self._equalised, self._few, weights="rounded" in changes, seed=self._options.seed
-        )
 
     @cached_property
     def _master(self) -> onnx.ModelProto:

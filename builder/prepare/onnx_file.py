@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -66,7 +66,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     """The model in a file, with its weights; those in other files must be in its folder.
 
     Raises:
-        ExportError: not ONNX, or a kind of network that cannot be taken.
+        ExportError: not ONNX, or of an old version.
     """
     import onnx
 
@@ -84,16 +84,6 @@ def read_model(path: Path) -> onnx.ModelProto:
         model = inliner.inline_local_functions(model)
     _weights_are_constants(model)
     _dequantise_weights(model)
-    for node in model.graph.node:
-        if node.domain not in STANDARD_DOMAINS:
-            raise ExportError(
-                f"{path}: {describe(node)} is an operator of {node.domain}, which only {_runtime(node)} has; "
-                "export the network without it"
-            )
-        if node.op_type in _QUANTISED:
-            raise ExportError(
-                f"{path}: {describe(node)} quantises, and quantising is done here; give the network in floats"
-            )
     return model
 
 
@@ -110,6 +100,16 @@ def _require_valid(path: Path, model: onnx.ModelProto) -> None:
             raise ExportError(f"{path} is not a valid ONNX model: {first_line(error)}") from error
     if not (model.graph.node and model.graph.output):
         raise ExportError(f"{path} is not a valid ONNX model: it computes nothing")
+
+
+def _is_training(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether it normalises by the batch that it sees, or drops values."""
+    from onnx import numpy_helper
+
+    if node.op_type == "BatchNormalization":
+        return any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
+    mode = constants.get(node.input[2]) if node.op_type == "Dropout" and len(node.input) > 2 else None
+    return mode is not None and bool(numpy_helper.to_array(mode).any())
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -130,7 +130,8 @@ def choose_output(path: Path, model: onnx.ModelProto, asked: str | None) -> str:
     """The output that holds the scores; all others are taken away, with what only they need.
 
     Raises:
-        ExportError: there are several and none was asked for, or not the one that was.
+        ExportError: there are several and none was asked for, or not the one that was; or what it is made by
+            cannot be taken.
     """
     from onnx import TensorProto
 
@@ -142,12 +143,35 @@ def choose_output(path: Path, model: onnx.ModelProto, asked: str | None) -> str:
     if name not in outputs:
         raise ExportError(f"{path} has no output {name!r}; it has {', '.join(outputs)}")
     kept = outputs[name]
-    if kept.type.tensor_type.elem_type in (TensorProto.INT32, TensorProto.INT64, TensorProto.STRING):
-        raise ExportError(f"{path}'s output {name!r} is the class itself; its scores are needed")
+    decisions = (TensorProto.INT32, TensorProto.INT64, TensorProto.STRING, TensorProto.BOOL)
+    if not kept.type.HasField("tensor_type") or kept.type.tensor_type.elem_type in decisions:
+        raise ExportError(
+            f"{path}'s output {name!r} is a decision or a table; scores are needed, one for each class"
+        )
     del model.graph.output[:]
     model.graph.output.append(kept)
     drop_unused(model)
+    _require_usual(path, model)
     return name
+
+
+def _require_usual(path: Path, model: onnx.ModelProto) -> None:
+    """Refuse networks that compute in ways of which no plain float graph can be made."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.domain not in STANDARD_DOMAINS:
+            raise ExportError(
+                f"{path}: {describe(node)} is an operator of {node.domain}, which only {_runtime(node)} has; "
+                "export the network without it"
+            )
+        if node.op_type in _QUANTISED:
+            raise ExportError(
+                f"{path}: {describe(node)} quantises, and quantising is done here; give the network in floats"
+            )
+        if _is_training(node, constants):
+            raise ExportError(
+                f"{path}: {describe(node)} is still training; export the network after its eval()"
+            )
 
 
 def read_signature(
@@ -323,6 +347,8 @@ def _outer_names(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _shape(value: onnx.ValueInfoProto) -> str:
+    if not value.type.HasField("tensor_type"):
+        return "(no tensor)"
     dims = value.type.tensor_type.shape.dim
     sizes = [
         str(dim.dim_value) if dim.dim_value > 0 else dim.dim_param or ("N" if place == 0 else "?")

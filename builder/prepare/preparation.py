@@ -193,7 +193,7 @@ class Preparation:
 
     def _convert_rest(self, candidate: Candidate, path: Path) -> None:
         """Write a candidate with FP16 between its quantised layers."""
-        if candidate.method != "mse":
+        if candidate.method != "mse" and not candidate.kept:
             # ModelOpt leaves some layers as they are that TensorRT has no INT8 kernel for.
             convert_to_int8(self.master, path, self._calibration_pixels, method=candidate.method, rest="fp16")
         else:

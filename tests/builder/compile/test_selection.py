@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from click.testing import Result
 
-from builder.compile import selection
+from builder.compile import measurement, selection
 from builder.compile.measurement import Speed
 from builder.compile.packages import Package
 from builder.compile.selection import build_best
@@ -99,6 +99,23 @@ def test_the_objective_decides_what_is_fast(
     manifest = read_manifest(tmp_path / f"tiny-digits-{chosen}-openvino")
     assert {candidate.throughput for candidate in manifest.candidates} == {2000, 9000}
     assert ("--objective throughput" in manifest.build_command) == (objective == "throughput")
+
+
+def test_what_else_the_machine_does_does_not_decide_which_engine_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first engine is the faster one, and most of its rounds are disturbed."""
+    loads = {"faster": iter([9.0, 9, 1, 9, 9, 9, 9]), "slower": iter([1.0, 1, 1, 2, 1, 1, 1])}
+    alone = {"faster": 2.0, "slower": 3.0}
+
+    def measure(engine: str, _rounds: int) -> Speed:
+        latency = alone[engine] * next(loads[engine])
+        return Speed(latency_ms=latency, throughput=1000 / latency)
+
+    monkeypatch.setattr(measurement, "measure", measure)
+    speeds = measurement.measure_in_turns(["faster", "slower"])
+    assert [speed.latency_ms for speed in speeds] == [2, 3]
+    assert [speed.throughput for speed in speeds] == [1000 / 2, 1000 / 3]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from small_student import SPEC
+from torch import nn
 
 from builder.prepare.export import ExportError, quiet, run_onnx
 from builder.prepare.import_onnx import export_imported, import_onnx
@@ -164,6 +165,94 @@ def test_two_outputs_are_told_apart_by_name(save):
     )
     with pytest.raises(ExportError, match="has no output 'other'; it has scores, flat"):
         import_onnx(save(model), PrepareOptions(preprocess="imagenet", output_name="other"))
+
+
+def followed_by(*nodes: onnx.NodeProto, output: str, kind: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """The classifier with other nodes behind its scores, which make the output."""
+    model = classifier()
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray([CLASSES - 1], np.int64), "count"))
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(0, np.float32), "half"))
+    model.graph.node.extend(nodes)
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info(output, kind, ["batch", None]))
+    return model
+
+
+BEST = helper.make_node("TopK", ["scores", "count"], ["best", "which"], "best")
+ABOVE = helper.make_node("Greater", ["scores", "half"], ["above"], "above")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (followed_by(BEST, output="best"), r"node 'best' \(TopK\) leaves no score for each class"),
+        (followed_by(BEST, output="which", kind=TensorProto.INT64), "'which' is a decision or a table"),
+        (followed_by(ABOVE, output="above", kind=TensorProto.BOOL), "'above' is a decision or a table"),
+        (
+            followed_by(
+                ABOVE, helper.make_node("Cast", ["above"], ["yes"], to=TensorProto.FLOAT), output="yes"
+            ),
+            r"node 'above' \(Greater\) leaves no score",
+        ),
+        (
+            followed_by(
+                helper.make_node("ArgMax", ["scores"], ["label"], "label", axis=1, keepdims=1),
+                helper.make_node("Cast", ["label"], ["number"], to=TensorProto.FLOAT),
+                output="number",
+            ),
+            r"node 'label' \(ArgMax\) leaves no score",
+        ),
+        (
+            followed_by(
+                helper.make_node("Softmax", ["scores"], ["shares"], axis=1),
+                helper.make_node("ReduceMax", ["shares", "axes"], ["sure"], "sure", keepdims=1),
+                output="sure",
+            ),
+            r"node 'sure' \(ReduceMax\) leaves no score",
+        ),
+    ],
+    ids=["topk", "its-places", "above", "above-as-number", "argmax-as-number", "max"],
+)
+def test_decisions_are_not_taken_for_scores(save, model, message):
+    """Sorted scores, class numbers and yes or no look like scores, and would be served as such."""
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray([1], np.int64), "axes"))
+    with pytest.raises(ExportError, match=message):
+        import_onnx(save(model), PrepareOptions(preprocess="imagenet"))
+
+
+def test_what_only_other_outputs_need_may_be_of_any_kind(save):
+    """Converters of scikit-learn's put a table of labels beside the probabilities."""
+    table = helper.make_node(
+        "ZipMap", ["scores"], ["table"], domain="ai.onnx.ml", classlabels_int64s=range(CLASSES)
+    )
+    model = followed_by(table, output="scores")
+    numbers = helper.make_map_type_proto(
+        TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    )
+    model.graph.output.append(helper.make_value_info("table", helper.make_sequence_type_proto(numbers)))
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    path = save(model)
+    with pytest.raises(ExportError, match=r"2 outputs: scores .*, table \(no tensor\); name its scores"):
+        import_onnx(path, PrepareOptions(preprocess="imagenet"))
+    with pytest.raises(ExportError, match="'table' is a decision or a table"):
+        import_onnx(path, PrepareOptions(preprocess="imagenet", output_name="table"))
+    assert import_onnx(path, PrepareOptions(preprocess="imagenet", output_name="scores")).classes == CLASSES
+
+
+@pytest.mark.parametrize("layer", ["BatchNorm1d", "Dropout"])
+def test_a_network_that_was_exported_while_it_trained_is_told_so(tmp_path, layer):
+    inner = nn.Linear(3 * SIZE * SIZE, CLASSES)
+    network = nn.Sequential(
+        nn.Flatten(), inner, nn.BatchNorm1d(CLASSES) if layer != "Dropout" else nn.Dropout()
+    )
+    with quiet():
+        torch.onnx.export(
+            *(network.train(), (torch.zeros(2, 3, SIZE, SIZE),), str(tmp_path / "model.onnx")),
+            dynamo=False,
+            training=torch.onnx.TrainingMode.TRAINING,
+        )
+    with pytest.raises(ExportError, match=r"is still training; export the network after its eval\(\)"):
+        import_onnx(tmp_path / "model.onnx", PrepareOptions(preprocess="imagenet"))
 
 
 def test_a_model_that_mixes_the_images_of_a_batch_is_refused(save):

@@ -7,7 +7,9 @@ all channels cannot carry. The other is of depthwise convolutions, ReLU6 and sum
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ import pytest
 from click.testing import Result
 from small_student import SPEC
 
+from builder.comparison import Comparison
 from builder.kit import INPUT, LOGITS, Graph, open_kit
 from builder.prepare.equalise import equalise
 from builder.prepare.int8 import convert_to_int8
+from builder.prepare.ladder import Ladder
 from builder.prepare.legality import require_legal
 from builder.prepare.options import PrepareOptions
 from builder.prepare.preparation import Preparation, open_checkpoint, prepare
@@ -93,6 +97,30 @@ def test_nothing_is_made_twice(preparation: Preparation, graphs: dict[str, tuple
     before = {path: path.stat().st_mtime_ns for _, path in graphs.values()}
     again = [path for _, path in itertools.islice(preparation.graphs("int8", "fp32"), 3)]
     assert {path: path.stat().st_mtime_ns for path in again} == before
+
+
+def test_layers_are_left_out_of_whichever_graph_did_best(
+    preparation: Preparation, pixels: Pixels, tmp_path: Path
+) -> None:
+    """Corrections are for what networks usually suffer from. One that does not suffer from it gets worse."""
+
+    def judge(model: onnx.ModelProto) -> Comparison:
+        found = preparation.verification.compare(exact_logits(model, preparation.verification.pixels))
+        return replace(found, label_agreement=0.9 if model == onnx.load(calibrated) else 0.8)
+
+    calibrated, master = tmp_path / "calibrated-max.onnx", tmp_path / "fp32.onnx"
+    shutil.copyfile(preparation.master, master)
+    options = PrepareOptions(calibration="max")
+    ladder = Ladder(master, pixels, options, judge, lambda _: None, lambda _: None)
+    *_, mixed = itertools.islice(ladder.candidates(), 4)
+    assert mixed.kept
+    assert (mixed.method, mixed.changes) == ("max", ())
+    before, after = onnx.load(calibrated), onnx.load(mixed.path)
+    assert set(quantised_layers(before)) - set(quantised_layers(after)) == set(mixed.kept)
+    old, new = constants_of(before), constants_of(after)
+    for layer in quantised_layers(after).values():
+        np.testing.assert_array_equal(new[layer.weights], old[layer.weights])
+        assert new[layer.activation_scale] == old[layer.activation_scale]
 
 
 def test_every_way_is_legal_with_fp16_between_its_layers_too(preparation: Preparation) -> None:
