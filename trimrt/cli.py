@@ -18,6 +18,8 @@ COMMANDS: Final = {
     "prepare": ("trimrt.prepare:prepare", "Turn a student into a kit that compiles on another machine."),
     "build": ("trimrt.build:build", "Compile a student into an engine package."),
     "inspect": ("trimrt.inspect:inspect", "Show what an engine package is."),
+    "sign": ("trimrt.sign:sign_command", "Sign engine packages and build kits."),
+    "verify": ("trimrt.verify:verify", "Check who signed engine packages and build kits."),
     "serve": ("trimrt.serve.command:serve", "Serve an engine package over HTTP."),
     "loadtest": ("trimrt.loadtest.command:loadtest", "Load a running server and measure what it does."),
     "bench": ("trimrt.bench.command:bench", "Time engine packages by themselves, side by side."),

@@ -90,11 +90,12 @@ class Supervisor:
 
     async def _serve(self) -> None:
         # Looks before what is there is loaded, lest a package come between.
-        watcher = Watcher(self._load, self._settings.engine_dir) if self._settings.watch else None
+        settings = self._settings
+        watcher = Watcher(self._load, settings.engine_dir, settings.trust) if settings.watch else None
         async with self._changing:
-            members = await asyncio.gather(*(self._start() for _ in range(self._settings.workers)))
+            members = await asyncio.gather(*(self._start() for _ in range(settings.workers)))
         self._all_loaded.set()
-        watching = asyncio.create_task(watcher.run(self._settings.watch_interval_s)) if watcher else None
+        watching = asyncio.create_task(watcher.run(settings.watch_interval_s)) if watcher else None
         try:
             await asyncio.gather(*map(self._keep, members))
         finally:
