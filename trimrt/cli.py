@@ -29,6 +29,7 @@ COMMANDS: Final = {
     ),
     "predict": ("trimrt.predict.command:predict", "Label a folder, files or a Parquet column at once."),
     "cluster": ("trimrt.cluster.command:cluster", "Serve engine packages on a Ray cluster."),
+    "doctor": ("trimrt.doctor.command:doctor", "Show what this machine has, and what stops the server."),
     "selftest": ("trimrt.selftest.command:selftest", "Test that TrimRT works on this machine."),
     "report": ("trimrt.report.command:report", "Compare checkpoints and engines on one page."),
     "demo": ("trimrt.demo.command:demo", "Build, serve, ask and compare, once, on handwritten digits."),

@@ -24,8 +24,8 @@ LOST_CODE: Final = 70  # the exit code when an engine was lost
 log = logging.getLogger("trimrt")
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for every field of `Settings`, which checks the values."""
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of `Settings`, which checks the values."""
     for name, field in reversed(Settings.model_fields.items()):
         flag = name.replace("_", "-")
         default = shown_default(field)
@@ -59,7 +59,7 @@ def _words(kind: Any) -> tuple[str, ...]:
         "trimrt serve --engine-dir engines --watch --host 0.0.0.0",
     ],
 )
-@_with_settings
+@with_settings
 def serve(**options: Any) -> None:
     """Serve engine packages over HTTP.
 
@@ -85,17 +85,27 @@ def _run(settings: Settings) -> None:
 
     logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
     packages = resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
-    # What is not installed is found out before a port is opened.
-    if settings.otlp_endpoint:
-        importlib.import_module("server.tracing")
-    if settings.grpc_port is not None:
-        importlib.import_module("server.v2.grpc")
+    if settings.trust.keys:
+        log.info("packages must be signed", extra={"by": ", ".join(sorted(settings.trust.keys))})
+    import_extras(settings)
     listener = listen(settings)
     url = f"http://{_place(listener)}"
     if settings.workers > 1:
         _serve_together(settings, listener, packages, url)
     else:
         _serve_alone(settings, listener, url)
+
+
+def import_extras(settings: Settings) -> None:
+    """Import what `settings` need besides: what is not installed is found out before a port is opened.
+
+    Raises:
+        ModuleNotFoundError: of an extra.
+    """
+    if settings.otlp_endpoint:
+        importlib.import_module("server.tracing")
+    if settings.grpc_port is not None:
+        importlib.import_module("server.v2.grpc")
 
 
 def _place(bound: socket.socket) -> str:
