@@ -38,6 +38,10 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    uds: Path | None = Field(
+        default=None,
+        description="Unix socket to listen on as well, for programs of this user and its group.",
+    )
 
     workers: int = Field(
         default=1,

@@ -16,7 +16,7 @@ from server.telemetry import Telemetry
 from trimrt.doctor.findings import Finding, State
 from trimrt.extras import missing_extra
 from trimrt.serve.command import import_extras
-from trimrt.serve.listening import listen, reserve_grpc
+from trimrt.serve.listening import listen, listen_locally, reserve_grpc
 
 
 def look_at_ports(settings: Settings) -> Iterator[Finding]:
@@ -24,6 +24,12 @@ def look_at_ports(settings: Settings) -> Iterator[Finding]:
     yield _port(settings.port, "port", lambda: listen(settings))
     if settings.grpc_port is not None:
         yield _port(settings.grpc_port, "gRPC port", lambda: reserve_grpc(settings))
+    if (path := settings.uds) is not None:
+        try:
+            with listen_locally(path):
+                yield Finding(subject="Unix socket", state="ok", found=f"{path} can be had")
+        except TrimRTError as error:
+            yield Finding(subject="Unix socket", state="stop", found=str(error))
 
 
 def look_at_extras(settings: Settings) -> Iterator[Finding]:

@@ -120,6 +120,15 @@ def test_a_taken_port_stops_it(trimrt: Run, engines: Path) -> None:
     assert f"cannot listen on 127.0.0.1 port {port}" in findings["port"]["found"]
 
 
+def test_what_is_in_the_way_of_the_unix_socket_stops_it(trimrt: Run, engines: Path, tmp_path: Path) -> None:
+    options = ("--engine-dir", engines, "--engine", "tiny", "--uds", tmp_path / "socket")
+    code, findings = examine(trimrt, *options)
+    assert (code, findings["Unix socket"]["state"]) == (0, "ok")
+    (tmp_path / "socket").write_text("mine")
+    code, findings = examine(trimrt, *options)
+    assert (code, findings["Unix socket"]["state"]) == (1, "stop")
+
+
 def test_wrong_settings_are_refused_as_by_the_server(trimrt: Run) -> None:
     result = trimrt("doctor", "--workers", "none")
     assert result.exit_code == 2
