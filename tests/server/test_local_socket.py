@@ -51,7 +51,8 @@ def ask(client: httpx.Client, image: bytes) -> list[float]:
         "/predict", params={"top_k": 10}, content=image, headers={"Content-Type": "image/png"}
     )
     assert answer.status_code == 200, answer.text
-    by_label = sorted((row["label"], row["probability"]) for row in answer.json()["results"][0]["predictions"])
+    (result,) = answer.json()["results"]
+    by_label = sorted((row["label"], row["probability"]) for row in result["predictions"])
     return [probability for _, probability in by_label]
 
 
