@@ -80,7 +80,7 @@ def build(
         observer.noted(RTX_INT8)
     packages: list[Package] = []
     refused: list[str] = []
-    with _graphs(source, options.prepare, observer) as graphs:
+    with _graphs(source, options, observer) as graphs:
         for precision in precisions:
             build_one = (
                 partial(build_best, objective=options.objective)
@@ -163,18 +163,21 @@ def _passes(graph: Graph) -> bool:
 
 
 @contextmanager
-def _graphs(source: str, options: PrepareOptions, observer: BuildObserver) -> Iterator[GraphSource]:
+def _graphs(source: str, options: BuildOptions, observer: BuildObserver) -> Iterator[GraphSource]:
     """The build kit, or the checkpoint or model, exported."""
     if not is_kit(Path(source)):
-        with _prepared(source, options, observer) as graphs:
+        if options.trust.keys:
+            raise KitError(f"{source} is no build kit, and only kits and engine packages are signed")
+        with _prepared(source, options.prepare, observer) as graphs:
             yield graphs
         return
-    if changed := changed_options(options):
+    if changed := changed_options(options.prepare):
         raise KitError(
             f"{source} is a build kit, whose images and calibration are fixed; leave out {', '.join(changed)}"
         )
     observer.report("checking the build kit")
-    yield open_kit(Path(source))
+    with tempfile.TemporaryDirectory(prefix="trimrt-") as copies:
+        yield open_kit(Path(source), options.trust, Path(copies))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ FP32 network's logits that the compiled engine is judged by. This module needs n
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import zipfile
 import zlib
@@ -25,7 +27,9 @@ from builder.external_data import has_external_data
 from models.errors import TrimRTError, faults
 from models.files import restore
 from models.preprocessing import Pixels, Preprocessing
-from runtime.manifest import Activation, Calibration, LeftOut, Precision, sha256_of
+from runtime.manifest import Activation, Calibration, LeftOut, Precision
+from runtime.reading import TEXT_BYTES, read_file
+from runtime.signatures import ANYONE, SignatureError, Trust
 
 # The tensors that every graph takes and gives.
 INPUT: Final = "images"
@@ -201,11 +205,20 @@ class KitManifest(_Strict):
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit on disk whose files match the hashes in `kit.json`."""
+    """A kit on disk whose files match the hashes in `kit.json`.
+
+    Attributes:
+        path: its folder.
+        manifest: what it says of itself.
+        verification: what engines are judged by.
+        copies: folder for checked copies of the graphs that are compiled, which nobody else may write to;
+            None: they are taken from the kit.
+    """
 
     path: Path
     manifest: KitManifest
     verification: VerificationSet
+    copies: Path | None = None
 
     @property
     def student(self) -> Student:
@@ -232,7 +245,14 @@ class Kit:
                 "Make another with `trimrt prepare`"
             )
         for graph in found:
-            yield graph, self.path / graph.file
+            yield graph, self._file_of(graph)
+
+    def _file_of(self, graph: Graph) -> Path:
+        if self.copies is None:
+            return self.path / graph.file
+        copy = self.copies / graph.file
+        copy.write_bytes(_read_checked(self.path / graph.file, graph.sha256, self.manifest))
+        return copy
 
 
 def is_kit(folder: Path) -> bool:
@@ -241,46 +261,56 @@ def is_kit(folder: Path) -> bool:
     return (folder / KIT_NAME).is_file()
 
 
-def open_kit(folder: Path) -> Kit:
+def open_kit(folder: Path, trust: Trust = ANYONE, copies: Path | None = None) -> Kit:
     """The kit in `folder`, checked against its own hashes.
 
+    Args:
+        folder: the kit's.
+        trust: whose kits are used; of another's nothing is parsed.
+        copies: see `Kit`.
+
     Raises:
-        KitError: not a kit, or a file of it is missing or was changed.
+        KitError: not a kit, no trusted key has signed it, or a file of it is missing or was changed.
     """
     restore(folder)
     try:
-        manifest = KitManifest.model_validate_json((folder / KIT_NAME).read_text(encoding="utf-8"))
+        manifest = KitManifest.model_validate_json(trust.read(folder / KIT_NAME, TEXT_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         raise KitError(
             f"{folder} is not a build kit: it has no {KIT_NAME} (`trimrt prepare` makes one)"
         ) from None
     except OSError as error:
         raise KitError(f"{folder / KIT_NAME} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise KitError(f"{folder / KIT_NAME} is not a valid kit manifest: {error}") from error
+    except SignatureError as error:
+        raise KitError(str(error)) from error
     except ValidationError as error:
         raise KitError(f"{folder / KIT_NAME} is not a valid kit manifest: {faults(error)}") from error
-    expected = {graph.file: graph.sha256 for graph in manifest.graphs}
-    expected[VERIFICATION_NAME] = manifest.verification_sha256
-    for name, sha256 in expected.items():
-        if not (folder / name).is_file():
-            raise KitError(
-                f"{folder} has no {name}; copy the kit again, or make it again: {manifest.command}"
-            )
-        if sha256_of(folder / name) != sha256:
-            raise KitError(
-                f"{folder / name} was damaged or changed; copy the kit again, or make it again: "
-                f"{manifest.command}"
-            )
     for graph in manifest.graphs:
-        _check_alone(folder / graph.file)
-    return Kit(folder, manifest, _read_verification(folder / VERIFICATION_NAME, manifest))
+        path = folder / graph.file
+        _check_alone(path, _read_checked(path, graph.sha256, manifest))
+    path = folder / VERIFICATION_NAME
+    images = _read_verification(path, _read_checked(path, manifest.verification_sha256, manifest), manifest)
+    return Kit(folder, manifest, images, copies)
 
 
-def _check_alone(graph: Path) -> None:
+def _read_checked(path: Path, sha256: str, manifest: KitManifest) -> bytes:
+    """The content of a kit's file, whose hash is what the kit says."""
+    remedy = f"copy the kit again, or make it again: {manifest.command}"
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
+        raise KitError(f"{path.parent} has no {path.name}; {remedy}") from None
+    except OSError as error:
+        raise KitError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise KitError(f"{path} was damaged or changed; {remedy}")
+    return content
+
+
+def _check_alone(graph: Path, content: bytes) -> None:
     """Weights in a file of their own would have no hash, and could be any file of the machine."""
     try:
-        external = has_external_data(graph.read_bytes())
+        external = has_external_data(content)
     except ValueError as error:
         raise KitError(f"{graph} is not an ONNX model: {error}") from error
     if external:
@@ -293,11 +323,11 @@ def write_verification(path: Path, images: VerificationSet) -> None:
         np.savez_compressed(file, pixels=images.pixels, targets=images.targets, logits=images.logits)
 
 
-def _read_verification(path: Path, manifest: KitManifest) -> VerificationSet:
+def _read_verification(path: Path, content: bytes, manifest: KitManifest) -> VerificationSet:
     student = manifest.student
     size, classes = (student.preprocessing.height, student.preprocessing.width, 3), len(student.labels)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             pixels = _read_array(archive, "pixels", np.uint8, size)
             targets = _read_array(archive, "targets", np.int64, ())
             logits = _read_array(archive, "logits", np.float32, (classes,))

@@ -11,6 +11,7 @@ from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.verification import Gate
 from builder.prepare.options import PrepareOptions
 from runtime.manifest import Backend, BatchSizes, Precision
+from runtime.signatures import ANYONE, Trust
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class BuildOptions:
         prepare: how the graphs are made. A build kit has its graphs already and takes only the defaults.
         objective: what `best` prefers: less time for one image, or more images a second.
         replace: replace packages of the same name that were made of other networks.
+        trust: whose build kits are used; if it names keys, nothing but a kit is built.
     """
 
     precisions: Sequence[Precision | Literal["best"]] | None = None
@@ -38,3 +40,4 @@ class BuildOptions:
     prepare: PrepareOptions = field(default_factory=PrepareOptions)
     objective: Objective = "latency"
     replace: bool = False
+    trust: Trust = ANYONE

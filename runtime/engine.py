@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.manifest import Manifest
+from runtime.signatures import ANYONE, Trust
 
 BRIEF_S: Final = 750e-6
 """An engine is brief if it takes at most so long for its smallest batch, seconds."""
@@ -36,6 +37,7 @@ class Options:
             only for plans from a trusted place.
         share: so many processes run the engine at once, each with its share of the slots and threads; only
             CPU runtimes use it.
+        trust: whose packages are loaded.
     """
 
     slots: int | None = None
@@ -46,6 +48,7 @@ class Options:
     cuda_graphs: bool = True
     host_code: bool = False
     share: int = 1
+    trust: Trust = ANYONE
 
 
 @dataclass(frozen=True)

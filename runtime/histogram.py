@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,8 @@ _PER_OCTAVE: Final = 16
 _LOWEST_S: Final = 1e-4 / 2**7
 _BUCKETS: Final = 27 * _PER_OCTAVE  # up to 105 s; beyond it everything is in the last one
 _FIRST_BOUND: Final = 7 * _PER_OCTAVE - 1  # the bucket that ends at 0.1 ms
+
+WINDOW_S: Final = 60  # what a distribution remembers second by second
 
 
 def bucket_bound(index: int) -> float:
@@ -57,6 +60,39 @@ class Histogram:
         """Prometheus buckets, two an octave from 0.1 ms to 6.6 s: upper bound in seconds, count up to it."""
         for bound in range(_FIRST_BOUND, _FIRST_BOUND + 16 * _PER_OCTAVE + 1, _PER_OCTAVE // 2):
             yield bucket_bound(bound), sum(n for bucket, n in self.counts.items() if bucket <= bound)
+
+
+class Distribution:
+    """A histogram since start, and one for each second of the last minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.total = Histogram()
+        self._seconds: dict[int, Histogram] = {}
+
+    def add(self, seconds: Sequence[float], second: int) -> None:
+        """Count durations that ended in that second of the clock."""
+        histogram = Histogram()
+        histogram.add(seconds)
+        self.total.merge(histogram)
+        self._seconds.setdefault(second, Histogram()).merge(histogram)
+        for old in [known for known in self._seconds if known <= second - WINDOW_S]:
+            del self._seconds[old]
+
+    def merge(self, other: Distribution) -> None:
+        """Count everything `other` counted."""
+        self.total.merge(other.total)
+        for second, histogram in other._seconds.items():
+            self._seconds.setdefault(second, Histogram()).merge(histogram)
+
+    def recent(self, seconds: int = WINDOW_S) -> Histogram:
+        """What was counted in the last `seconds`, at most `WINDOW_S` of them."""
+        now = int(self._clock())
+        merged = Histogram()
+        for second, histogram in self._seconds.items():
+            if second > now - seconds:
+                merged.merge(histogram)
+        return merged
 
 
 def buckets_of(seconds: Sequence[float]) -> NDArray[np.int64]:

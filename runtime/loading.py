@@ -8,6 +8,7 @@ from typing import Final
 
 from runtime.engine import Engine, Options
 from runtime.manifest import Backend, EngineError, Manifest, read_manifest
+from runtime.signatures import SignatureError
 from runtime.tuning import with_tuning
 
 # Each module has `load(folder, manifest, options) -> Engine`.
@@ -21,15 +22,21 @@ _RUNTIMES: Final[dict[Backend, str]] = {
 def load_engine(folder: str | Path, options: Options | None = None) -> Engine:
     """The engine package in `folder`, checked against this machine and ready to open slots.
 
-    Nothing in the package but its manifest is interpreted before versions, device and hashes fit. What
-    `options` leave open is taken from the package's tuning for this machine, if it has one.
+    Nothing in the package but its manifest is interpreted before versions, device and hashes fit; nothing at
+    all, where `options` trust some keys only, before the signature does. What `options` leave open is taken
+    from the package's tuning for this machine, if it has one.
 
     Raises:
-        EngineError: no package, or one that is damaged, was built for something else or changes meanwhile;
-            the message says what was built, what is here, and which command rebuilds it.
+        EngineError: no package, or one that is damaged, not signed by a trusted key, was built for something
+            else or changes meanwhile; the message says what was built, what is here, and which command
+            rebuilds it.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+    folder, options = Path(folder), options or Options()
+    manifest = read_manifest(folder, options.trust)
+    try:
+        options.trust.check(folder)
+    except SignatureError as error:
+        raise EngineError(str(error)) from error
     pixels = [manifest.preprocessing.height, manifest.preprocessing.width, 3]
     if manifest.input.shape[1:] != pixels:
         raise EngineError(
@@ -43,17 +50,18 @@ def load_engine(folder: str | Path, options: Options | None = None) -> Engine:
             f"{folder} needs {manifest.backend} {manifest.backend_version}, "
             f"which cannot be imported here: {error}"
         ) from error
-    options = with_tuning(folder, manifest.batch, options or Options())
+    options = with_tuning(folder, manifest.batch, options)
     engine: Engine = runtime.load(folder, manifest, options)
     try:
-        _check_unchanged(folder, manifest)
+        _check_unchanged(folder, manifest, options)
     except EngineError:
         engine.close()
         raise
     return engine
 
 
-def _check_unchanged(folder: Path, manifest: Manifest) -> None:
+def _check_unchanged(folder: Path, manifest: Manifest, options: Options) -> None:
     """The artefact has a hash to be held against; of the manifest, a copy half made may look whole."""
-    if read_manifest(folder).model_dump_json() != manifest.model_dump_json():  # NaN is not equal to itself
+    again = read_manifest(folder, options.trust)
+    if again.model_dump_json() != manifest.model_dump_json():  # NaN is not equal to itself
         raise EngineError(f"{folder} changed while it was loaded; load it again when it is complete")

@@ -19,6 +19,7 @@ from models.files import restore
 from models.preprocessing import Preprocessing
 from runtime.jetson import Power
 from runtime.reading import TEXT_BYTES, read_file
+from runtime.signatures import ANYONE, SignatureError, Trust
 
 MANIFEST_NAME: Final = "manifest.json"
 _SHOWN_MISTAKES: Final = 3
@@ -247,22 +248,28 @@ class Manifest(_Strict):
     build_command: str = Field(description="the command that rebuilds it")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, trust: Trust = ANYONE) -> Manifest:
     """The manifest of the engine package in `folder`; the artefact is not looked at.
 
+    Args:
+        folder: the package's.
+        trust: whose packages are used; of another's the manifest is not even parsed.
+
     Raises:
-        EngineError: no package there, or not a valid one.
+        EngineError: no package there, not a valid one, or one that no trusted key has signed.
     """
     restore(folder)
     path = folder / MANIFEST_NAME
     try:
-        return Manifest.model_validate_json(read_file(path, TEXT_BYTES))
+        return Manifest.model_validate_json(trust.read(path, TEXT_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(
             f"{folder} is not an engine package: it has no {MANIFEST_NAME} (`trimrt build` makes one)"
         ) from None
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+    except SignatureError as error:
+        raise EngineError(str(error)) from error
     except ValidationError as error:
         raise EngineError(f"{path} is not a valid engine manifest: {_reasons(error)}") from error
 

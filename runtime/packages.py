@@ -10,6 +10,7 @@ from typing import TypeAlias
 from models.files import restore, restore_in
 from models.naming import MANY, did_you_mean, few, nothing_at
 from runtime.manifest import MANIFEST_NAME, EngineError, Manifest, read_manifest
+from runtime.signatures import ANYONE, Trust
 
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...] | str"
 """Each file's name, size, and times of change; or why there is none."""
@@ -43,8 +44,12 @@ def find_package_folders(directory: Path) -> list[Path]:
     return [folder for folder in folders if not folder.name.startswith(".") and is_package(folder)]
 
 
-def find_packages(directory: Path) -> dict[Path, Manifest | EngineError]:
+def find_packages(directory: Path, trust: Trust = ANYONE) -> dict[Path, Manifest | EngineError]:
     """The engine packages in `directory`: their manifests, or why one cannot be used.
+
+    Args:
+        directory: the engine directory.
+        trust: whose packages can be used, here and in the functions below.
 
     Raises:
         EngineError: `directory` itself cannot be read.
@@ -52,19 +57,19 @@ def find_packages(directory: Path) -> dict[Path, Manifest | EngineError]:
     packages: dict[Path, Manifest | EngineError] = {}
     for folder in find_package_folders(directory):
         try:
-            packages[folder] = read_manifest(folder)
+            packages[folder] = read_manifest(folder, trust)
         except EngineError as error:
             packages[folder] = error
     return packages
 
 
-def find_package(directory: Path, name: str) -> Path:
+def find_package(directory: Path, name: str, trust: Trust = ANYONE) -> Path:
     """The folder of engine `name` in `directory`; of several versions, the newest.
 
     Raises:
         EngineError: there is none, or `directory` cannot be read.
     """
-    packages = find_packages(directory)
+    packages = find_packages(directory, trust)
     found = {
         folder: int(manifest.version)
         for folder, manifest in packages.items()
@@ -80,7 +85,7 @@ def find_package(directory: Path, name: str) -> Path:
     raise EngineError(f"no engine {name!r} in {directory}{there}; `trimrt build` makes one")
 
 
-def resolve_package(engine: str | Path, directory: Path) -> Path:
+def resolve_package(engine: str | Path, directory: Path, trust: Trust = ANYONE) -> Path:
     """The folder of the package that a user names, by its path or by its name in `directory`.
 
     Raises:
@@ -92,22 +97,25 @@ def resolve_package(engine: str | Path, directory: Path) -> Path:
         return folder
     if folder.name == str(engine):
         try:
-            return find_package(directory, folder.name)
+            return find_package(directory, folder.name, trust)
         except EngineError:
             if not folder.exists():
                 raise
     elif not folder.exists():
         raise EngineError(nothing_at(folder))
-    read_manifest(folder)  # says what is missing
+    read_manifest(folder, trust)  # says what is missing
     return folder
 
 
-def choose_packages(directory: Path, names: Sequence[str], *, may_be_empty: bool = False) -> list[Path]:
+def choose_packages(
+    directory: Path, names: Sequence[str], *, trust: Trust = ANYONE, may_be_empty: bool = False
+) -> list[Path]:
     """The package folders that `names` name: names in `directory`, or paths.
 
     Args:
         directory: the engine directory.
         names: none of them: the one package in `directory` that can be used.
+        trust: whose packages can be used.
         may_be_empty: without names there may also be none.
 
     Raises:
@@ -115,8 +123,8 @@ def choose_packages(directory: Path, names: Sequence[str], *, may_be_empty: bool
             holds several that can be used, or none.
     """
     if names:
-        return [_named(directory, name) for name in names]
-    packages = find_packages(directory)
+        return [_named(directory, name, trust) for name in names]
+    packages = find_packages(directory, trust)
     usable = [folder for folder, manifest in packages.items() if isinstance(manifest, Manifest)]
     if len(usable) == 1 or (not usable and may_be_empty):
         return usable
@@ -131,25 +139,26 @@ def choose_packages(directory: Path, names: Sequence[str], *, may_be_empty: bool
     raise EngineError(f"no engine package in {directory}; `trimrt build` makes one")
 
 
-def _named(directory: Path, name: str) -> Path:
-    folder = resolve_package(name, directory)
-    read_manifest(folder)
+def _named(directory: Path, name: str, trust: Trust) -> Path:
+    folder = resolve_package(name, directory, trust)
+    read_manifest(folder, trust)
     return folder
 
 
 def survey(
-    directory: Path, refusals: Mapping[Path, tuple[Stamp, str]]
+    directory: Path, refusals: Mapping[Path, tuple[Stamp, str]], trust: Trust = ANYONE
 ) -> tuple[dict[str, Manifest], dict[Path, str]]:
     """The newest usable manifest of each name, and why other packages are refused.
 
     Args:
         directory: the engine directory.
         refusals: what came of attempts to load packages, which were as the stamps say.
+        trust: whose packages are usable.
     """
     usable: dict[str, Manifest] = {}
     refused: dict[Path, str] = {}
     try:
-        packages = find_packages(directory)
+        packages = find_packages(directory, trust)
     except EngineError as error:
         return usable, {directory: str(error)}
     for folder, manifest in packages.items():

@@ -52,5 +52,10 @@ def processor() -> tuple[str | None, list[str]]:
         return platform.processor() or None, []
     info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = (info.get("flags") or info.get("Features") or "").split()
-    level = next((os.environ[name].upper() for name in _VARIABLES if os.environ.get(name)), "")
-    return info.get("model name"), sorted(_FEATURES.intersection(flags) & _LEVELS.get(level, _FEATURES))
+    used = _FEATURES.intersection(flags) & _LEVELS.get(restriction().upper(), _FEATURES)
+    return info.get("model name"), sorted(used)
+
+
+def restriction() -> str:
+    """What ONEDNN_MAX_CPU_ISA restricts OpenVINO to; empty where it is not set."""
+    return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), "")

@@ -14,7 +14,8 @@ from models.cores import cores
 from runtime.engine import Options
 from runtime.manifest import BatchSizes
 from runtime.processor import processor
-from runtime.reading import TEXT_BYTES, read_file
+from runtime.reading import TEXT_BYTES
+from runtime.signatures import SignatureError
 
 log = logging.getLogger("trimrt.engines")
 
@@ -72,10 +73,10 @@ def with_tuning(folder: Path, batch: BatchSizes, options: Options) -> Options:
     if options.slots or options.threads:
         return options
     try:
-        tuning = Tuning.model_validate_json(read_file(path, TEXT_BYTES))
+        tuning = Tuning.model_validate_json(options.trust.read(path, TEXT_BYTES))
     except FileNotFoundError:
         return options
-    except (OSError, ValidationError) as error:
+    except (OSError, SignatureError, ValidationError) as error:
         log.warning("%s cannot be read: %s; `trimrt bench --tune` makes a new one", path, error)
         return options
     if (tuning.processor, tuning.cores) != (this_processor(), cores()):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runtime.manifest import EngineError, read_manifest
 from runtime.packages import Stamp, find_package, find_package_folders, stamp_of
+from runtime.signatures import ANYONE, Trust
 
 log = logging.getLogger("trimrt.registry")
 
@@ -21,10 +22,14 @@ class Watcher:
     Args:
         load: loads the package in a folder, or raises `EngineError`, which is logged.
         directory: the engine directory.
+        trust: whose packages are used.
     """
 
-    def __init__(self, load: Callable[[Path], Awaitable[object]], directory: Path) -> None:
+    def __init__(
+        self, load: Callable[[Path], Awaitable[object]], directory: Path, trust: Trust = ANYONE
+    ) -> None:
         self._load = load
+        self._trust = trust
         self._directory = directory
         self._trouble = ""
         self._known = self._stamps()
@@ -56,10 +61,10 @@ class Watcher:
     def _is_newest(self, folder: Path) -> bool:
         """Whether there is no newer version; of a package that cannot be read, loading it says why."""
         try:
-            name = read_manifest(folder).name
+            name = read_manifest(folder, self._trust).name
         except EngineError:
             return True
-        return find_package(self._directory, name) == folder
+        return find_package(self._directory, name, self._trust) == folder
 
     def _stamps(self) -> dict[Path, Stamp]:
         """The stamp of every package; none while the directory cannot be read, which is logged once."""

@@ -77,7 +77,7 @@ def create_app(
         large_work = ThreadPoolExecutor(1, "trimrt-large")
         # Looks before what is there is loaded, lest a package come between.
         watcher = (
-            Watcher(lambda folder: registry.change(Load(folder)), settings.engine_dir)
+            Watcher(lambda folder: registry.change(Load(folder)), settings.engine_dir, settings.trust)
             if settings.watch and fleet is None
             else None
         )

@@ -39,13 +39,14 @@ def _engine_options(settings: Settings) -> Options:
         cuda_graphs=settings.cuda_graphs,
         host_code=settings.host_code,
         share=settings.workers,
+        trust=settings.trust,
     )
 
 
 def resolve_engines(settings: Settings) -> list[Path]:
     """The package folders that `settings.engine` names; the first is the default. See `choose_packages`."""
     names = [name.strip() for name in settings.engine.split(",") if name.strip()]
-    return choose_packages(settings.engine_dir, names, may_be_empty=settings.watch)
+    return choose_packages(settings.engine_dir, names, trust=settings.trust, may_be_empty=settings.watch)
 
 
 class Load(NamedTuple):
@@ -164,7 +165,9 @@ class Registry:
             Problem: `engine-not-found`.
         """
         try:
-            return await asyncio.to_thread(find_package, self._settings.engine_dir, name)
+            return await asyncio.to_thread(
+                find_package, self._settings.engine_dir, name, self._settings.trust
+            )
         except EngineError as error:
             loaded = self._folders.get(name)
             if loaded is None:
@@ -256,8 +259,10 @@ class Registry:
         return scheduler
 
     def _open(self, folder: Path) -> Engine:
-        if self._settings.workers > 1 and (backend := read_manifest(folder).backend) != "openvino":
-            raise EngineError(f"{folder} runs on a device, and {backend} engines need --workers 1")
+        if self._settings.workers > 1:
+            backend = read_manifest(folder, self._settings.trust).backend
+            if backend != "openvino":
+                raise EngineError(f"{folder} runs on a device, and {backend} engines need --workers 1")
         try:
             return self._load(folder)
         except EngineError:
@@ -279,7 +284,8 @@ class Registry:
     async def describe(self) -> list[EngineRow]:
         """Every engine that is loaded or could be, and every package that is refused, by name."""
         refusals = dict(self._refusals)
-        usable, refused = await asyncio.to_thread(survey, self._settings.engine_dir, refusals)
+        directory, trust = self._settings.engine_dir, self._settings.trust
+        usable, refused = await asyncio.to_thread(survey, directory, refusals, trust)
         rows = [
             EngineRow(name=readable(folder.name), state="refused", reason=readable(reason))
             for folder, reason in refused.items()

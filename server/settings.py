@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.cores import cores
 from models.preprocessing import DEFAULT_MAX_PIXELS, FORMATS
+from runtime.signatures import Trust, trust_in
 
 
 class Settings(BaseSettings):
@@ -27,9 +29,19 @@ class Settings(BaseSettings):
         "Several with commas; the first is the default. Needed unless the directory holds exactly one.",
     )
     engine_dir: Path = Field(default=Path("engines"), description="Where engine packages are found by name.")
+    trusted_key: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Serve no package but those that this key has signed (`trimrt sign`): file of the public "
+        "key; several with commas.",
+    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    uds: Path | None = Field(
+        default=None,
+        description="Unix socket to listen on as well, for programs of this user and its group.",
+    )
 
     workers: int = Field(
         default=1,
@@ -159,6 +171,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level logged."
     )
+
+    @cached_property
+    def trust(self) -> Trust:
+        """Whose engine packages are served; the keys are read once."""
+        return trust_in(self.trusted_key)
 
     @field_validator("formats")
     @classmethod

@@ -4,50 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from runtime.histogram import Histogram
+from runtime.histogram import Distribution
 
 PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9}
 STAGES: Final = ("decode", "queue", "inference", "total")
 
-WINDOW_S: Final = 60
-
 _MOST_UNSORTED: Final = 1000  # to sort them takes less than a millisecond
-
-
-class Distribution:
-    """A histogram since start, and one for each second of the last minute."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self.total = Histogram()
-        self._seconds: dict[int, Histogram] = {}
-
-    def add(self, seconds: Sequence[float], second: int) -> None:
-        """Count durations that ended in that second of the clock."""
-        histogram = Histogram()
-        histogram.add(seconds)
-        self.total.merge(histogram)
-        self._seconds.setdefault(second, Histogram()).merge(histogram)
-        for old in [known for known in self._seconds if known <= second - WINDOW_S]:
-            del self._seconds[old]
-
-    def merge(self, other: Distribution) -> None:
-        """Count everything `other` counted."""
-        self.total.merge(other.total)
-        for second, histogram in other._seconds.items():
-            self._seconds.setdefault(second, Histogram()).merge(histogram)
-
-    def recent(self, seconds: int = WINDOW_S) -> Histogram:
-        """What was counted in the last `seconds`, at most `WINDOW_S` of them."""
-        now = int(self._clock())
-        merged = Histogram()
-        for second, histogram in self._seconds.items():
-            if second > now - seconds:
-                merged.merge(histogram)
-        return merged
 
 
 class EngineStats:

@@ -14,8 +14,20 @@ from builder.compile.packages import Package
 from builder.compile.selection import Objective
 from builder.compile.targets.base import INT8_REST
 from runtime.manifest import Backend, BatchSizes, Precision
+from runtime.signatures import Trust
 from trimrt.display import Display
-from trimrt.options import COUNT, ENGINES, FOLDER, HELP, Choice, Command, one_or_more_of, options_of, take
+from trimrt.options import (
+    COUNT,
+    ENGINES,
+    FOLDER,
+    HELP,
+    Choice,
+    Command,
+    one_or_more_of,
+    options_of,
+    take,
+    trusted_key_option,
+)
 
 
 def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> list[BatchSizes]:
@@ -101,6 +113,7 @@ def _profiles(_context: click.Context, _option: click.Parameter, texts: Sequence
 @click.option(
     "--replace", is_flag=True, help="Replace packages of the same name that were made of another network."
 )
+@trusted_key_option
 @options_of(TensorRTOptions)
 @options_of(PrepareOptions)
 def build(
@@ -115,6 +128,7 @@ def build(
     max_drop: float,
     min_agreement: float,
     replace: bool,
+    trust: Trust,
     **values: Any,
 ) -> None:
     """Compile a student into engine packages, and publish those that pass the accuracy gate.
@@ -136,6 +150,7 @@ def build(
         prepare=take(PrepareOptions, values),
         objective=objective,
         replace=replace,
+        trust=trust,
     )
     run_build(source, output, options)
 

@@ -14,8 +14,9 @@ from models.naming import shortened
 from models.preprocessing import Preprocessing
 from runtime.manifest import Evidence, Manifest, Tensor, read_artefact, read_manifest
 from runtime.packages import resolve_package
+from runtime.signatures import Trust
 from runtime.tensorrt.layers import PlanLayer, read_layers, summarise
-from trimrt.options import HELP, Command, engine_dir_option
+from trimrt.options import HELP, Command, engine_dir_option, trusted_key_option
 from trimrt.report.provenance import calibration_text
 
 
@@ -29,33 +30,38 @@ from trimrt.report.provenance import calibration_text
 )
 @click.argument("engine")
 @engine_dir_option
+@trusted_key_option
 @click.option("--labels", "all_labels", is_flag=True, help="List all labels, however many there are.")
 @click.option(
     "--layers", "with_layers", is_flag=True, help="TensorRT: also show what the graph became, layer by layer."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, for programs.")
-def inspect(engine: str, engine_dir: Path, all_labels: bool, as_json: bool, with_layers: bool) -> None:
+def inspect(
+    engine: str, engine_dir: Path, trust: Trust, all_labels: bool, as_json: bool, with_layers: bool
+) -> None:
     """Show what an engine package is: built from what, for which machine, how good and how fast.
 
     ENGINE is its folder or its name. The exit code is 0 if the artefact matches the manifest, and not 0
     otherwise.
     """
-    folder = resolve_package(engine, engine_dir)
-    manifest = read_manifest(folder)
+    folder = resolve_package(engine, engine_dir, trust)
+    manifest = read_manifest(folder, trust)
+    signer = trust.check(folder)
     if as_json:
         click.echo(manifest.model_dump_json(indent=2))
     else:
-        _print(folder, manifest, all_labels)
+        _print(folder, manifest, signer, all_labels)
         if with_layers:
-            _print_layers(read_layers(folder))
+            _print_layers(read_layers(folder, trust))
     read_artefact(folder, manifest)
 
 
-def _print(folder: Path, manifest: Manifest, all_labels: bool) -> None:
+def _print(folder: Path, manifest: Manifest, signer: str | None, all_labels: bool) -> None:
     table = Table(box=SIMPLE, show_header=False, title=escape(str(folder)), title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(folder, manifest, all_labels):
+    signed = [("signed by", signer)] if signer else []
+    for name, value in [*_rows(folder, manifest, all_labels), *signed]:
         table.add_row(name, escape(value))
     Console().print(table, highlight=False)
 

@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from models.folders import ON_DAMAGED_TEXT, OnDamaged
 from models.naming import did_you_mean, nothing_at
+from runtime.signatures import Trust, trust_in
 
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -68,6 +69,18 @@ POSITIVE: Final = click.FloatRange(min=0, min_open=True)
 FILE: Final = click.Path(path_type=Path, dir_okay=False)
 FOLDER: Final = click.Path(path_type=Path, file_okay=False)
 
+
+def _trusted(_context: click.Context, _option: click.Parameter, files: str | None) -> Trust:
+    return trust_in(files)
+
+
+trusted_key_option: Final = click.option(
+    "--trusted-key",
+    "trust",
+    metavar="FILES",
+    callback=_trusted,
+    help="Use nothing that none of these keys has signed (`trimrt sign`): files of public keys, with commas.",
+)
 engine_dir_option: Final = click.option(
     "--engine-dir", type=FOLDER, default=ENGINES, help="Where engine packages are found by name."
 )

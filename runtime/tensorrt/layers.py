@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from models.errors import faults
 from runtime.manifest import EngineError
-from runtime.reading import TEXT_BYTES, read_file
+from runtime.reading import TEXT_BYTES
+from runtime.signatures import ANYONE, SignatureError, Trust
 
 LAYERS_NAME: Final = "layers.json"
 # How the list begins, in the builder's verbose messages and in the engine inspector's.
@@ -87,19 +88,25 @@ def write_layers(folder: Path, layers: list[PlanLayer]) -> None:
     (folder / LAYERS_NAME).write_bytes(_LIST.dump_json(layers, indent=2) + b"\n")
 
 
-def read_layers(folder: Path) -> list[PlanLayer]:
+def read_layers(folder: Path, trust: Trust = ANYONE) -> list[PlanLayer]:
     """The layers of the engine package in `folder`.
 
+    Args:
+        folder: the package's.
+        trust: whose packages are used.
+
     Raises:
-        EngineError: it says nothing of them, or nothing that can be read.
+        EngineError: it says nothing of them, or nothing that can be read or trusted.
     """
     try:
-        return _LIST.validate_json(read_file(folder / LAYERS_NAME, TEXT_BYTES))
+        return _LIST.validate_json(trust.read(folder / LAYERS_NAME, TEXT_BYTES))
     except FileNotFoundError:
         raise EngineError(
             f"{folder} has no {LAYERS_NAME}: packages for TensorRT do, unless built with --profiling none"
         ) from None
     except OSError as error:
         raise EngineError(f"{folder / LAYERS_NAME} cannot be read: {error.strerror}") from error
+    except SignatureError as error:
+        raise EngineError(str(error)) from error
     except ValidationError as error:
         raise EngineError(f"{folder / LAYERS_NAME} is no list of layers: {faults(error)}") from error

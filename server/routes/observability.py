@@ -10,11 +10,11 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from runtime.histogram import Histogram
+from runtime.histogram import WINDOW_S, Histogram
 from server.counts import Queue
 from server.problems import documented
 from server.service import Served
-from server.stats import PERCENTILES, WINDOW_S, EngineStats
+from server.stats import PERCENTILES, EngineStats
 from server.version import VERSION
 
 router = APIRouter(tags=["observability"])

@@ -52,7 +52,7 @@ def test_a_graph_whose_file_could_lie_outside_the_kit_is_refused(file: str, tmp_
 
 def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "kit.json").mkdir()
-    with pytest.raises(KitError, match=r"kit\.json cannot be read: Is a directory"):
+    with pytest.raises(KitError, match=r"kit\.json cannot be read: not a regular file"):
         open_kit(tmp_path)
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.histogram import Histogram
-from server.stats import STAGES, Distribution, EngineStats
+from runtime.histogram import Distribution, Histogram
+from server.stats import STAGES, EngineStats
 
 DURATIONS = st.lists(st.floats(1e-6, 100), min_size=1, max_size=200)
 

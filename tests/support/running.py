@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from server.registry import LoadEngine
 from server.service import Service, service_of
 from server.settings import Settings
 from trimrt.serve.draining import DrainingServer
-from trimrt.serve.listening import listen
+from trimrt.serve.listening import listen, listen_locally
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
@@ -64,8 +65,15 @@ def running(settings: Settings, load: LoadEngine | None = None, *, until: int = 
     """
     failures: list[Exception] = []
     app = create_app(settings, load=load, on_failure=failures.append)
-    server = DrainingServer(app, settings)
-    listener = listen(settings)
+    with ExitStack() as stack:
+        local = stack.enter_context(listen_locally(settings.uds)) if settings.uds else None
+        server = DrainingServer(app, settings, local)
+        yield from _run(app, server, listen(settings), failures, until)
+
+
+def _run(
+    app: FastAPI, server: DrainingServer, listener: socket.socket, failures: list[Exception], until: int
+) -> Iterator[Running]:
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     host, port = listener.getsockname()[:2]

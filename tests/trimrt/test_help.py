@@ -16,6 +16,7 @@ from tiny_engine import write_package
 from builder.finding import MissingSourceError, find_source
 from models.card import CARD_NAME, read_card
 from models.pretrained import DIGITS_STUDENT
+from runtime.keys import new_key
 from runtime.manifest import MANIFEST_NAME, read_manifest
 from server.settings import Settings
 from trimrt.cli import COMMANDS, main
@@ -51,6 +52,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "model.onnx").write_bytes(b"")
+    for key in ("builder.key", "other.key"):
+        new_key(tmp_path / key)
     for name in ("photos/one.png", "7.png"):
         Image.new("RGB", (48, 48)).save(tmp_path / name)
     return tmp_path

@@ -14,6 +14,7 @@ ROUTER: Final = "router"
 _RAYS: Final = (
     "host",
     "port",
+    "uds",
     "workers",
     "root_path",
     "grpc_port",

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.cores import cores
 from runtime.manifest import Manifest, read_manifest
 from runtime.packages import resolve_package
+from runtime.signatures import Trust
 from trimrt.cluster import options
-from trimrt.options import HELP, Command, Existing, engine_dir_option
+from trimrt.options import HELP, Command, Existing, engine_dir_option, trusted_key_option
 from trimrt.output import OutputFile
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class _Cluster(NamedTuple):
     "--engine", required=True, help="Engine package: its path, or its name in the engine directory."
 )
 @engine_dir_option
+@trusted_key_option
 @click.option(
     "--out",
     "output",
@@ -115,6 +117,7 @@ def predict(
     inputs: tuple[Path, ...],
     engine: str,
     engine_dir: Path,
+    trust: Trust,
     output: Path,
     top_k: int | None,
     batch_size: int | None,
@@ -137,8 +140,8 @@ def predict(
     """
     from trimrt.predict import parts, scoring, sources
 
-    folder = resolve_package(engine, engine_dir)
-    manifest = read_manifest(folder)
+    folder = resolve_package(engine, engine_dir, trust)
+    manifest = read_manifest(folder, trust)
     top_k = top_k or min(_TOP_K, len(manifest.labels))
     batch_size = _checked_sizes(manifest, batch_size, top_k)
     source = sources.open_source(inputs, column, id_column)
@@ -157,7 +160,7 @@ def predict(
         cluster = _Cluster(address, actors, cpus, 0 if manifest.backend == "openvino" else gpus)
         threads, decode_threads = threads or max(1, int(cpus)), decode_threads or max(1, int(cpus))
     workload = scoring.Workload(
-        folder.resolve(), top_k, batch_size, decode_threads or cores(), slots, threads
+        folder.resolve(), top_k, batch_size, decode_threads or cores(), slots, threads, trust
     )
     with parts.open_parts(output, plan, restart=restart) as kept:
         _run(workload, manifest, source, plan, kept, cluster)

@@ -20,6 +20,7 @@ from runtime.engine import Engine, Options, Slot
 from runtime.finite import NOT_FINITE, finite_rows
 from runtime.loading import load_engine
 from runtime.ranking import ranked
+from runtime.signatures import ANYONE, Trust
 from runtime.threads import start_in_engine_thread
 from trimrt.predict.sources import Item
 
@@ -35,6 +36,7 @@ class Workload:
         decode_threads: threads that read and decode.
         slots: batches that run at once; None: the engine's choice.
         threads: CPU threads that a CPU engine computes with; None: all.
+        trust: whose packages are used.
     """
 
     engine: Path
@@ -43,6 +45,7 @@ class Workload:
     decode_threads: int
     slots: int | None = None
     threads: int | None = None
+    trust: Trust = ANYONE
 
 
 class Rows(NamedTuple):
@@ -74,7 +77,7 @@ def open_scorer(workload: Workload) -> Iterator[Scorer]:
     Raises:
         EngineError: the package is refused, or no slot can be opened.
     """
-    options = Options(slots=workload.slots, threads=workload.threads)
+    options = Options(slots=workload.slots, threads=workload.threads, trust=workload.trust)
     engine = load_engine(workload.engine, options)
     decoders = ThreadPoolExecutor(workload.decode_threads, "trimrt-decode")
     scorer = Scorer(workload, engine, decoders)

@@ -10,6 +10,7 @@ import socket
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,8 +25,8 @@ LOST_CODE: Final = 70  # the exit code when an engine was lost
 log = logging.getLogger("trimrt")
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for every field of `Settings`, which checks the values."""
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of `Settings`, which checks the values."""
     for name, field in reversed(Settings.model_fields.items()):
         flag = name.replace("_", "-")
         default = shown_default(field)
@@ -59,7 +60,7 @@ def _words(kind: Any) -> tuple[str, ...]:
         "trimrt serve --engine-dir engines --watch --host 0.0.0.0",
     ],
 )
-@_with_settings
+@with_settings
 def serve(**options: Any) -> None:
     """Serve engine packages over HTTP.
 
@@ -81,21 +82,36 @@ def _run(settings: Settings) -> None:
     """Serve until a signal ends it."""
     from server.registry import resolve_engines
     from trimrt import logs
-    from trimrt.serve.listening import listen
+    from trimrt.serve.listening import listen, listen_locally
 
     logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
     packages = resolve_engines(settings)  # the commonest mistake, told before anything heavy is imported
-    # What is not installed is found out before a port is opened.
+    if settings.trust.keys:
+        log.info("packages must be signed", extra={"by": ", ".join(sorted(settings.trust.keys))})
+    import_extras(settings)
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen(settings))
+        local = None
+        if settings.uds is not None:
+            local = stack.enter_context(listen_locally(settings.uds))
+            log.info("listening", extra={"uds": str(settings.uds)})
+        url = f"http://{_place(listener)}"
+        if settings.workers > 1:
+            _serve_together(settings, [listener, *([local] if local else [])], packages, url)
+        else:
+            _serve_alone(settings, listener, local, url)
+
+
+def import_extras(settings: Settings) -> None:
+    """Import what `settings` need besides: what is not installed is found out before a port is opened.
+
+    Raises:
+        ModuleNotFoundError: of an extra.
+    """
     if settings.otlp_endpoint:
         importlib.import_module("server.tracing")
     if settings.grpc_port is not None:
         importlib.import_module("server.v2.grpc")
-    listener = listen(settings)
-    url = f"http://{_place(listener)}"
-    if settings.workers > 1:
-        _serve_together(settings, listener, packages, url)
-    else:
-        _serve_alone(settings, listener, url)
 
 
 def _place(bound: socket.socket) -> str:
@@ -103,7 +119,7 @@ def _place(bound: socket.socket) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
+def _serve_alone(settings: Settings, listener: socket.socket, local: socket.socket | None, url: str) -> None:
     from models.images.process import configure_decoders
     from server.app import create_app
     from trimrt.serve.draining import DrainingServer
@@ -116,14 +132,16 @@ def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
         server.should_exit = True
 
     app = create_app(settings, on_failure=stop)
-    server = DrainingServer(app, settings)
+    server = DrainingServer(app, settings, local)
     log.info("listening", extra={"url": url})
     server.run(sockets=[listener])
     if failures:
         raise _ending(failures[0])
 
 
-def _serve_together(settings: Settings, listener: socket.socket, packages: Sequence[Path], url: str) -> None:
+def _serve_together(
+    settings: Settings, listeners: Sequence[socket.socket], packages: Sequence[Path], url: str
+) -> None:
     from trimrt.serve.listening import reserve_grpc
     from trimrt.serve.supervisor import Supervisor
 
@@ -134,7 +152,7 @@ def _serve_together(settings: Settings, listener: socket.socket, packages: Seque
         settings = settings.model_copy(update={"grpc_port": reserved.getsockname()[1]})
         log.info("listening", extra={"grpc": _place(reserved)})
     log.info("listening", extra={"url": url})
-    supervisor = Supervisor(settings, listener, packages)
+    supervisor = Supervisor(settings, listeners, packages)
 
     async def run() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -64,57 +64,60 @@ class Taker:
 
 
 class Acceptor:
-    """Accepts connections from `listener`, and hands each to the taker with the fewest.
+    """Accepts connections from `listeners`, and hands each to the taker with the fewest.
 
     Args:
-        listener: bound, not yet listening.
+        listeners: bound, not yet listening.
         takers: who takes connections now; while there are none, they wait in the kernel.
     """
 
-    def __init__(self, listener: socket.socket, takers: Callable[[], Iterable[Taker]]) -> None:
-        self._listener = listener
+    def __init__(self, listeners: Sequence[socket.socket], takers: Callable[[], Iterable[Taker]]) -> None:
+        self._listeners = listeners
         self._takers = takers
         self._accepted = 0
         self._loop = asyncio.get_running_loop()
-        listener.setblocking(False)
-        listener.listen(_BACKLOG)
-        self._loop.add_reader(listener, self._accept)
+        for listener in listeners:
+            listener.setblocking(False)
+            listener.listen(_BACKLOG)
+            self._loop.add_reader(listener, self._accept, listener)
 
     def close(self) -> None:
         """Accept none any more."""
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+            listener.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(_AT_ONCE):
             takers = sorted(self._takers(), key=lambda taker: (taker.open, taker.newest))
             if not takers:
-                self._pause()
+                self._pause(listener)
                 return
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # such as too many open files
                 log.warning("no connection can be accepted", extra={"reason": error.strerror})
-                self._pause()
+                self._pause(listener)
                 return
             with connection:
                 self._give(connection, takers)
 
     def _give(self, connection: socket.socket, takers: Iterable[Taker]) -> None:
-        # asyncio turns off Nagle's algorithm only for connections that it accepted itself.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            # asyncio turns off Nagle's algorithm only for connections that it accepted itself.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._accepted += 1
         for taker in takers:
             with suppress(OSError):
                 taker.give(connection, self._accepted)
                 return
 
-    def _pause(self) -> None:
-        self._loop.remove_reader(self._listener)
-        self._loop.call_later(_PAUSE_S, self._resume)
+    def _pause(self, listener: socket.socket) -> None:
+        self._loop.remove_reader(listener)
+        self._loop.call_later(_PAUSE_S, self._resume, listener)
 
-    def _resume(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._loop.add_reader(self._listener, self._accept)
+    def _resume(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener, self._accept, listener)

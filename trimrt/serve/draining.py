@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from server.connection import Connection
 from server.service import service_of
 from server.settings import Settings
+from trimrt.serve.local import LocalConnection
 
 log = logging.getLogger("trimrt")
 
@@ -28,9 +30,14 @@ class DrainingServer(uvicorn.Server):
     After the first signal it is not ready, but serves on for `drain_delay_s` (time for load balancers
     to notice); then it refuses new inference until the running requests are answered, at most
     `grace_s`; then it stops. A second signal stops it at once.
+
+    Args:
+        app: the application.
+        settings: the server's.
+        local: a Unix socket to listen on besides, bound.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, local: socket.socket | None = None) -> None:
         config = uvicorn.Config(
             app,
             loop="auto",  # uvloop where it is installed: everywhere but Windows
@@ -47,12 +54,23 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._settings = settings
+        self._local = local
         self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server`."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if self._local is not None:
+            connect = partial(
+                LocalConnection,
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+            )
+            self.servers.append(
+                await self._loop.create_unix_server(connect, sock=self._local, backlog=self.config.backlog)
+            )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See `uvicorn.Server`; not recording the signal makes the exit code 0."""

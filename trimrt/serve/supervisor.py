@@ -36,20 +36,22 @@ class WorkerError(TrimRTError):
 
 
 class Supervisor:
-    """`settings.workers` processes that serve `listener`'s port together.
+    """`settings.workers` processes that serve `listeners` together.
 
     Args:
         settings: the server's.
-        listener: bound, not yet listening.
+        listeners: bound, not yet listening.
         packages: folders of the engine packages to begin with, the default engine's first.
 
     Attributes:
         members: the workers.
     """
 
-    def __init__(self, settings: Settings, listener: socket.socket, packages: Sequence[Path]) -> None:
+    def __init__(
+        self, settings: Settings, listeners: Sequence[socket.socket], packages: Sequence[Path]
+    ) -> None:
         self._settings = settings
-        self._listener = listener
+        self._listeners = listeners
         self._state = State(packages)
         self.members: list[Member] = []
         self._past = Counts(time.time())  # of workers that have ended
@@ -90,11 +92,12 @@ class Supervisor:
 
     async def _serve(self) -> None:
         # Looks before what is there is loaded, lest a package come between.
-        watcher = Watcher(self._load, self._settings.engine_dir) if self._settings.watch else None
+        settings = self._settings
+        watcher = Watcher(self._load, settings.engine_dir, settings.trust) if settings.watch else None
         async with self._changing:
-            members = await asyncio.gather(*(self._start() for _ in range(self._settings.workers)))
+            members = await asyncio.gather(*(self._start() for _ in range(settings.workers)))
         self._all_loaded.set()
-        watching = asyncio.create_task(watcher.run(self._settings.watch_interval_s)) if watcher else None
+        watching = asyncio.create_task(watcher.run(settings.watch_interval_s)) if watcher else None
         try:
             await asyncio.gather(*map(self._keep, members))
         finally:
@@ -183,7 +186,7 @@ class Supervisor:
         """A worker answers; until the first does, connections are refused."""
         member.is_answering = True
         if self._acceptor is None:
-            self._acceptor = Acceptor(self._listener, self._takers)
+            self._acceptor = Acceptor(self._listeners, self._takers)
 
     async def _take_loaded(self, member: Member, served: Mapping[str, tuple[Path, str]]) -> None:
         """A worker has loaded its engines; returns when all have."""

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from server.service import Service, service_of
 from trimrt import logs
 from trimrt.serve.channel import Channel
 from trimrt.serve.draining import DrainingServer
+from trimrt.serve.local import LocalConnection
 from trimrt.serve.member import Assignment
 
 
@@ -128,6 +130,10 @@ class _Handed(Connection):
         self._tell_closed()
 
 
+class _HandedLocal(_Handed, LocalConnection):
+    """One over a Unix socket."""
+
+
 class WorkerServer(DrainingServer):
     """Serves connections that it is handed; the supervisor tells it to drain."""
 
@@ -176,13 +182,14 @@ class WorkerServer(DrainingServer):
 
     async def _adopt(self, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._protocol, connection)
+            kind = _HandedLocal if connection.family == socket.AF_UNIX else _Handed
+            await self._loop.connect_accepted_socket(partial(self._protocol, kind), connection)
         except OSError:  # closed already
             connection.close()
             self._tell_closed()
 
-    def _protocol(self) -> _Handed:
-        return _Handed(
+    def _protocol(self, kind: type[_Handed]) -> _Handed:
+        return kind(
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,

@@ -1,0 +1,228 @@
+"""What a Unix socket gains a program on the same machine: `python -m benchmarks.local_clients PACKAGE`.
+
+One client asks `trimrt serve` for one image after the other, over the port and over the socket in turns, so
+that a machine whose speed drifts is the same for both. It writes requests that are made before and reads
+answers without parsing more than their length: what is compared is the way, not the client.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import click
+import numpy as np
+import psutil
+from PIL import Image
+from pydantic import BaseModel, Field
+from rich.console import Console
+
+from benchmarks.command import output_option, steps
+from benchmarks.contenders import BUILD
+from benchmarks.measurements import Machine, this_machine
+from benchmarks.photos import photographs, store
+from benchmarks.processes import exit_on_sigterm, running
+from benchmarks.report import markdown_table, write_report
+from benchmarks.serving import free_port
+from trimrt.options import COUNT, HELP, Existing
+
+TCP: Final = "TCP"
+SOCKET: Final = "Unix socket"
+_TRIMRT: Final = Path(sys.executable).parent / "trimrt"
+_START_S: Final = 60.0
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
+
+
+class Turn(BaseModel):
+    """One turn of one way."""
+
+    image: str
+    way: str
+    requests: int
+    seconds: float
+    p10_ms: float = Field(description="which what else runs on the machine disturbs least")
+    p50_ms: float
+    p99_ms: float
+    cpu_ms: float = Field(description="processor time of the server for one request")
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return self.requests / self.seconds
+
+
+class Results(BaseModel):
+    """One run of this benchmark."""
+
+    machine: Machine
+    engine: str
+    seconds: float = Field(description="of each turn")
+    turns: list[Turn] = []
+
+
+class Client:
+    """One connection, kept alive."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def ask(self, request: bytes) -> bytes:
+        """Send a request; the whole answer.
+
+        Raises:
+            click.ClickException: it is no 200.
+        """
+        self._connection.sendall(request)
+        answer = self._connection.recv(1 << 16)
+        found = _LENGTH.search(answer)
+        if not answer.startswith(b"HTTP/1.1 200 ") or found is None:
+            raise click.ClickException(f"the server answered {answer[:200]!r}")
+        missing = answer.index(b"\r\n\r\n") + 4 + int(found[1]) - len(answer)
+        while missing > 0:
+            more = self._connection.recv(missing)
+            missing -= len(more)
+            answer += more
+        return answer
+
+
+def take_turn(client: Client, server: psutil.Process, image: str, way: str, request: bytes, s: float) -> Turn:
+    """Ask for `s` seconds, one request after the other."""
+    taken: list[float] = []
+    before = sum(server.cpu_times()[:2])
+    began = ended = time.perf_counter()
+    while ended < began + s:
+        start = ended
+        client.ask(request)
+        ended = time.perf_counter()
+        taken.append(ended - start)
+    cpu = sum(server.cpu_times()[:2]) - before
+    percentiles = 1000 * np.percentile(taken, [10, 50, 99])
+    return Turn(
+        image=image,
+        way=way,
+        requests=len(taken),
+        seconds=ended - began,
+        p10_ms=percentiles[0],
+        p50_ms=percentiles[1],
+        p99_ms=percentiles[2],
+        cpu_ms=1000 * cpu / len(taken),
+    )
+
+
+def requests_for(folder: Path) -> Mapping[str, bytes]:
+    """A small image and a photograph, each as a whole request."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    small = io.BytesIO()
+    Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(small, "PNG")
+    photograph = store("640x427", photographs(), folder)[0].read_bytes()
+    return {
+        f"{name}, {len(body) / 1000:.1f} kB": (
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body)
+        )
+        + body
+        for name, body in (("PNG, 32x32", small.getvalue()), ("JPEG, 640x427", photograph))
+    }
+
+
+@contextmanager
+def served(package: Path, log: Path) -> Iterator[tuple[psutil.Process, Mapping[str, Client]]]:
+    """The server's process, and a client over each way."""
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trimrt.sock"
+        port = free_port()
+        command = [str(_TRIMRT), "serve", "--engine", str(package), "--port", str(port), "--uds", str(path)]
+        tree = stack.enter_context(running(command, os.environ, log))
+        deadline = time.monotonic() + _START_S
+        while not _ready(port):
+            if tree.ended() or time.monotonic() > deadline:
+                raise click.ClickException(f"trimrt serve does not start; see {log}")
+            time.sleep(0.1)
+        over_tcp = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        over_tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        over_socket = stack.enter_context(socket.socket(socket.AF_UNIX))
+        over_socket.connect(str(path))
+        yield tree.members()[0], {TCP: Client(over_tcp), SOCKET: Client(over_socket)}
+
+
+def _ready(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            Client(connection).ask(b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    except (OSError, click.ClickException):
+        return False
+    return True
+
+
+def markdown(results: Results) -> str:
+    """Medians over the turns, and the ratio of each pair of turns."""
+    head = [
+        "image",
+        "over",
+        "requests/s",
+        "p10 ms",
+        "p50 ms",
+        "p99 ms",
+        "server's CPU ms",
+        "requests/s against TCP",
+    ]
+    rows = []
+    for image in dict.fromkeys(turn.image for turn in results.turns):
+        pairs = {
+            way: [it for it in results.turns if (it.image, it.way) == (image, way)] for way in (TCP, SOCKET)
+        }
+        for way, turns in pairs.items():
+            ratios = sorted(turn.rate / tcp.rate for turn, tcp in zip(turns, pairs[TCP], strict=True))
+            against = "1" if way == TCP else f"{median(ratios):.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}]"
+            figures = (
+                f"{median(turn.rate for turn in turns):,.0f}",
+                f"{median(turn.p10_ms for turn in turns):.3f}",
+                f"{median(turn.p50_ms for turn in turns):.3f}",
+                f"{median(turn.p99_ms for turn in turns):.3f}",
+                f"{median(turn.cpu_ms for turn in turns):.3f}",
+            )
+            rows.append([image, way, *figures, against])
+    turns_each = len(results.turns) // max(1, len(rows))
+    about = (
+        f"{results.machine}; {results.engine}, one client, {turns_each} turns of {results.seconds:g} s each. "
+        "Medians; in brackets the range of the pairs."
+    )
+    return "\n".join([about, "", *markdown_table(head, rows), ""])
+
+
+@click.command(context_settings=HELP)
+@click.argument("package", type=Existing(file_okay=False))
+@click.option("--seconds", default=2.0, help="Length of each turn.")
+@click.option("--turns", default=10, type=COUNT, help="Turns of each way.")
+@output_option("local_clients.json and local_clients.md")
+def main(package: Path, seconds: float, turns: int, output: Path) -> None:
+    """Measure what a Unix socket gains a program on the same machine."""
+    exit_on_sigterm()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    results = Results(machine=this_machine(), engine=package.name, seconds=seconds)
+    requests = requests_for(BUILD / "photographs")
+    with served(package, BUILD / "local-clients.log") as (server, clients), steps() as progress:
+        task = progress.add_task("", total=len(requests) * turns * len(clients))
+        for image, request in requests.items():
+            for client in clients.values():
+                take_turn(client, server, image, "warm-up", request, 1.0)
+            for number in range(turns):
+                ways = list(clients.items())
+                for way, client in ways if number % 2 else reversed(ways):
+                    progress.update(task, description=f"{image}, {way}", advance=1)
+                    results.turns.append(take_turn(client, server, image, way, request, seconds))
+    write_report(results, markdown(results), output / "local_clients.json", Console())
+
+
+if __name__ == "__main__":
+    main()
