@@ -15,6 +15,10 @@ class EngineLostError(EngineError):
     """An engine that fails again and again; the message says why."""
 
 
+class EngineAwayError(EngineError):
+    """An engine whose process has ended, and which another process will run."""
+
+
 class Health:
     """What an engine's batches say of it.
 
@@ -22,11 +26,15 @@ class Health:
         name: the engine's.
         patience: so many batches may fail in a row.
         on_lost: told once when it is lost.
+
+    Attributes:
+        away: why no process runs the engine for now; None if one does.
     """
 
     def __init__(
         self, name: str, patience: int, on_lost: Callable[[EngineLostError], None] | None = None
     ) -> None:
+        self.away: str | None = None
         self._name = name
         self._patience = patience
         self._on_lost = on_lost
@@ -37,7 +45,7 @@ class Health:
     @property
     def lost(self) -> str | None:
         """Why nothing can be expected of the engine; None while it works."""
-        return self._reason
+        return self._reason or self.away
 
     def succeeded(self) -> None:
         """A batch was computed: an engine that only failed for a while is back."""

@@ -84,7 +84,7 @@ class Backlog:
         with self._lock:
             for image in images:
                 insort(self._waiting, image, key=_turn)
-            large = images and not images[0].job.small and self.mixed
+            large = self._slots > 1 and self.mixed and not all(map(_is_small, images))
             self._wake(len(images), spared=self._reserve if large else None)
 
     def take(self, *, reserve: bool = False) -> list[Image]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from runtime.engine import Engine, Options
 from runtime.health import EngineLostError, Health
 from runtime.loading import load_engine
-from runtime.manifest import Activation, EngineError, Manifest, read_manifest
+from runtime.manifest import Activation, EngineError, Manifest
 from runtime.packages import Stamp, choose_packages, find_package, stamp_of, survey
 from runtime.threads import run_in_engine_thread
 from server.decoding import DecodePool
@@ -31,7 +31,8 @@ log = logging.getLogger("trimrt.registry")
 LoadEngine = Callable[[Path], Engine]
 
 
-def _engine_options(settings: Settings) -> Options:
+def engine_options(settings: Settings) -> Options:
+    """How an engine is to use this machine."""
     return Options(
         slots=settings.slots,
         threads=settings.inference_threads,
@@ -78,12 +79,12 @@ class Prepared:
     """A change whose only missing step cannot fail. One of the two functions must be called.
 
     Attributes:
-        engine: the engine that it is about.
+        scheduler: of the engine that it is about.
         commit: makes the change; what became of the engine.
         discard: leaves everything as it was.
     """
 
-    engine: Manifest
+    scheduler: Scheduler
     commit: Callable[[], Awaitable[EngineRow]]
     discard: Callable[[], Awaitable[None]]
 
@@ -122,7 +123,7 @@ class Registry:
         self._folders: dict[str, Path] = {}
         self._settings = settings
         self._telemetry = telemetry
-        self._load = load or partial(load_engine, options=_engine_options(settings))
+        self._load = load or partial(load_engine, options=engine_options(settings))
         self._pool = DecodePool(settings.decode_threads)
         self.decoding_limits = DecodingLimits(settings)
         self._on_lost = on_lost
@@ -192,16 +193,14 @@ class Registry:
         """
         if isinstance(change, Load):
             scheduler = await self._start(change.folder)
-            return Prepared(
-                scheduler.engine.manifest, partial(self._put, scheduler, change.folder), scheduler.close
-            )
+            return Prepared(scheduler, partial(self._put, scheduler, change.folder), scheduler.close)
         scheduler = self.get(change.name)
         if isinstance(change, Unload) and change.name == self.default:
             raise Problem(
                 "engine-in-use", f"{change.name} is the default engine; make another the default first"
             )
         act = self._remove if isinstance(change, Unload) else self._make_default
-        return Prepared(scheduler.engine.manifest, partial(act, scheduler), _nothing)
+        return Prepared(scheduler, partial(act, scheduler), partial(asyncio.sleep, 0))
 
     async def _put(self, scheduler: Scheduler, folder: Path) -> EngineRow:
         manifest = scheduler.engine.manifest
@@ -259,10 +258,6 @@ class Registry:
         return scheduler
 
     def _open(self, folder: Path) -> Engine:
-        if self._settings.workers > 1:
-            backend = read_manifest(folder, self._settings.trust).backend
-            if backend != "openvino":
-                raise EngineError(f"{folder} runs on a device, and {backend} engines need --workers 1")
         try:
             return self._load(folder)
         except EngineError:
@@ -310,10 +305,6 @@ class Registry:
             width=manifest.preprocessing.width,
             max_batch=manifest.batch.max,
         )
-
-
-async def _nothing() -> None:
-    pass
 
 
 def readable(text: str) -> str:

@@ -112,6 +112,11 @@ class Scheduler:
         """Images admitted and not yet answered or abandoned."""
         return self._backlog.under_way
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether a slot is at work."""
+        return self._backlog.sleeping < self.engine.slots
+
     async def start(self) -> None:
         """Open every slot; each is warm then.
 

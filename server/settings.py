@@ -44,12 +44,14 @@ class Settings(BaseSettings):
     )
 
     workers: int = Field(
-        default=1,
-        ge=1,
-        description="Processes that serve the port together, each with its share of the cores; auto: one for "
-        "every core. For engines on the CPU.",
+        default=1, ge=1, description="Processes that share the port and the cores; auto: one for every core."
     )
-
+    share_engines: bool = Field(
+        default=False, description="Run CPU engines in one process for all workers, as those on a device."
+    )
+    worker_timeout_s: float = Field(
+        default=60.0, gt=0, description="A worker that hangs for so long is killed and replaced, seconds."
+    )
     grpc_port: int | None = Field(
         default=None,
         ge=0,
@@ -149,9 +151,7 @@ class Settings(BaseSettings):
     )
 
     keep_alive_s: int = Field(
-        default=75,
-        ge=0,
-        description="How long a connection is kept on which the client sends nothing, seconds.",
+        default=75, ge=0, description="How long a connection is kept on which nothing arrives, seconds."
     )
     drain_delay_s: float = Field(
         default=0.0, ge=0, description="After SIGTERM, how long to serve on while not ready, seconds."

@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 
 from runtime.engine import Engine, Slot
 from runtime.finite import NOT_FINITE, all_finite, finite_rows
+from runtime.health import EngineAwayError
 from runtime.manifest import EngineError
 from runtime.priority import giving_way
 from runtime.ranking import ranked
@@ -90,6 +91,8 @@ class Worker:
         try:
             images = self._fill(self._slot, batch)
             return self._infer(self._slot, images) if images else None
+        except EngineAwayError as error:
+            return Failed(batch, Problem("not-ready", str(error), headers={"Retry-After": "1"}))
         except Exception as error:
             log.exception("a batch of %d images failed", len(batch))
             problem = Problem("inference-failed", f"the engine failed: {error}")

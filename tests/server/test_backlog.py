@@ -171,12 +171,13 @@ def test_one_slot_is_left_for_small_requests_that_come_among_large_ones(slots: S
     assert backlog.take() == large[4:8]
 
 
-def test_the_only_slot_takes_large_requests_too() -> None:
+def test_the_only_slot_takes_large_requests_too(slots: Slots) -> None:
     backlog = Backlog(slots=1, most=16, shares=Shares(1, (1, 2, 4), 16))
     come(backlog, small := images(1))
     assert backlog.take(reserve=True) == small
+    slot = slots.asleep(backlog, reserve=True)
     come(backlog, large := images(64))
-    assert backlog.take(reserve=True) == large[:4]
+    assert slot.result(timeout=20) == large[:4]
 
 
 def test_without_small_requests_every_slot_takes_large_ones() -> None:

@@ -8,10 +8,9 @@ import resource
 import shutil
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -21,8 +20,8 @@ import psutil
 import pytest
 from processes import TRIMRT, start_process
 from running import wait_until
-from tiny_engine import LABELS, write_package
-from together import Together, together
+from tiny_engine import write_package
+from together import OK, Together, is_right, is_running, load, states, together
 
 from server.settings import Settings
 from server.v2 import inference_pb2 as pb
@@ -30,8 +29,6 @@ from trimrt.serve.command import LOST_CODE
 
 Encode = Callable[..., bytes]
 Reference = Callable[..., np.ndarray]
-
-OK = 'trimrt_requests_total{outcome="ok",protocol="predict",reason=""}'
 
 
 @pytest.fixture(scope="module")
@@ -48,44 +45,6 @@ def served(directory: Path) -> Iterator[Together]:
 
 def probability(response: httpx.Response) -> float:
     return float(response.json()["results"][0]["predictions"][0]["probability"])
-
-
-@contextmanager
-def load(
-    served: Together, images: Sequence[bytes], clients: int = 8
-) -> Iterator[list[httpx.Response | httpx.TransportError]]:
-    """Clients that keep their connections and ask for one image after the other, while the block runs."""
-    outcomes: list[httpx.Response | httpx.TransportError] = []
-    stop = threading.Event()
-
-    def ask(number: int) -> None:
-        with httpx.Client(base_url=served.url, verify=False, timeout=30) as client:
-            while not stop.is_set():
-                try:
-                    outcomes.append(client.post("/predict", content=images[number % len(images)]))
-                except httpx.TransportError as error:
-                    outcomes.append(error)
-
-    with ThreadPoolExecutor(clients) as pool:
-        asking = [pool.submit(ask, number) for number in range(clients)]
-        try:
-            wait_until(lambda: len(outcomes) > 2 * clients)
-            yield outcomes
-            seen = len(outcomes)
-            wait_until(lambda: len(outcomes) > seen + 2 * clients)
-        finally:
-            stop.set()
-        for client in asking:
-            client.result()
-
-
-def is_right(response: httpx.Response, expected: dict[str, np.ndarray]) -> bool:
-    """Whether an answer is what the engine says that it names."""
-    said = response.json()["results"][0]["predictions"][0]
-    probabilities = expected[response.json()["engine"]["name"]]
-    return said["label"] == LABELS[int(probabilities.argmax())] and np.isclose(
-        said["probability"], probabilities.max(), atol=1e-4
-    )
 
 
 def test_answers_are_right_from_both_workers_under_load(
@@ -184,6 +143,62 @@ def test_a_killed_worker_loses_what_it_has_in_hand_alone_and_is_replaced_and_cou
     assert served.ask("GET", "/stats").json()["workers"]["running"] == 2
 
 
+def test_a_worker_that_hangs_is_killed_and_replaced_and_meanwhile_changes_happen_in_no_worker(
+    engine_dir: Path, encode: Encode
+) -> None:
+    settings = Settings(engine="tiny", engine_dir=engine_dir, port=0, worker_timeout_s=4)
+    with together(settings) as own:
+        with httpx.Client(base_url=own.url, verify=False, timeout=30) as client:
+            client.get("/health/live")
+            os.kill(hanging := own.unconnected(), signal.SIGSTOP)
+            refused = client.post("/engines/other/load")
+            assert refused.json()["type"] == "urn:trimrt:problem:not-ready"
+            assert "nothing was changed" in refused.json()["detail"]
+            own.wait_until_replaced(hanging)
+            assert client.get("/stats").json()["workers"] == {"running": 2, "replaced": 1}
+            assert client.post("/engines/other/load").status_code == 200
+        assert states(own, "other") == {"loaded"}
+        assert {own.predict(encode(0)).status_code for _ in range(4)} == {200}
+
+
+# Python runs `sitecustomize` at the start of each process. The first batch that finds the file never ends.
+BATCHES_THAT_DO_NOT_END = """
+import time
+from pathlib import Path
+from runtime.openvino import OpenVINOSlot
+
+infer = OpenVINOSlot.infer
+stuck = Path(__file__).with_name("stuck")
+
+def infer_or_hang(self, count, *, alone=False):
+    try:
+        stuck.unlink()
+    except FileNotFoundError:
+        return infer(self, count, alone=alone)
+    time.sleep(600)
+
+OpenVINOSlot.infer = infer_or_hang
+"""
+
+
+@pytest.mark.parametrize("share_engines", [False, True])
+def test_a_process_whose_batch_does_not_end_is_killed_and_replaced(
+    engine_dir: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch, share_engines: bool
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BATCHES_THAT_DO_NOT_END)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    settings = Settings(
+        engine="tiny", engine_dir=engine_dir, port=0, worker_timeout_s=4, share_engines=share_engines
+    )
+    with together(settings) as own:
+        (tmp_path / "stuck").touch()
+        # The connection ends with a worker; with the owner of engines, the answer says so.
+        with suppress(httpx.TransportError):
+            assert own.predict(encode(0)).status_code == 503
+        wait_until(lambda: own.predict(encode(0)).status_code == 200)
+        assert own.samples()["trimrt_workers_replaced_total"] == 1
+
+
 def test_engines_are_loaded_switched_and_unloaded_in_all_workers_and_no_answer_is_wrong(
     served: Together, encode: Encode, reference: Reference
 ) -> None:
@@ -206,17 +221,10 @@ def test_engines_are_loaded_switched_and_unloaded_in_all_workers_and_no_answer_i
     restore(served)
 
 
-def states(served: Together, name: str) -> set[str]:
-    return {
-        row["state"] for said in served.ask_each("/engines") for row in said["engines"] if row["name"] == name
-    }
-
-
 def test_an_engine_that_one_worker_cannot_load_is_loaded_by_none(served: Together) -> None:
     with httpx.Client(base_url=served.url, verify=False) as client:
         client.get("/health/live")
-        wait_until(lambda: sorted(member.taker.open for member in served.supervisor.members) == [0, 1])
-        (other,) = [member.pid for member in served.supervisor.members if member.taker.open == 0]
+        other = served.unconnected()
         _, most = resource.prlimit(other, resource.RLIMIT_NOFILE)
         limits = resource.prlimit(other, resource.RLIMIT_NOFILE, (1, most))
         refused = client.post("/engines/other/load")
@@ -324,13 +332,6 @@ def test_grpc_reaches_the_workers_also_after_one_was_killed(engine_dir: Path, tm
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: started.log.read_text().count('"worker ready"') == 3)
         assert all(is_ready() for _ in range(8))
-
-
-def is_running(process: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
-        return False
 
 
 def test_workers_end_when_their_supervisor_is_killed(engine_dir: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ async def _load(settings: Settings, folder: Path) -> Manifest:
         await prepared.discard()
     finally:
         await registry.close()
-    return prepared.engine
+    return prepared.scheduler.engine.manifest
 
 
 def _others(settings: Settings, folders: list[Path]) -> list[Path]:

@@ -17,6 +17,9 @@ from typing import Final
 
 log = logging.getLogger("trimrt.workers")
 
+CONNECTION: Final = b"\0"  # what a worker is handed: a client's connection
+LINK: Final = b"\1"  # its link to the process that runs engines for all workers
+
 _BACKLOG: Final = 2048
 _AT_ONCE: Final = 64  # of connections that closed, or that are accepted before anything else is done
 _PAUSE_S: Final = 0.1  # when no connection can be accepted or handed over
@@ -42,9 +45,17 @@ class Taker:
         Raises:
             OSError: it takes none.
         """
-        socket.send_fds(self._end, [b"\0"], [connection.fileno()])
+        socket.send_fds(self._end, [CONNECTION], [connection.fileno()])
         self.open += 1
         self.newest = number
+
+    def link(self, end: socket.socket) -> None:
+        """Hand over an end of the link between a worker and the owner of engines.
+
+        Raises:
+            OSError: it takes nothing.
+        """
+        socket.send_fds(self._end, [LINK], [end.fileno()])
 
     def close(self) -> None:
         """Give it none any more."""

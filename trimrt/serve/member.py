@@ -1,4 +1,4 @@
-"""A worker process, as the supervisor sees it."""
+"""A worker process, or the owner of engines, as the supervisor sees it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from server.settings import Settings
 from trimrt.serve.channel import Channel
@@ -18,16 +18,18 @@ from trimrt.serve.connections import Taker
 if TYPE_CHECKING:
     from server.counts import Counts
 
+_SLICES: Final = 10  # of the time in which a process has to answer
+
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is told at its start.
+    """What a process is told at its start.
 
     Attributes:
         settings: the server's.
         packages: folders of the engine packages to load, the default engine's first.
-        channel: the worker's end of its channel to the supervisor.
-        connections: over which it is handed connections.
+        channel: its end of its channel to the supervisor.
+        connections: over which it is handed connections, and links between workers and owner.
     """
 
     settings: Settings
@@ -37,7 +39,7 @@ class Assignment:
 
 
 class Member:
-    """A worker process.
+    """A worker process, or the owner of engines.
 
     Attributes:
         channel: for calls to it.
@@ -46,7 +48,7 @@ class Member:
         is_loaded: it has loaded its engines, and can serve.
         ready: done when it has loaded, or has ended before.
         ended: done when the process has ended.
-        failure: why it cannot serve, if it said so.
+        failure: why it cannot serve, if it said so, or was killed for a reason.
         counts: what it had counted when it was last asked.
     """
 
@@ -74,7 +76,7 @@ class Member:
         """Why it ended."""
         code = self._process.exitcode
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-        return self.failure or f"worker process {self.pid} ended {how}"
+        return self.failure or f"process {self.pid} ended {how}"
 
     def set_loaded(self) -> None:
         """It has loaded its engines."""
@@ -87,8 +89,27 @@ class Member:
         self._draining = asyncio.create_task(self.channel.call("drain"))
         self._draining.add_done_callback(lambda task: task.exception())  # it may have ended already
 
-    def kill(self) -> None:
+    async def ask(self, method: str, *arguments: Any, within: float) -> Any:
+        """Call a method of the process, which is killed if it does not answer within so many seconds.
+
+        Raises:
+            ConnectionError: it has ended.
+            Exception: what the method raised.
+        """
+        asking = asyncio.ensure_future(self.channel.call(method, *arguments))
+        try:
+            for _ in range(_SLICES):  # of which a machine that is suspended meanwhile counts one
+                await asyncio.wait([asking], timeout=within / _SLICES)
+                if asking.done():
+                    return asking.result()
+        finally:
+            asking.cancel()
+        self.kill(f"process {self.pid} did not answer for {within:g} s ({method})")
+        raise ConnectionAbortedError(self.failure)
+
+    def kill(self, reason: str = "") -> None:
         """End it at once."""
+        self.failure = self.failure or reason
         self._process.kill()
 
     def _end(self) -> None:
@@ -102,26 +123,47 @@ class Member:
 
 
 async def start_member(
+    work: Callable[[Assignment], None],
     settings: Settings,
     packages: Sequence[Path],
     methods: Callable[[Member], Mapping[str, Callable[..., Awaitable[Any]]]],
+    link: socket.socket | None = None,
 ) -> Member:
-    """Start a worker process; what it may call is made for the member that it becomes."""
+    """Start a process.
+
+    Args:
+        work: what it does: `work_as_worker` or `work_as_owner`.
+        settings: the server's.
+        packages: see `Assignment`.
+        methods: makes what it may call, for the member that it becomes.
+        link: its end of the link between worker and owner, which it finds when it begins.
+    """
     channel, its_channel = socket.socketpair()
     connections, its_connections = socket.socketpair()
+    taker = Taker(connections)
+    if link is not None:
+        taker.link(link)
     # Not forked: the supervisor's libraries have threads, which a fork loses in the middle of what they do.
     process = get_context("spawn").Process(
-        target=_work, args=(Assignment(settings, packages, its_channel, its_connections),)
+        target=work, args=(Assignment(settings, packages, its_channel, its_connections),)
     )
     with its_channel, its_connections:
         process.start()
     answers: dict[str, Callable[..., Awaitable[Any]]] = {}
-    member = Member(process, await Channel.over(channel, answers), Taker(connections))
+    member = Member(process, await Channel.over(channel, answers), taker)
     answers.update(methods(member))
     return member
 
 
-def _work(assignment: Assignment) -> None:
+def work_as_worker(assignment: Assignment) -> None:
+    """Serve connections; see `trimrt.serve.worker`."""
     from trimrt.serve.worker import serve  # not in the supervisor, which needs little memory
+
+    serve(assignment)
+
+
+def work_as_owner(assignment: Assignment) -> None:
+    """Run engines for all workers; see `trimrt.serve.owner`."""
+    from trimrt.serve.owner import serve
 
     serve(assignment)

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from fastapi import FastAPI
 
 from models.images.process import configure_decoders
+from runtime.engine import Engine
 from runtime.health import EngineLostError
+from runtime.loading import load_engine
+from runtime.manifest import read_manifest
 from server.app import create_app
 from server.connection import Connection
 from server.counts import Counts
-from server.fleet import counts_of
-from server.registry import Change, EngineRow, Prepared
-from server.service import Service, service_of
+from server.registry import Change, EngineRow, Registry, engine_options
+from server.service import service_of
+from server.settings import Settings
+from server.telemetry import Telemetry
 from trimrt import logs
 from trimrt.serve.channel import Channel
+from trimrt.serve.connections import LINK
 from trimrt.serve.draining import DrainingServer
 from trimrt.serve.local import LocalConnection
 from trimrt.serve.member import Assignment
+from trimrt.serve.participant import Participant
+from trimrt.serve.remote import Link, RemoteEngine
+from trimrt.serve.shared_slot import AWAY, is_shared
+
+_AT_ONCE: Final = 4  # images that a slot decodes before it hands them to the owner
 
 
 def serve(assignment: Assignment) -> None:
@@ -37,46 +49,84 @@ def serve(assignment: Assignment) -> None:
     logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
     configure_decoders()
     membership = Membership()
-    app = create_app(settings, on_failure=membership.fail, fleet=membership, packages=assignment.packages)
+    app = create_app(
+        settings,
+        load=partial(_load, settings=settings, link=membership.link),
+        on_failure=membership.fail,
+        fleet=membership,
+        packages=assignment.packages,
+    )
     WorkerServer(app, assignment, membership).run(sockets=[])
 
 
-class Membership:
-    """The fleet as its member sees it, see `server.fleet.Fleet`; the supervisor speaks for the others."""
+def _load(folder: Path, settings: Settings, link: Link) -> Engine:
+    if not is_shared(folder, settings):
+        return load_engine(folder, engine_options(settings))
+    manifest = read_manifest(folder, settings.trust)
+    most = 1 if settings.max_batch_delay_ms else _AT_ONCE  # the owner waits, not the workers too
+    # While half of the slots wait for the owner, the others decode; those of all workers fill two batches.
+    threads = math.ceil(settings.decode_threads / settings.workers)
+    rows = math.ceil(manifest.batch.max / settings.workers)
+    return RemoteEngine(manifest, link, slots=2 * max(threads, math.ceil(rows / most)), most=most)
+
+
+class Membership(Participant):
+    """The fleet as its member sees it, see `server.fleet.Fleet`; the supervisor speaks for the others.
+
+    Attributes:
+        link: to the owner of engines.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
+        self.link = Link()
         self._tasks: list[asyncio.Task[None]] = []
-        self._prepared: Prepared | None = None
+        self._link_end: socket.socket | None = None
 
-    async def join(self, app: FastAPI, channel: socket.socket, drain: Callable[[], None]) -> None:
-        """Do as the supervisor says from now on, and `drain` if it is gone."""
+    @property
+    def registry(self) -> Registry:
+        """See `Participant`."""
+        return service_of(self._app).registry
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """See `Participant`."""
+        return service_of(self._app).telemetry
+
+    async def join(
+        self,
+        app: FastAPI,
+        channel: socket.socket,
+        take_handed: Callable[[], None],
+        drain: Callable[[], None],
+    ) -> None:
+        """Know the supervisor, and how to do what it will say once this worker answers.
+
+        It says nothing of what it hands over, so before a change `take_handed` is called.
+        """
 
         async def start_to_drain() -> None:
             drain()
 
         self._app = app
-        self._supervisor = await Channel.over(
-            channel,
-            {
-                "counts": self._count,
-                "prepare": self._prepare,
-                "commit": self._commit,
-                "discard": self._discard,
-                "drain": start_to_drain,
-            },
-        )
-        talking = asyncio.create_task(self._supervisor.run())
-        talking.add_done_callback(lambda _: drain())
-        self._tasks.append(talking)
+        self._take_handed = take_handed
+        self._drain = drain
+        self._supervisor = await Channel.over(channel, {**self.methods(), "drain": start_to_drain})
 
     async def tell_answering(self) -> None:
-        """This worker takes connections, though its engines may still be loading."""
+        """This worker takes connections, though its engines may still be loading.
+
+        From now on it does as the supervisor says, and drains if that is gone.
+        """
+        talking = asyncio.create_task(self._supervisor.run())
+        talking.add_done_callback(lambda _: self._drain())
+        self._tasks.append(talking)
         with suppress(ConnectionError):
             await self._supervisor.call("answering")
 
     async def wait_until_all_loaded(self) -> None:
         """See `Fleet`."""
-        await self._supervisor.call("loaded", self._service.registry.served())
+        await self._supervisor.call("loaded", self.registry.served())
 
     async def counts(self) -> Counts:
         """See `Fleet`."""
@@ -95,26 +145,33 @@ class Membership:
         with suppress(ConnectionError):
             await self._supervisor.call("failed", reason, lost)
 
-    @property
-    def _service(self) -> Service:
-        return service_of(self._app)
+    async def _prepare(self, change: Change) -> tuple[str, str] | None:
+        self._take_handed()  # the link to an owner that was started for this change
+        return await super()._prepare(change)
 
-    async def _count(self) -> Counts:
-        return counts_of(self._service.telemetry, self._service.registry)
+    def take_link(self, end: socket.socket) -> None:
+        """Reach the owner of engines over `end` from now on."""
+        self._leave_owner()
+        self._link_end = end
+        self.link.renew(end)
+        self._tell_health(None)
+        asyncio.get_running_loop().add_reader(end, self._lose_owner)  # it says nothing, but may end
 
-    async def _prepare(self, change: Change) -> tuple[str, str]:
-        self._prepared = await self._service.registry.prepare(change)
-        return self._prepared.engine.name, self._prepared.engine.model_dump_json()
+    def _lose_owner(self) -> None:
+        self._leave_owner()
+        self._tell_health(AWAY)
 
-    async def _commit(self) -> EngineRow:
-        assert self._prepared is not None
-        prepared, self._prepared = self._prepared, None
-        return await prepared.commit()
+    def _leave_owner(self) -> None:
+        if self._link_end is not None:
+            asyncio.get_running_loop().remove_reader(self._link_end)
+            self._link_end = None
+            self.link.renew(None)
 
-    async def _discard(self) -> None:
-        assert self._prepared is not None
-        prepared, self._prepared = self._prepared, None
-        await prepared.discard()
+    def _tell_health(self, away: str | None) -> None:
+        if hasattr(self._app.state, "service"):  # else nothing is loaded yet
+            for scheduler in self.registry.loaded.values():
+                if isinstance(scheduler.engine, RemoteEngine):
+                    scheduler.health.away = away
 
 
 class _Handed(Connection):
@@ -146,9 +203,11 @@ class WorkerServer(DrainingServer):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server`."""
-        await self._membership.join(self._app, self._channel, self._start_drain)
-        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        await self._membership.join(self._app, self._channel, self._take, self._start_drain)
         self._connections.setblocking(False)
+        self._take()  # the link to the owner, without which no engine of its is loaded
+        await super().startup(sockets)
         self._loop.add_reader(self._connections, self._take)
         await self._membership.tell_answering()
 
@@ -173,6 +232,10 @@ class WorkerServer(DrainingServer):
             if not byte:  # the supervisor is gone
                 self._loop.remove_reader(self._connections)
                 return
+            if byte == LINK:
+                for descriptor in descriptors:
+                    self._membership.take_link(socket.socket(fileno=descriptor))
+                continue
             if not descriptors:  # this process has too many open files
                 self._tell_closed()
             for descriptor in descriptors:
