@@ -53,7 +53,7 @@ def jetson_model(root: Path = _ROOT) -> str | None:
     if "nvidia,tegra" not in compatible and not family.lower().startswith("tegra"):
         return None
     model = text_of(root / "proc/device-tree/model") or text_of(root / "sys/devices/soc0/machine")
-    return (model or "NVIDIA Jetson").strip("\0")
+    return model or "NVIDIA Jetson"
 
 
 def jetson_linux(root: Path = _ROOT) -> str | None:
@@ -100,7 +100,7 @@ def _mode(root: Path) -> str | None:
         return None
     number = int(match[1])
     configured = text_of(root / "etc/nvpmodel.conf") or ""
-    name = re.search(rf"^<\s*POWER_MODEL\s+ID=0*{number}\s+NAME=(\S+)", configured, re.MULTILINE)
+    name = re.search(rf"^<\s*POWER_MODEL\s+ID=0*{number}\s+NAME=([^\s>]+)", configured, re.MULTILINE)
     return name[1] if name else str(number)
 
 
@@ -113,7 +113,7 @@ def _cores(ranges: str) -> int | None:
 def text_of(path: Path) -> str | None:
     """What a file of `proc` or `sys` says; None where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \t\n")
     except OSError:
         return None
 

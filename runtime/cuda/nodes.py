@@ -16,14 +16,18 @@ _PATTERNS: Final = (
     "nvidia[0-9]*",
     "nvidia-uvm",
 )
+_FOLDERS: Final = ("dri", "nvgpu")
 
 
 def device_nodes(root: Path = Path("/")) -> list[Path]:
     """The device files of NVIDIA GPUs below `root`/dev; none where there is no such GPU.
 
-    A render node alone is any maker's GPU.
+    A render node alone is any maker's GPU. A folder that this process may not look into stands for its files.
     """
-    found = [path for pattern in _PATTERNS for path in sorted((root / "dev").glob(pattern))]
+    named = [path for pattern in _PATTERNS for path in sorted((root / "dev").glob(pattern))]
+    found = [path for path in named if os.access(path, os.F_OK)]  # some containers have links to nowhere
+    folders = [root / "dev" / name for name in _FOLDERS]
+    found += [path for path in folders if path.is_dir() and not os.access(path, os.R_OK | os.X_OK)]
     return found if any(path.name.startswith("nv") or "nvgpu" in path.parts for path in found) else []
 
 

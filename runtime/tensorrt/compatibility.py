@@ -141,7 +141,7 @@ def _other_jetson(built: Compatibility, here: Compatibility) -> str | None:
         return None  # the GPU's name tells a PC's from a Jetson's
     if not (here.board or here.l4t):
         return f"for {_jetson(built)}; this is no Jetson"
-    if built.l4t and here.l4t and _version(built.l4t)[0] != _version(here.l4t)[0]:
+    if built.l4t and here.l4t and _version(built.l4t)[:1] != _version(here.l4t)[:1]:
         return f"for {_jetson(built)}; this is {_jetson(here)}"
     if built.cuda and here.cuda and built.cuda != here.cuda:
         return f"for CUDA {built.cuda}; here is CUDA {here.cuda}"

@@ -95,8 +95,8 @@ def examine(name: str) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The part of docs/containers.md that figures are in."""
     lines = [
-        "| image | beyond its base | packages | of them for training | stand-in for its base |",
-        "|---|--:|--:|--:|---|",
+        "| image | beyond its base | packages | of them for training | stand-in for its base | checked |",
+        "|---|--:|--:|--:|---|---|",
     ]
     for name in IMAGES:
         facts = results["checks"].get(name)
@@ -104,9 +104,9 @@ def table(results: dict[str, Any]) -> str:
             megabytes = f"{facts['bytes_beyond_base'] / 1e6:,.0f} MB"
             lines.append(
                 f"| `trimrt:{name}` | {megabytes} | {facts['packages']} | {len(facts['training_libraries'])} "
-                f"| {facts['base']} |"
+                f"| {facts['base']} | {facts['date']} |"
             )
-    return "\n".join([*lines, "", f"Measured on {results['machine']}, {results['date']}.", ""])
+    return "\n".join([*lines, "", f"Measured on {results['machine']}.", ""])
 
 
 def write(results: dict[str, Any]) -> None:
@@ -139,8 +139,7 @@ def main(names: tuple[str, ...]) -> None:
         click.echo(json.dumps(facts, indent=2))
         results = {
             "machine": machine(),
-            "date": date.today().isoformat(),
-            "checks": {**results["checks"], name: facts},
+            "checks": {**results["checks"], name: {"date": date.today().isoformat(), **facts}},
         }
         write(results)
 

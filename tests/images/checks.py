@@ -9,7 +9,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -108,6 +109,23 @@ def check_packages(image: str, *, training: bool = False) -> Facts:
     return {"packages": len(found), "training_libraries": sorted(TORCH & found)}
 
 
+def check_libraries(image: str, mounted: AbstractSet[str] = frozenset(), also: Sequence[str] = ()) -> Facts:
+    """Every shared library that a package, or TensorRT, asks for is in the image, or will be mounted.
+
+    Args:
+        image: its name.
+        mounted: what the container runtime brings from the host.
+        also: what TensorRT asks for, where the base has none to ask.
+    """
+    script = mount(Path(libraries.__file__), "/libraries.py")
+    arguments = ("/opt/trimrt", "/opt/tensorrt", "--also", *also)
+    done = call(image, "/libraries.py", *arguments, options=("--entrypoint", "python3", *script))
+    expect(done.returncode == 0, f"the libraries to be listed:\n{done.stderr}")
+    missing: dict[str, list[str]] = json.loads(done.stdout)
+    expect(missing.keys() <= mounted, f"no library but {sorted(mounted)} to be missing: {missing}")
+    return {"libraries_from_the_host": sorted(missing)}
+
+
 def check_user(image: str) -> Facts:
     """It does not run as root, and cannot write where the root file system is."""
     configured = configuration(image)
@@ -188,7 +206,7 @@ def check_selftest_without_tensorrt(image: str) -> str:
 
 def check_cpu(image: str) -> Facts:
     """Builds OpenVINO engines from a kit, serves one, and stops as asked to."""
-    facts = {**check_packages(image), **check_user(image)}
+    facts = {**check_packages(image), **check_user(image), **check_libraries(image)}
     telemetry = "from openvino.tools.ovc import telemetry_utils as t; import os; print(t.tm.__name__)"
     facts["openvino_telemetry"] = python(image, telemetry)
     expect(facts["openvino_telemetry"].endswith("telemetry_stub"), "OpenVINO's own stub for telemetry")
@@ -220,7 +238,7 @@ def check_cpu(image: str) -> Facts:
 
 def check_ray(image: str) -> Facts:
     """As KubeRay runs it: from a login shell, asked for its health with wget, configured by TrimRT."""
-    facts = {**check_packages(image), **check_user(image)}
+    facts = {**check_packages(image), **check_user(image), **check_libraries(image)}
     expect((ENGINES / ENGINE).is_dir(), "the engine that the check of the image `cpu` builds")
     config = f"trimrt cluster config /engines/{ENGINE} --replicas 1 --cpus 1 --port 8000 > /tmp/serve.yaml"
     script = f"ray start --head --num-cpus 2 && {config} && serve run /tmp/serve.yaml"
@@ -304,24 +322,18 @@ def check_gpu(image: str) -> Facts:
     return {**check_packages(image), **check_user(image), **without_tensorrt(image, image)}
 
 
-def check_libraries(image: str) -> list[str]:
-    """Every shared library that TensorRT or a package asks for is in the image, copied there, or mounted."""
-    script = mount(Path(libraries.__file__), "/libraries.py")
-    arguments = ("/opt/trimrt", "/opt/tensorrt", "--also", *libraries.TENSORRT_NEEDS)
-    done = call(image, "/libraries.py", *arguments, options=("--entrypoint", "python3", *script))
-    expect(done.returncode == 0, f"the libraries to be listed:\n{done.stderr}")
-    missing: dict[str, list[str]] = json.loads(done.stdout)
-    left = missing.keys() - {CUDLA}  # it comes with TensorRT, which the stand-in for NVIDIA's base has not
-    expect(left <= libraries.MOUNTED, f"no library but {sorted(libraries.MOUNTED)} to be missing: {missing}")
-    return sorted(left)
-
-
 def check_jetson(image: str, builder: str, x86: str) -> Facts:
     """Without TensorRT, emulated: everything else, and the tensors that the image for x86 makes."""
-    facts = {**check_packages(image), **check_user(image), **without_tensorrt(image, builder)}
+    # cuDLA comes with TensorRT, which the stand-in for NVIDIA's base has not.
+    asked = set(libraries.TENSORRT_NEEDS) - {CUDLA}
+    facts = {
+        **check_packages(image),
+        **check_user(image),
+        **check_libraries(image, libraries.MOUNTED, sorted(asked)),
+        **without_tensorrt(image, builder),
+    }
     facts["machine"] = python(image, "import platform; print(platform.machine(), platform.python_version())")
     expect(facts["machine"].startswith("aarch64"), "an Arm machine")
-    facts["libraries_from_the_host"] = check_libraries(image)
     here, there = golden(image), golden(x86)
     different = sorted(name for name in there if here.get(name) != there[name])
     expect(not different, f"the tensors of x86, but {different} differ")

@@ -106,3 +106,8 @@ def test_a_plan_whose_manifest_says_less_is_judged_by_what_it_says(tmp_path, hos
     earlier = host.model_copy(update={"board": None, "multiprocessors": None, "memory_mib": None})
     check(tmp_path / "a", earlier, request.getfixturevalue(where))
     check(tmp_path / "b", earlier.model_copy(update={"l4t": None}), request.getfixturevalue(where))
+
+
+@pytest.mark.parametrize("release", ["unknown", ".", "R"])
+def test_a_release_that_is_no_number_is_refused_and_no_error(tmp_path, host, release) -> None:
+    refused(tmp_path, host.model_copy(update={"l4t": release}), host, "this is Jetson Linux 36")

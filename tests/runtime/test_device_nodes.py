@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def as_a_stranger(root: Path, function: str) -> str:
         become = "os.setgroups([]); os.setgid(65534); os.setuid(65534)"
     else:
         for node in ("nvmap", "dri/renderD128"):
-            (root / "dev" / node).chmod(0)
+            with suppress(OSError):  # a link to nowhere, or in a folder that is closed
+                (root / "dev" / node).chmod(0)
     code = "\n".join((imports, become, f"print(function(pathlib.Path({str(root)!r})))"))
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -60,6 +62,20 @@ def test_those_that_may_not_be_opened_are_named_with_their_groups(root: Path) ->
     assert "/dev/nvmap (group " in said
     assert f"/dev/dri/renderD128 (group {'root, ' if group == 0 else ''}" in said
     assert "nvhost-gpu" not in said
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444], ids=["closed", "listed, and no more"])
+def test_a_folder_that_may_not_be_looked_into_is_named_itself(root: Path, mode: int) -> None:
+    (root / "dev/dri").chmod(mode)
+    said = as_a_stranger(root, "closed_nodes")
+    assert "/dev/dri (group " in said
+    assert "renderD128" not in said
+
+
+def test_a_link_to_nowhere_is_no_node(root: Path) -> None:
+    (root / "dev/nvmap").unlink()
+    (root / "dev/nvmap").symlink_to(root / "dev/gone")
+    assert "nvmap" not in as_a_stranger(root, "closed_nodes")
 
 
 def test_the_advice_says_how_to_get_in(root: Path) -> None:

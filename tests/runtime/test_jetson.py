@@ -70,12 +70,55 @@ def test_a_mode_without_a_name_has_its_number(host: Path) -> None:
     assert found.mode == "1"
 
 
+def test_a_mode_whose_name_ends_at_the_bracket_is_named_without_it(host: Path) -> None:
+    (host / "etc/nvpmodel.conf").write_text("< POWER_MODEL ID=1 NAME=MODE_30W>\n")
+    found = power(host)
+    assert found is not None
+    assert found.mode == "MODE_30W"
+
+
 @pytest.mark.parametrize(("online", "cores"), [("0-3,6", 5), ("0", 1), ("0-11", 12), ("", None)])
 def test_cores_that_are_on_are_counted(host: Path, online: str, cores: int | None) -> None:
     (host / "sys/devices/system/cpu/online").write_text(online)
     found = power(host)
     assert found is not None
     assert found.cores == cores
+
+
+@pytest.mark.parametrize("model", [b"", b"\0", b" \n\0"])
+def test_a_board_without_a_name_is_called_what_the_kernel_calls_it(host: Path, model: bytes) -> None:
+    (host / "proc/device-tree/model").write_bytes(model)
+    assert jetson_model(host) == "NVIDIA Jetson"
+    (host / "sys/devices/soc0/machine").write_text("NVIDIA Jetson Orin NX\n")
+    assert jetson_model(host) == "NVIDIA Jetson Orin NX"
+
+
+def test_a_name_that_is_no_text_is_still_a_name(host: Path) -> None:
+    (host / "proc/device-tree/model").write_bytes(b"Orin \xff\0")
+    assert jetson_model(host) == "Orin \N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("name", ["proc/device-tree/model", "proc/meminfo", "etc/nv_tegra_release"])
+def test_a_folder_in_a_files_place_is_no_error(host: Path, name: str) -> None:
+    (host / name).unlink()
+    (host / name).mkdir()
+    assert jetson_model(host) is not None
+    assert power(host) is not None
+    assert (jetson_linux(host) is None) is (name == "etc/nv_tegra_release")
+    assert (available_memory(host) is None) is (name == "proc/meminfo")
+
+
+@pytest.mark.parametrize(
+    "compatible",
+    ["raspberrypi,5-model-b\0brcm,bcm2712\0", "amlogic,g12a\0", ""],
+    ids=["pi", "amlogic", "empty"],
+)
+def test_another_makers_arm_board_is_no_jetson(tmp_path: Path, compatible: str) -> None:
+    write_files(
+        tmp_path, {"proc/device-tree/compatible": compatible, "proc/device-tree/model": "Some Board\0"}
+    )
+    write_files(tmp_path, {"sys/devices/soc0/family": "Amlogic\n"})
+    assert jetson_model(tmp_path) is None
 
 
 def test_a_pc_is_no_jetson(tmp_path: Path) -> None:

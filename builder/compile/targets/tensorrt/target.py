@@ -14,7 +14,11 @@ from builder.compile.targets.tensorrt.compile import BuildResources, build_engin
 from builder.compile.targets.tensorrt.memory import MIB, default_workspace
 from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.targets.tensorrt.progress import BuildListener
-from builder.compile.targets.tensorrt.timing_cache import timing_cache_path, usable_timing_cache
+from builder.compile.targets.tensorrt.timing_cache import (
+    timing_cache_folder,
+    timing_cache_path,
+    usable_timing_cache,
+)
 from builder.kit import Report
 from runtime.cuda import Cuda, CudaUnavailableError, Device, attached, open_cuda
 from runtime.jetson import available_memory
@@ -24,7 +28,6 @@ from runtime.tensorrt.library import TensorRTBackend, load_tensorrt
 
 PLAN_NAME: Final = "engine.plan"
 LOG_NAME: Final = "tensorrt.log"
-CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimrt" / "timing"
 
 
 class TensorRTTarget:
@@ -120,7 +123,8 @@ class TensorRTTarget:
     def _timing_cache(self) -> Path | None:
         if self.backend == "tensorrt-rtx" or self._device is None:
             return None
-        return usable_timing_cache(timing_cache_path(CACHE, self._library.version, self._device))
+        folder = timing_cache_folder()
+        return folder and usable_timing_cache(timing_cache_path(folder, self._library.version, self._device))
 
 
 def default_profiles(batch: BatchSizes) -> list[BatchSizes]:

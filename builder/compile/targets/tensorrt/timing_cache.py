@@ -6,13 +6,14 @@ makes builds fast, not repeatable. Without it a build takes longer, so nothing a
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from models.files import replace_file
+from models.files import replace_file, require_writable
 from runtime.cuda import Device
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 _MEMORY_STEP: Final = 4 << 30  # sizes of one model differ by less, those of two models by more
 
 logger = logging.getLogger("trimrt.tensorrt")
+
+
+def timing_cache_folder() -> Path | None:
+    """Where caches are kept: in `$XDG_CACHE_HOME`, or in `~/.cache`; None for a user who has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimrt" / "timing"
+    except RuntimeError:
+        _warn("this user has no home folder")
+        return None
 
 
 def timing_cache_path(folder: Path, version: str, device: Device) -> Path:
@@ -38,18 +48,21 @@ def timing_cache_path(folder: Path, version: str, device: Device) -> Path:
 def usable_timing_cache(path: Path) -> Path | None:
     """`path`, if a cache can be kept there; else None, and a warning before the build takes minutes."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if writable:
-        return path
+        require_writable(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    except OSError as error:
+        _warn(f"{error.filename}: {error.strerror}")
+        return None
+    return path
+
+
+def _warn(reason: str) -> None:
     logger.warning(
-        "the next build will take as long as this one: no timing cache can be kept in %s, "
-        "which this user may not write (XDG_CACHE_HOME names another place)",
-        path.parent,
+        "the next build will take as long as this one, for no timing cache can be kept: %s "
+        "(XDG_CACHE_HOME names another place)",
+        reason,
     )
-    return None
 
 
 def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:

@@ -38,7 +38,7 @@ def resources(rtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(targets, "open_cuda", lambda: cuda)
         monkeypatch.setattr(targets, "available_memory", lambda: available_memory(root))
         monkeypatch.setattr(targets, "this_machine", lambda device: this_machine(device, root))
-        monkeypatch.setattr(targets, "CACHE", tmp_path / "cache")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
         def build_engine(_library, _graph, _options, resources: BuildResources, _listener) -> bytes:
             given.append(resources)
@@ -91,7 +91,7 @@ def test_the_best_size_of_a_package_is_the_one_asked_for_not_that_of_its_first_p
 def test_the_timing_cache_is_of_this_model(resources, tmp_path) -> None:
     cache = resources(ORIN).timing_cache
     assert cache is not None
-    assert cache.parent == tmp_path / "cache"
+    assert cache.parent == tmp_path / "cache" / "trimrt" / "timing"
     assert cache.name.startswith("orin-sm87-8mp-8g-")
 
 

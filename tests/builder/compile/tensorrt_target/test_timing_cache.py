@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pwd
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.targets.tensorrt.timing_cache import (
     attach_timing_cache,
     save_timing_cache,
+    timing_cache_folder,
     timing_cache_path,
     usable_timing_cache,
 )
@@ -74,14 +76,36 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_build(obstructed, c
     assert usable_timing_cache(obstructed) is None
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
-    assert f"no timing cache can be kept in {obstructed.parent}" in warning.message
+    assert f"no timing cache can be kept: {obstructed.parent}: Not a directory" in warning.message
 
 
-def test_a_folder_that_can_be_written_is_made(tmp_path, caplog):
+def test_a_folder_where_the_cache_should_be_is_known_before_the_build(tmp_path, caplog):
+    path = tmp_path / "orin.timing"
+    path.mkdir()
+    assert usable_timing_cache(path) is None
+    assert f"no timing cache can be kept: {path}: Is a directory" in caplog.text
+
+
+def test_a_folder_that_can_be_made_is_no_obstacle(tmp_path, caplog):
     path = tmp_path / "cache" / "timing" / "orin.timing"
     assert usable_timing_cache(path) == path
-    assert path.parent.is_dir()
     assert caplog.records == []
+
+
+def test_a_user_without_a_home_builds_without_a_cache(monkeypatch, caplog):
+    def unknown(_uid):
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert timing_cache_folder() is None
+    assert "this user has no home folder (XDG_CACHE_HOME names another place)" in caplog.text
+
+
+def test_the_user_may_name_the_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert timing_cache_folder() == tmp_path / "trimrt" / "timing"
 
 
 def test_a_cache_that_cannot_be_kept_after_all_costs_a_warning_and_no_engine(
