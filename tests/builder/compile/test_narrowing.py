@@ -14,7 +14,6 @@ from builder.compile.narrowing.graph_file import GraphFile
 from builder.kit import LOGITS, Kit
 from builder.prepare.export import run_onnx
 
-
 PIXELS = SIZE * SIZE
 
 
