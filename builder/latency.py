@@ -132,16 +132,16 @@ def _is_architecture(name: str) -> bool:
     return name in architectures()
 
 
-def _telling(observer: BuildObserver) -> Callable[[int, int], None]:
-    """Tells how many networks are timed, and how long the others will take."""
-    began: list[tuple[float, int]] = []
+def _telling(observer: BuildObserver) -> Callable[[float], None]:
+    """Tells how much is timed, and how long the rest will take."""
+    began: list[tuple[float, float]] = []
 
-    def tell(done: int, everything: int) -> None:
-        began.append((time.monotonic(), done))
+    def tell(share: float) -> None:
+        began.append((time.monotonic(), share))
         (start, before), (now, _) = began[0], began[-1]
-        left = (now - start) * (everything - done) / (done - before) if done > before else None
-        observer.report(
-            f"{done} of {everything} networks timed" + (f", about {in_words(left)} left" if left else "")
-        )
+        left = ""
+        if share > before:
+            left = f", about {in_words((now - start) * (1 - share) / (share - before))} left"
+        observer.report(f"timing networks of other widths: {share:.0%} done{left}")
 
     return tell

@@ -63,7 +63,7 @@ def measure_latencies(
     begun: LatencyTable | None,
     save: Callable[[LatencyTable], None],
     report: Report,
-    progress: Callable[[int, int], None] = lambda _done, _all: None,
+    progress: Callable[[float], None] = lambda _share: None,
 ) -> LatencyTable:
     """Time narrowed networks until the table is complete.
 
@@ -72,7 +72,7 @@ def measure_latencies(
         begun: a table of the same graph and machine, to be continued.
         save: called with the table whenever it has grown.
         report: takes lines of progress.
-        progress: takes how many networks of how many are timed.
+        progress: takes the share that is done.
 
     Raises:
         CompileError: engines cannot be run here, or the compiler refused a graph.
@@ -81,7 +81,7 @@ def measure_latencies(
     """
     if missing := subject.target.missing_device():
         raise CompileError(f"latencies are measured by running engines: {missing}")
-    bench = _Bench(subject, report)
+    bench = _Bench(subject)
     if not bench.graph.groups:
         raise LatencyError(
             f"no channels of {subject.student.name} can be narrowed: only those of convolutions and matrix "
@@ -95,23 +95,20 @@ def measure_latencies(
                 "the latency table is of another network, machine, precision or batch; write to another file"
             )
         table = begun
-    everything = len(table.networks()) + len(table.checks())
     while missing_networks := table.missing():
         for part in _parts(missing_networks):
-            progress(everything - len(table.missing()), everything)
+            progress(table.progress)
             times = bench.time([_whole(table, widths) for widths in part])
             table = table.with_times(zip(part, times, strict=True))
             save(table)
-    progress(everything, everything)
     return table
 
 
 class _Bench:
     """Compiles and times networks of the subject's graph."""
 
-    def __init__(self, subject: Subject, report: Report) -> None:
+    def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._report = report
         self._manifest: Manifest | None = None
         self.graph = NarrowableGraph(subject.path.read_bytes())
 
@@ -185,7 +182,7 @@ class _Bench:
 
 def _same(one: LatencyTable, other: LatencyTable) -> bool:
     """Whether times of one table belong to the other."""
-    changing = {"created_at", "trimrt_version", "block", "timed", "checks"}
+    changing = {"created_at", "trimrt_version", "network", "block", "timed"}
     return one.model_dump(exclude=changing) == other.model_dump(exclude=changing)
 
 
