@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
-from typing import Literal, get_args
+from typing import Literal
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -40,7 +40,7 @@ from trimrt.output import OutputFile
 @click.option(
     "-p",
     "--precision",
-    type=Choice(get_args(Precision)),
+    type=Choice(["fp32", "fp16", "int8"]),
     show_default="int8; of tensorrt-rtx fp16",
     help="Of the engines.",
 )

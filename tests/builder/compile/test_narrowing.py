@@ -38,6 +38,9 @@ def test_every_graph_of_a_kit_has_the_same_groups_and_runs_with_half_of_the_chan
     found = []
     for graph in kit.manifest.graphs:
         narrowable = NarrowableGraph((kit.path / graph.file).read_bytes())
+        if graph.precision == "int8-dynamic":  # its integer operators are not followed
+            assert narrowable.groups == []
+            continue
         found.append((narrowable.groups, narrowable.pairs))
         half = {group.name: group.channels // 2 for group in narrowable.groups}
         model = onnx.load_from_string(narrowable.narrowed(half))
