@@ -19,7 +19,7 @@ Trimrt = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def kit_of_two_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_kit(tmp_path_factory.mktemp("kits") / "narrow", residual(width=64, inner=128))
+    return narrow_kit(tmp_path_factory.mktemp("kits") / "narrow", residual(width=32, inner=64))
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def test_the_table_says_what_was_measured_where(table: LatencyTable) -> None:
     assert table.power is None
     assert table.block in (8, 16, 32)
     assert [(group.name, group.channels, group.layers) for group in table.groups] == [
-        ("branch", 64, ["branch", "stem"]),
-        ("inner", 128, ["inner"]),
+        ("branch", 32, ("branch", "stem")),
+        ("inner", 64, ("inner",)),
     ]
     assert table.pairs == [("branch", "inner")]
     assert table.missing() == []
@@ -51,7 +51,7 @@ def test_the_table_says_what_was_measured_where(table: LatencyTable) -> None:
 
 def test_the_table_foretells_that_more_channels_take_longer(table: LatencyTable) -> None:
     predictor = LatencyPredictor(table)
-    assert predictor.predict({}) < predictor.predict({"branch": 64, "inner": 128})
+    assert predictor.predict({}) < predictor.predict({"branch": 32, "inner": 64})
 
 
 def test_a_finished_table_is_not_measured_again(file: Path, kit_of_two_groups: Path, trimrt: Trimrt) -> None:
@@ -75,7 +75,7 @@ def test_an_unfinished_table_is_continued(
 
 def test_a_table_of_another_network_is_not_overwritten(file: Path, tmp_path: Path, trimrt: Trimrt) -> None:
     before = file.read_bytes()
-    other = narrow_kit(tmp_path / "other", residual(width=32, inner=128))
+    other = narrow_kit(tmp_path / "other", residual(width=16, inner=64))
     result = trimrt("measure-layers", other, "-p", "fp32", "-o", file)
     assert result.exit_code == 1
     assert "of another network, machine, precision or batch; write to another file" in result.output
