@@ -26,7 +26,7 @@ from trimrt.output import OutputFile
     context_settings=HELP,
     examples=[
         "trimrt measure-layers photos-kit -o orin-nano.json",
-        "trimrt measure-layers resnet18 --image-size 224 --classes 10 -o this-machine.json",
+        "trimrt measure-layers resnet18 --image-size 224 -o here.json",
     ],
 )
 @click.argument("source", metavar="KIT|CHECKPOINT|ARCHITECTURE")
