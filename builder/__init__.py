@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from builder.compile.packages import Package
     from builder.compile.targets.tensorrt.options import TensorRTOptions
     from builder.compile.verification import Gate, GateError
+    from builder.latency import LatencyOptions, measure_layers
     from builder.observer import BuildObserver
     from builder.options import BuildOptions
     from builder.prepare.options import PrepareOptions
@@ -27,11 +28,13 @@ __all__ = [
     "BuildOptions",
     "Gate",
     "GateError",
+    "LatencyOptions",
     "Package",
     "PrepareOptions",
     "TensorRTOptions",
     "build",
     "make_kit",
+    "measure_layers",
     "open_teacher",
 ]
 
@@ -40,11 +43,13 @@ _MODULES: Final = {
     "BuildOptions": "builder.options",
     "Gate": "builder.compile.verification",
     "GateError": "builder.compile.verification",
+    "LatencyOptions": "builder.latency",
     "Package": "builder.compile.packages",
     "PrepareOptions": "builder.prepare.options",
     "TensorRTOptions": "builder.compile.targets.tensorrt.options",
     "build": "builder.api",
     "make_kit": "builder.api",
+    "measure_layers": "builder.latency",
     "open_teacher": "builder.prepare.teacher",
 }
 

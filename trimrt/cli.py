@@ -17,6 +17,10 @@ COMMANDS: Final = {
     "compress": ("trimrt.compress:compress", "Train a teacher, distil and prune a student."),
     "prepare": ("trimrt.prepare:prepare", "Turn a student into a kit that compiles on another machine."),
     "build": ("trimrt.build:build", "Compile a student into an engine package."),
+    "measure-layers": (
+        "trimrt.measure_layers:measure_layers",
+        "Time a network's layers here, at every width.",
+    ),
     "inspect": ("trimrt.inspect:inspect", "Show what an engine package is."),
     "sign": ("trimrt.sign:sign_command", "Sign engine packages and build kits."),
     "verify": ("trimrt.verify:verify", "Check who signed engine packages and build kits."),

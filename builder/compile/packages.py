@@ -25,6 +25,7 @@ from builder.kit import (
     KitError,
     Report,
     Sparsity,
+    Student,
     VerificationSet,
 )
 from models.files import clear_folder, replace_folder
@@ -127,7 +128,7 @@ def build_package(
                 _require_exact(graph, gate)
                 artefact = target.compile(path, folder, batch, report)
                 saturates = bool(artefact.saturation_safe)
-                manifest = _describe(name, source, target, graph, artefact, folder, refused, command)
+                manifest = _describe(name, source.student, target, graph, artefact, folder, refused, command)
                 manifest = manifest.model_copy(update={"version": version})
                 if unverified is None:
                     report("verifying")
@@ -227,7 +228,7 @@ def _verify_graph(
     Returns:
         What was found, in words.
     """
-    with _trial(source, open_target("openvino"), graph, path, batch, report) as engine:
+    with trial(source.student, open_target("openvino"), graph, path, batch, report) as engine:
         comparison = compare(engine, source.verification)
     gate.check(comparison)
     top1 = "" if comparison.engine_top1 is None else f"top-1 {comparison.engine_top1:.2%}, "
@@ -254,7 +255,7 @@ def _no_faster(
         return None  # a kit without that graph; there is nothing to compare with
     report(f"comparing with {rest}")
     with (
-        _trial(source, target, other, path, batch, report) as plain,
+        trial(source.student, target, other, path, batch, report) as plain,
         closing(load_engine(folder)) as engine,
     ):
         ours, theirs = measure_in_turns([engine, plain])
@@ -267,15 +268,28 @@ def _no_faster(
 
 
 @contextmanager
-def _trial(
-    source: GraphSource, target: Target, graph: Graph, path: Path, batch: BatchSizes, report: Report
+def trial(
+    student: Student, target: Target, graph: Graph, path: Path, batch: BatchSizes, report: Report
 ) -> Iterator[Engine]:
-    """An engine for measuring only, removed at the end."""
+    """An engine for measuring only, removed at the end.
+
+    Args:
+        student: the network.
+        target: the compiler.
+        graph: what is in `path`.
+        path: the ONNX file.
+        batch: sizes to compile for.
+        report: takes lines of progress.
+
+    Raises:
+        CompileError: the compiler refused the graph.
+        EngineError: the compiled engine does not load.
+    """
     with tempfile.TemporaryDirectory(prefix="trimrt-") as name:
         folder = Path(name)
         artefact = target.compile(path, folder, batch, report)
         write_manifest(
-            folder, _describe("trial", source, target, graph, artefact, folder, [], "trimrt build")
+            folder, _describe("trial", student, target, graph, artefact, folder, [], "trimrt build")
         )
         with closing(load_engine(folder)) as engine:
             yield engine
@@ -283,7 +297,7 @@ def _trial(
 
 def _describe(
     name: str,
-    source: GraphSource,
+    student: Student,
     target: Target,
     graph: Graph,
     artefact: Artefact,
@@ -291,7 +305,6 @@ def _describe(
     refused: Sequence[Rung],
     command: str,
 ) -> Manifest:
-    student = source.student
     spec = student.preprocessing
     calibration = graph.calibration
     if calibration is not None:

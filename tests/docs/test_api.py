@@ -71,5 +71,5 @@ def test_a_build_needs_torch_onnx_and_openvino_only_when_it_runs() -> None:
 
 def test_the_page_names_what_the_packages_offer() -> None:
     functions = {"models.compress", "models.make_recipe", "builder.build", "builder.make_kit"}
-    functions.add("builder.open_teacher")
+    functions |= {"builder.measure_layers", "builder.open_teacher"}
     assert functions | {"runtime.load_engine"} == set(re.findall(r"^\| `([a-z_.]+)` \|", PAGE, re.MULTILINE))
