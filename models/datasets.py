@@ -7,10 +7,8 @@ no torch.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +16,14 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from models.archives import unpacked
 from models.bars import for_each
 from models.card import Card, Dataset
-from models.files import replace_file, replace_folder
+from models.files import replace_file
 from models.folders import DatasetError, OnDamaged, is_utf8, shown
-from models.glyphs import GLYPHS_SHA256, read_typefaces, typeface_of, write_glyphs
+from models.glyphs import GLYPHS_SHA256, typeface_of
+from models.named_data import GLYPHS, NAMED, UNSHUFFLED_DIGITS, unpack_named
 from models.naming import did_you_mean, nothing_at
 from models.preprocessing import ImageError, Pixels, Preprocessing, load_pixels
 from models.scan import MAX_PIXELS, Scan, listed, scan_folder
@@ -45,13 +43,7 @@ __all__ = [
 FOLDS: Final = 5
 SPLIT_SEED: Final = 42
 VALIDATION_SHARE: Final = 0.1
-UNSHUFFLED_DIGITS: Final = "digits-unshuffled"
-GLYPHS: Final = "glyphs"
-FASHION_MNIST_FOLDER: Final = Path("/usr/share/datasets/fashion-mnist")
 
-_FASHION_LABELS: Final = (
-    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
 _IN_MEMORY_BYTES: Final = 1 << 29  # larger sets of pixels are memory-mapped from the cache
 
 
@@ -236,8 +228,8 @@ def open_dataset(
     cache_dir = cache_dir or default_cache_dir()
     if not 0 <= fold < FOLDS:
         raise DatasetError(f"fold {fold} is not one of 0 to {FOLDS - 1}")
-    if source in _NAMED:
-        root, name = _unpacked(source, cache_dir), source
+    if source in NAMED:
+        root, name = unpack_named(source, cache_dir), source
     else:
         given, path = source, Path(source).expanduser().resolve()
         source, root = str(path), unpacked(path, cache_dir)
@@ -250,7 +242,7 @@ def open_dataset(
         root,
         smallest=lambda parted: 2 if parted else FOLDS,
         on_damaged=on_damaged,
-        trusted=source in _NAMED,
+        trusted=source in NAMED,
     )
     if found.part_names:
         return _presplit(name, source, root, found, cache_dir, validation_share)
@@ -259,22 +251,12 @@ def open_dataset(
     return _cross_validation(name, source, root, fold, found, cache_dir, validation_share)
 
 
-def _unpacked(name: str, cache_dir: Path) -> Path:
-    try:
-        return _NAMED[name](cache_dir)
-    except OSError as error:
-        raise DatasetError(
-            f"cannot unpack {name} in {cache_dir}: {error.strerror or error}; "
-            "name another folder in TRIMRT_CACHE"
-        ) from error
-
-
 def _no_such_data(source: str) -> str:
     path = Path(source).expanduser()
-    give = f"give {', '.join(_NAMED)}, or a folder or ZIP file with a folder of images for each class"
+    give = f"give {', '.join(NAMED)}, or a folder or ZIP file with a folder of images for each class"
     if path.exists():
         return f"{source} is a file; {give}"
-    like = did_you_mean(source, _NAMED)
+    like = did_you_mean(source, NAMED)
     return f"no data set {source!r}{like}; {give}" if like else f"{nothing_at(path)}; {give}"
 
 
@@ -444,70 +426,3 @@ def _slug(text: str) -> str:
     """`text` as part of a model's name."""
     slug = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in text.lower())
     return slug.strip("-") or "images"
-
-
-def _write_digits(cache_dir: Path) -> Path:
-    folder = cache_dir / "digits"
-    if not folder.is_dir():
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        # Grey levels 0 to 16.
-        images = np.round(digits.images * 255 / 16).astype(np.uint8)
-        with replace_folder(folder, cache=True) as new:
-            _write_images(new, images, digits.target, [str(name) for name in digits.target_names])
-    return folder
-
-
-def _write_fashion_mnist(cache_dir: Path) -> Path:
-    folder = cache_dir / "fashion-mnist"
-    if not folder.is_dir():
-        if not FASHION_MNIST_FOLDER.is_dir():
-            raise DatasetError(
-                f"fashion-mnist is not in {FASHION_MNIST_FOLDER}; "
-                "install it: sudo apt install dataset-fashion-mnist"
-            )
-        with replace_folder(folder, cache=True) as new:
-            for part, prefix in (("train", "train"), ("test", "t10k")):
-                images = _read_idx(FASHION_MNIST_FOLDER / f"{prefix}-images-idx3-ubyte.gz")
-                targets = _read_idx(FASHION_MNIST_FOLDER / f"{prefix}-labels-idx1-ubyte.gz")
-                _write_images(new / part, images, targets, _FASHION_LABELS)
-    return folder
-
-
-def _write_glyphs(cache_dir: Path) -> Path:
-    folder = cache_dir / GLYPHS
-    if not folder.is_dir():
-        with replace_folder(folder, cache=True) as new:
-            write_glyphs(new, read_typefaces())
-    return folder
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """An array in the IDX format of LeCun's MNIST: a magic number, big-endian sizes, then bytes."""
-    data = gzip.decompress(path.read_bytes())
-    dimensions = data[3]
-    shape = np.frombuffer(data, ">i4", dimensions, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-
-def _write_images(
-    folder: Path, images: NDArray[np.uint8], targets: NDArray[np.integer], labels: Iterable[str]
-) -> None:
-    directories = [folder / label for label in labels]
-    for directory in directories:
-        directory.mkdir(parents=True)
-    digits = len(str(len(images) - 1))
-
-    def write(index: int) -> None:
-        Image.fromarray(images[index]).save(directories[targets[index]] / f"{index:0{digits}d}.png")
-
-    for_each(write, list(range(len(images))), "Writing images")
-
-
-_NAMED: Final[dict[str, Callable[[Path], Path]]] = {
-    "digits": _write_digits,
-    UNSHUFFLED_DIGITS: _write_digits,
-    "fashion-mnist": _write_fashion_mnist,
-    GLYPHS: _write_glyphs,
-}

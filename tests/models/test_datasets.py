@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 
 import models.datasets
+import models.named_data
 from models.datasets import DatasetError, DataSplit, open_dataset
 from models.preprocessing import Preprocessing
 
@@ -91,7 +92,7 @@ class TestFashionMnist:
             labels = struct.pack(">II", 0x801, count) + targets.tobytes()
             (package / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
             (package / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
-        monkeypatch.setattr(models.datasets, "FASHION_MNIST_FOLDER", package)
+        monkeypatch.setattr(models.named_data, "FASHION_MNIST_FOLDER", package)
         data = open_dataset("fashion-mnist", cache_dir=tmp_path / "cache")
         assert data.fold is None
         assert (len(data.train), len(data.validation), len(data.test)) == (30, 10, 10)
@@ -104,7 +105,7 @@ class TestFashionMnist:
             assert path.parent.name == data.labels[target]
 
     def test_says_which_package_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(models.datasets, "FASHION_MNIST_FOLDER", tmp_path / "nothing")
+        monkeypatch.setattr(models.named_data, "FASHION_MNIST_FOLDER", tmp_path / "nothing")
         with pytest.raises(DatasetError, match="apt install dataset-fashion-mnist"):
             open_dataset("fashion-mnist", cache_dir=tmp_path)
         assert not (tmp_path / "fashion-mnist").exists()

@@ -123,8 +123,8 @@ HOSTILE = {
     "TIFF": hostile.tiled_tiff(16, 16, 32_752),
     "JPEG": hostile.progressive_jpeg(1208, 1736, 900, refining=True),  # 11 kB: two bytes for a scan
     "HEIC": File(
-        [grid(100, 100, 6400, 6400), picture(saved(Image.new("RGB", (64, 64)), "HEIF"))],
-        [(b"dimg", 1, [2] * 10_000)],
+        [grid(40, 40, 10_240, 10_240), picture(saved(Image.new("RGB", (256, 256)), "HEIF"))],
+        [(b"dimg", 1, [2] * 1600)],
     ).write(),
     "PNG": hostile.png(8, 8, before=[hostile.chunk(b"iCCP", b"a\0\0" + bytes(9))] * 300),
 }

@@ -9,7 +9,7 @@ from typing import Final
 
 from packaging.requirements import Requirement
 
-from builder.compile.targets.tensorrt.target import CACHE
+from builder.compile.targets.tensorrt.timing_cache import timing_cache_folder
 from models.cores import cores
 from models.errors import TrimRTError
 from models.files import require_writable
@@ -71,13 +71,18 @@ def look_at_packages() -> Iterator[Finding]:
 
 def look_at_caches() -> Iterator[Finding]:
     """The folder that building keeps its timings in."""
+    folder = timing_cache_folder()
+    if folder is None:
+        found = "this user has no home folder for it; building for TensorRT takes longer"
+        yield Finding(subject="timing cache", state="note", found=found)
+        return
     try:
-        require_writable(CACHE)
+        require_writable(folder)
     except OSError as error:
-        found = f"{CACHE} cannot be written ({error.strerror}); building for TensorRT takes longer"
+        found = f"{folder} cannot be written ({error.strerror}); building for TensorRT takes longer"
         yield Finding(subject="timing cache", state="note", found=found)
     else:
-        yield Finding(subject="timing cache", state="ok", found=str(CACHE))
+        yield Finding(subject="timing cache", state="ok", found=str(folder))
 
 
 def _instruction_sets() -> Finding:
