@@ -38,8 +38,8 @@ def sign_command(
     """Sign engine packages and build kits with a private key.
 
     ENGINE is a package's folder or name, KIT a kit's folder. The file `signature` in it covers every other
-    file: whoever is told `--trusted-key FILE.pub` uses the folder as it is now, or not at all. What changes
-    it, as a new build or `trimrt bench --tune`, makes it necessary to sign again.
+    file: whoever trusts FILE.pub alone uses the folder as it is now, or not at all. What changes it, as a new
+    build or `trimrt bench --tune`, makes it necessary to sign again.
     """
     folders = [find_signed(name, engine_dir) for name in signed]
     if new_file is not None and key_file is None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import models.datasets
+import models.named_data
 import models.glyphs
 from models.datasets import DatasetError, DataSplit, open_dataset
 from models.glyphs import GLYPHS_SHA256, LABELS, Typeface, read_typefaces, typeface_of
@@ -37,7 +38,7 @@ FEW = tuple(
 def _few_typefaces() -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.glyphs, "FONTS_FOLDER", Path(matplotlib.get_data_path(), "fonts", "ttf"))
-        patch.setattr(models.datasets, "read_typefaces", lambda: FEW)
+        patch.setattr(models.named_data, "read_typefaces", lambda: FEW)
         yield
 
 
@@ -117,7 +118,7 @@ def test_missing_fonts_are_refused_with_what_installs_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Typeface("other", "fonts-not-here", "cmr10.ttf", "other/Bold.otf")
-    monkeypatch.setattr(models.datasets, "read_typefaces", lambda: (*FEW, other))
+    monkeypatch.setattr(models.named_data, "read_typefaces", lambda: (*FEW, other))
     with pytest.raises(DatasetError, match=r"sudo apt-get install fonts-not-here$"):
         open_dataset("glyphs", cache_dir=tmp_path)
     assert not (tmp_path / "glyphs").exists()
@@ -158,7 +159,7 @@ FONTS = models.glyphs.FONTS_FOLDER
 class TestAllTypefaces:
     def test_these_are_the_documented_images(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(models.glyphs, "FONTS_FOLDER", FONTS)
-        monkeypatch.setattr(models.datasets, "read_typefaces", read_typefaces)
+        monkeypatch.setattr(models.named_data, "read_typefaces", read_typefaces)
         data = open_dataset("glyphs", cache_dir=tmp_path)
         assert data.sha256 == GLYPHS_SHA256
         assert data.summary == ()

@@ -89,7 +89,7 @@ def together(settings: Settings) -> Iterator[Together]:
     settings = settings.model_copy(update={"workers": 2})
     listener = listen(settings)
     host, port = listener.getsockname()[:2]
-    supervisor = Supervisor(settings, listener, resolve_engines(settings))
+    supervisor = Supervisor(settings, [listener], resolve_engines(settings))
     loop = asyncio.new_event_loop()
     it = Together(f"http://{host}:{port}", supervisor, loop)
 
