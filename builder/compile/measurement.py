@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,30 +32,24 @@ class Speed:
     throughput: float
 
 
-def measure(engine: Engine, rounds: int = 1) -> Speed:
-    """Time `engine` on random pixels, for its share of the seconds of one measurement.
-
-    Args:
-        engine: all its slots are opened.
-        rounds: how many measurements share those seconds.
+def measure(engine: Engine) -> Speed:
+    """Time `engine` on random pixels; all its slots are opened.
 
     Raises:
         EngineError: the engine failed.
     """
-    batch, seconds = engine.manifest.batch, MEASURE_SECONDS / rounds
-    with closing(TimedSlots(engine, engine.slots)) as slots:
-        slots.run(batch.min, _WARM_UP_SHARE * seconds, alone=True)
-        latencies = slots.run(batch.min, seconds, alone=True)
-        slots.run(batch.max, _WARM_UP_SHARE * seconds)
-        throughput = rate(batch.max, slots.run(batch.max, seconds))
-    return Speed(latency_ms=float(np.median(latencies)) * 1000, throughput=throughput)
+    return measure_in_turns([engine], rounds=1)[0]
 
 
 def measure_in_turns(engines: Sequence[Engine], rounds: int = 7) -> list[Speed]:
-    """Time each engine several times, in turns, and take its best round.
+    """Time engines on random pixels several times, in turns, and take the best round of each.
 
     What else the machine does only makes rounds slower, and not those of one engine alone: the best say most
-    about the engines.
+    about the engines. All their slots are opened.
+
+    Args:
+        engines: what to time.
+        rounds: how many share the seconds of a measurement.
 
     Returns:
         Of each engine, the least latency and the largest throughput.
@@ -63,7 +57,11 @@ def measure_in_turns(engines: Sequence[Engine], rounds: int = 7) -> list[Speed]:
     Raises:
         EngineError: an engine failed.
     """
-    speeds = [[measure(engine, rounds) for engine in engines] for _ in range(rounds)]
+    with ExitStack() as stack:
+        opened = [
+            (engine, stack.enter_context(closing(TimedSlots(engine, engine.slots)))) for engine in engines
+        ]
+        speeds = [[_measure(engine, slots, rounds) for engine, slots in opened] for _ in range(rounds)]
     return [
         Speed(
             latency_ms=min(speed.latency_ms for speed in found),
@@ -71,6 +69,15 @@ def measure_in_turns(engines: Sequence[Engine], rounds: int = 7) -> list[Speed]:
         )
         for found in zip(*speeds, strict=True)
     ]
+
+
+def _measure(engine: Engine, slots: TimedSlots, rounds: int) -> Speed:
+    batch, seconds = engine.manifest.batch, MEASURE_SECONDS / rounds
+    slots.run(batch.min, _WARM_UP_SHARE * seconds, alone=True)
+    latencies = slots.run(batch.min, seconds, alone=True)
+    slots.run(batch.max, _WARM_UP_SHARE * seconds)
+    throughput = rate(batch.max, slots.run(batch.max, seconds))
+    return Speed(latency_ms=float(np.median(latencies)) * 1000, throughput=throughput)
 
 
 def time_in_turns(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from tiny_engine import write_package
 
@@ -25,6 +26,7 @@ def test_the_ratio_is_that_of_turns_beside_each_other() -> None:
     assert [row.split("|")[3].strip() for row in rows] == ["100", "110"]
 
 
+@pytest.mark.slow
 def test_a_server_is_asked_over_both_ways(tmp_path: Path) -> None:
     package = write_package(tmp_path / "engines")
     command = [str(package), "--seconds", "0.2", "--turns", "1", "--output", str(tmp_path / "out")]

@@ -181,7 +181,10 @@ class TestRerun:
 
     @pytest.mark.parametrize(
         ("number", "status"),
-        [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
+        [
+            pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+            pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+        ],
     )
     def test_the_same_command_ends_as_if_nothing_had_stopped_it(
         self,

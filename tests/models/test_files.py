@@ -15,7 +15,12 @@ from models.files import BusyError, clear_folder, locked, replace_file, replace_
 PARTS = ("a", "b/c")
 
 
-@pytest.fixture(params=[True, False], ids=["exchange", "no exchange"])
+@pytest.fixture(
+    params=[
+        pytest.param(True, id="exchange"),
+        pytest.param(False, id="no exchange", marks=pytest.mark.slow),
+    ]
+)
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the file system can exchange two folders."""
     supported: bool = request.param

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import models.datasets
-import models.named_data
 import models.glyphs
+import models.named_data
 from models.datasets import DatasetError, DataSplit, open_dataset
 from models.glyphs import GLYPHS_SHA256, LABELS, Typeface, read_typefaces, typeface_of
 from models.preprocessing import Preprocessing

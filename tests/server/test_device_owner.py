@@ -112,6 +112,7 @@ def test_the_first_engine_on_a_device_starts_its_owner_beside_workers_that_run_e
         assert {served.predict(encode(0), params={"engine": NAME}).status_code for _ in range(4)} == {404}
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_ends_all_with_its_own_code_where_that_is_asked_for(
     gpu: Path, directory: Path, tmp_path: Path, encode: Encode
 ) -> None:

@@ -152,6 +152,7 @@ def test_while_the_owner_is_replaced_requests_are_answered_with_503_and_the_reas
     assert served.pids == workers
 
 
+@pytest.mark.slow
 def test_an_owner_that_hangs_is_killed_and_replaced(directory: Path, encode: Encode) -> None:
     settings = Settings(engine="tiny", engine_dir=directory, port=0, share_engines=True, worker_timeout_s=4)
     with together(settings) as own:

@@ -181,7 +181,7 @@ OpenVINOSlot.infer = infer_or_hang
 """
 
 
-@pytest.mark.parametrize("share_engines", [False, True])
+@pytest.mark.parametrize("share_engines", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_process_whose_batch_does_not_end_is_killed_and_replaced(
     engine_dir: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch, share_engines: bool
 ) -> None:

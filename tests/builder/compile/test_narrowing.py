@@ -33,6 +33,7 @@ def groups(model: onnx.ModelProto) -> dict[str, int]:
     return {group.name: group.channels for group in NarrowableGraph(model.SerializeToString()).groups}
 
 
+@pytest.mark.slow
 def test_every_graph_of_a_kit_has_the_same_groups_and_runs_with_half_of_the_channels(kit: Kit) -> None:
     images = kit.verification.pixels[:2]
     found = []
@@ -52,6 +53,7 @@ def test_every_graph_of_a_kit_has_the_same_groups_and_runs_with_half_of_the_chan
     assert {"conv1", "layer1.0.conv1", "layer2.0.conv2", "layer4.1.conv1"} <= set(names)
 
 
+@pytest.mark.slow
 def test_the_constants_of_a_kit_are_read_as_onnx_reads_them(kit: Kit) -> None:
     for graph in kit.manifest.graphs:
         data = (kit.path / graph.file).read_bytes()
@@ -62,6 +64,7 @@ def test_the_constants_of_a_kit_are_read_as_onnx_reads_them(kit: Kit) -> None:
             np.testing.assert_array_equal(constants[tensor.name], expected)
 
 
+@pytest.mark.slow
 def test_a_graph_that_loses_no_channels_computes_what_it_did(kit: Kit) -> None:
     graph = next(graph for graph in kit.manifest.graphs if graph.precision == "fp32")
     data = (kit.path / graph.file).read_bytes()

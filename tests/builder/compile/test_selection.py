@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 from click.testing import Result
@@ -78,9 +80,8 @@ def test_if_neither_passes_nothing_is_published(kit: Kit, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("objective", "chosen"), [pytest.param("latency", "fp32", marks=pytest.mark.slow), ("throughput", "int8")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "chosen"), [("latency", "fp32"), ("throughput", "int8")])
 def test_the_objective_decides_what_is_fast(
     kit: Kit,
     tmp_path: Path,
@@ -108,12 +109,14 @@ def test_what_else_the_machine_does_does_not_decide_which_engine_is_faster(
     loads = {"faster": iter([9.0, 9, 1, 9, 9, 9, 9]), "slower": iter([1.0, 1, 1, 2, 1, 1, 1])}
     alone = {"faster": 2.0, "slower": 3.0}
 
-    def measure(engine: str, _rounds: int) -> Speed:
-        latency = alone[engine] * next(loads[engine])
+    def measure(engine: Any, _slots: object, _rounds: int) -> Speed:
+        latency = alone[engine.name] * next(loads[engine.name])
         return Speed(latency_ms=latency, throughput=1000 / latency)
 
-    monkeypatch.setattr(measurement, "measure", measure)
-    speeds = measurement.measure_in_turns(["faster", "slower"])
+    monkeypatch.setattr(measurement, "TimedSlots", lambda _engine, _count: ExitStack())
+    monkeypatch.setattr(measurement, "_measure", measure)
+    engines: list[Any] = [SimpleNamespace(name=name, slots=1) for name in ("faster", "slower")]
+    speeds = measurement.measure_in_turns(engines)
     assert [speed.latency_ms for speed in speeds] == [2, 3]
     assert [speed.throughput for speed in speeds] == [1000 / 2, 1000 / 3]
 

@@ -99,6 +99,7 @@ def test_nothing_is_made_twice(preparation: Preparation, graphs: dict[str, tuple
     assert {path: path.stat().st_mtime_ns for path in again} == before
 
 
+@pytest.mark.slow
 def test_layers_are_left_out_of_whichever_graph_did_best(
     preparation: Preparation, pixels: Pixels, tmp_path: Path
 ) -> None:

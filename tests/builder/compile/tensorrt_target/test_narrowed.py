@@ -16,7 +16,7 @@ from runtime.tensorrt.library import TensorRTLibrary
 ONE = [BatchSizes(min=1, opt=1, max=1)]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8-fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8-fp16"])
 def test_narrowed_graphs_compile(
     rtx: TensorRTLibrary, graph: Callable[..., Path], tmp_path: Path, precision: str
 ) -> None:
