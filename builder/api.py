@@ -19,9 +19,8 @@ from builder.finding import LIBRARIES, find_source, is_weights
 from builder.kit import Graph, GraphSource, Kit, KitError, KitManifest, is_kit, open_kit
 from builder.observer import BuildObserver
 from builder.options import BuildOptions
-from builder.prepare.export import ExportError
+from builder.prepare.export import ExportError, importing
 from builder.prepare.options import FOREIGN, PrepareOptions
-from builder.prepare.quiet_import import import_onnxruntime
 from builder.rebuilding import build_command, changed_options, prepare_command
 from models.card import read_card
 from models.files import require_writable
@@ -190,14 +189,8 @@ def _prepared(source: str, options: PrepareOptions, observer: BuildObserver) -> 
                 flag = name.replace("_", "-")
                 raise ExportError(f"{source} is a checkpoint, which says itself what --{flag} would")
     observer.report("importing")
-    try:
-        import_onnxruntime()  # before ModelOpt does
+    with importing(f"preparing {source}", "build from its kit"):
         from builder.prepare.preparation import prepare
-    except ImportError as error:
-        raise ExportError(
-            f"preparing {source} needs what `pip install 'trimrt[compress]'` brings "
-            f"({error}). Or run `trimrt prepare` where that is installed, and build from its kit here"
-        ) from error
     observer.report(f"reading {source}")
     subject = _open(source, options)
     for note in (*subject.data.summary, *subject.notes):

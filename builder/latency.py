@@ -17,8 +17,7 @@ from builder.compile.targets.choice import choose_backend, open_target
 from builder.finding import LIBRARIES, MissingSourceError, find_source
 from builder.kit import Graph, Rest, Student, is_kit, open_kit
 from builder.observer import BuildObserver
-from builder.prepare.export import ExportError
-from builder.prepare.quiet_import import import_onnxruntime
+from builder.prepare.export import importing
 from models.estimate import in_words
 from models.files import replace_file, require_writable
 from models.latency import LatencyTable, read_latency_table
@@ -105,14 +104,8 @@ def _open(
         yield kit.student, graph, path
         return
     observer.report("importing")
-    try:
-        import_onnxruntime()  # before ModelOpt does
+    with importing(source, "measure its kit"):
         from builder.prepare.for_timing import random_network, timing_graph, trained_network
-    except ImportError as error:
-        raise ExportError(
-            f"{source} needs what `pip install 'trimrt[compress]'` brings ({error}). Or run `trimrt prepare` "
-            "where that is installed, and measure its kit here"
-        ) from error
     network, student = (
         trained_network(place)
         if place is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from runtime.manifest import EngineError
 from runtime.watching import Watcher
 from server.bodies import BodyMemory
 from server.fleet import Alone, Fleet
-from server.lifecycle import Lifecycle
+from server.lifecycle import Lifecycle, settle_memory
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
@@ -166,12 +165,7 @@ async def _load_configured(
     try:
         for folder in resolve_engines(service.settings) if packages is None else packages:
             await service.registry.change(Load(folder))
-        # Everything allocated so far is permanent: exclude it from collections, which would stop every thread
-        # for 40 ms now and then.
-        gc.collect()
-        gc.freeze()
-        # The images of a few large requests are no reason for a collection, which takes a millisecond.
-        gc.set_threshold(10_000, 10, 10)
+        settle_memory()
         await service.fleet.wait_until_all_loaded()
         service.lifecycle.loaded = True
     except Exception as error:

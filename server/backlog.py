@@ -64,10 +64,9 @@ class Backlog:
         """Whether the slot for small requests waits, and will do so until images are put."""
         return self._reserve in self._sleeping
 
-    @property
-    def mixed(self) -> bool:
+    def mixed(self, now: float) -> bool:
         """Whether small requests come among large ones."""
-        return self._shares is not None and self._shares.mixed(time.monotonic())
+        return self._shares is not None and self._shares.mixed(now)
 
     @property
     def others_sleep(self) -> bool:
@@ -84,7 +83,7 @@ class Backlog:
         with self._lock:
             for image in images:
                 insort(self._waiting, image, key=_turn)
-            large = self._slots > 1 and self.mixed and not all(map(_is_small, images))
+            large = self._slots > 1 and not all(map(_is_small, images)) and self.mixed(time.monotonic())
             self._wake(len(images), spared=self._reserve if large else None)
 
     def take(self, *, reserve: bool = False) -> list[Image]:
@@ -101,7 +100,8 @@ class Backlog:
                 return []
             now = time.monotonic()
             room = self._batch_size(now) - size
-            return self._collate(now, room, 0.0, _is_small if self.mixed else None)[0] if room > 0 else []
+            only = _is_small if self.mixed(now) else None
+            return self._collate(now, room, 0.0, only)[0] if room > 0 else []
 
     def wait(self, *, reserve: bool = False) -> list[Image]:
         """Wait for the next batch; it is empty once the backlog is closed. For `reserve` see `take`."""
@@ -131,7 +131,7 @@ class Backlog:
         now = time.monotonic()
         # A small request that comes first does not wait for images of a large one to be decoded.
         first_is_small = bool(self._waiting) and self._waiting[0].job.small
-        apart = self.mixed and (first_is_small or (reserve and self._slots > 1))
+        apart = self.mixed(now) and (first_is_small or (reserve and self._slots > 1))
         only = _is_small if apart else None
         batch, ask_again_at = self._collate(now, self._batch_size(now), self._delay, only)
         if batch and self._shares is not None:

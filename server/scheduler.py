@@ -209,8 +209,9 @@ class Scheduler:
         """Whether one image is under way, large requests aside, and the worker for it waits."""
         if not self._brief or not self._backlog.reserve_sleeps:
             return False
-        small = sum(job.remaining for job in self._jobs if job.small) if self._backlog.mixed else self.pending
-        return small == 1
+        if self._backlog.mixed(time.monotonic()):
+            return sum(job.remaining for job in self._jobs if job.small) == 1
+        return self.pending == 1
 
     def _run_here(self, image: Image) -> None:
         """Run the image that came alone, unless others have come since, or nobody waits for it any more."""

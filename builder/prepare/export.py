@@ -44,6 +44,27 @@ class ExportError(TrimRTError):
     """A network that cannot be exported, or whose graph's output differs from PyTorch's."""
 
 
+@contextlib.contextmanager
+def importing(what: str, instead: str) -> Iterator[None]:
+    """Import what prepares networks; ONNX Runtime first, for ModelOpt would let it print its warnings.
+
+    Args:
+        what: needs it.
+        instead: what can be done here with a kit that was prepared elsewhere.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        import_onnxruntime()
+        yield
+    except ImportError as error:
+        raise ExportError(
+            f"{what} needs what `pip install 'trimrt[compress]'` brings ({error}). Or run `trimrt prepare` "
+            f"where that is installed, and {instead} here"
+        ) from error
+
+
 # Nodes that no conversion changes; names as `add_pixels_input` gives them.
 KEPT_IN_FP32: Final = ("pre/.*", "post/.*", "network/normal/head.*")
 

@@ -7,7 +7,6 @@ images of the workers' slots, each as a request of its own: one that fails costs
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import os
 import signal
@@ -17,10 +16,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from uvicorn.loops.auto import auto_loop_factory
+
 from runtime.finite import NOT_FINITE
 from runtime.health import EngineLostError
 from runtime.manifest import EngineError, read_manifest
 from server.jobs import Job, Result
+from server.lifecycle import settle_memory
 from server.problems import Problem
 from server.registry import Change, Load, MakeDefault, Registry, Unload
 from server.scheduler import Scheduler
@@ -40,17 +42,9 @@ def serve(assignment: Assignment) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     settings = assignment.settings
     logs.configure(settings.log_level, settings.log_format, access_log=False)
-    loop = _new_event_loop()
+    loop = auto_loop_factory()()
     loop.run_until_complete(Owner(assignment).run())
     loop.close()
-
-
-def _new_event_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 class Owner(Participant):
@@ -109,8 +103,7 @@ class Owner(Participant):
         except EngineError as error:
             await self._supervisor.call("failed", str(error), False)
             return
-        gc.collect()
-        gc.freeze()  # see `server.app`
+        settle_memory()
         await self._supervisor.call("loaded")
 
     async def _drain(self) -> None:
