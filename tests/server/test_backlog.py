@@ -162,9 +162,11 @@ def test_one_slot_is_left_for_small_requests_that_come_among_large_ones(slots: S
     come(backlog, small := images(1))
     assert backlog.take(reserve=True) == small
     reserve, other = slots.asleep(backlog, reserve=True), slots.asleep(backlog)
+    sleep = backlog._reserve
     come(backlog, large := images(64))
     assert other.result(timeout=20) == large[:4]
     assert backlog.reserve_sleeps
+    assert backlog._reserve is sleep  # it was not woken for nothing
     assert backlog.take(reserve=True) == []
     come(backlog, small := images(1, turn=64))
     assert reserve.result(timeout=20) == small

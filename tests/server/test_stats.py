@@ -79,3 +79,13 @@ def test_memory_is_bounded_however_long_it_runs() -> None:
         distribution.add([1e-6 * 1.01 ** (step % 2000)], step)
     assert len(distribution._seconds) <= 60
     assert len(distribution.total.counts) <= 432
+
+
+def test_images_are_sorted_a_thousand_at_a_time_so_that_nobody_waits_long_for_it() -> None:
+    stats = EngineStats(clock=lambda: 0.5)
+    for _ in range(2500):
+        stats.image(0.001, 0.001, 0.001, 0.003, {"copy": 0.0005})
+        assert len(stats._images) <= 1000
+    assert {stage: it.total.count for stage, it in stats.stages.items()} == dict.fromkeys(
+        (*STAGES, "copy"), 2500
+    )
