@@ -203,6 +203,7 @@ class TestRerun:
 
 
 class TestChoices:
+    @pytest.mark.slow
     def test_target_instead_of_a_ratio(
         self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
     ) -> None:
@@ -238,6 +239,7 @@ class TestChoices:
         assert after.preprocessing.mean != IMAGENET_MEAN
         assert after.weights_sha256 != before.weights_sha256
 
+    @pytest.mark.slow
     def test_dead_weights_are_warned_of(self, run: Compress, few_digits: Path, tmp_path: Path) -> None:
         small = ["--image-size", "32", "--image-stem", "standard"]
         result = run(few_digits, "--out", tmp_path, *SHORT, *small)
@@ -273,6 +275,7 @@ class TestChoices:
         assert teacher.name.endswith("-timm-test_resnet")
         assert pruned.metrics.parameters == count_parameters(network) < 0.8 * student.metrics.parameters
 
+    @pytest.mark.slow
     def test_what_cannot_be_pruned_can_be_a_student_all_the_same(
         self, run: Compress, few_digits: Path, tmp_path: Path
     ) -> None:
@@ -285,6 +288,7 @@ class TestChoices:
         run(few_digits, "--out", tmp_path, *SHORT, "--until", "student")
         assert {path.name for path in tmp_path.iterdir()} == {"teacher", "student", ".training"}
 
+    @pytest.mark.slow
     def test_without_distillation_the_teachers_views_are_the_same(
         self, run: Compress, finished: tuple[Path, str], few_digits: Path, tmp_path: Path
     ) -> None:
@@ -308,7 +312,7 @@ class TestChoices:
         assert not any(torch.equal(old[name], new[name]) for name, tensor in old.items() if tensor.ndim > 1)
         assert not new["layer1.0.bn2.weight"].any()  # residual branches start at zero
 
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
     def test_the_card_says_what_it_was_trained_in(
         self, run: Compress, few_digits: Path, tmp_path: Path, precision: str
     ) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
+import killed_writers
 import pytest
-from killing import killed_at_line
+from killed_writers import names, read_folder, write_file, write_folder
 
 from models import files
-from models.files import BusyError, clear_folder, locked, replace_file, replace_folder, restore, restore_in
-
-PARTS = ("a", "b/c")
+from models.files import BusyError, clear_folder, locked, replace_file, replace_folder, restore_in
 
 
 @pytest.fixture(
     params=[
         pytest.param(True, id="exchange"),
-        pytest.param(False, id="no exchange", marks=pytest.mark.slow),
+        pytest.param(False, id="no exchange"),
     ]
 )
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -27,29 +29,6 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if not supported:
         monkeypatch.setattr(files, "_exchange", lambda new, old: False)
     return supported
-
-
-def write_folder(folder: Path, content: str) -> None:
-    with replace_folder(folder) as new:
-        (new / "b").mkdir()
-        for part in PARTS:
-            (new / part).write_text(content)
-
-
-def read_folder(folder: Path) -> str:
-    """Its content, the same in all parts."""
-    restore(folder)
-    (content,) = {(folder / part).read_text() for part in PARTS}
-    return content
-
-
-def write_file(path: Path, content: str) -> None:
-    with replace_file(path) as new:
-        new.write_text(content)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path: Path, exchange: bool) -> None:
@@ -103,64 +82,22 @@ def test_a_failed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def steps(action: str, path: Path) -> Iterator[int]:
-    """Kill a writer of `path` before each line that it executes of `models.files`, one after the other."""
-    write = write_folder if action == "folder" else write_file
-    write(path, "old")
-    for number in range(1, 1000):
-        if not killed_at_line(number, files.__file__, lambda: write(path, "new")):
-            assert number > 20
-            return
-        yield number
-    raise AssertionError("the writer never ends")
+def found_after_deaths(action: str, folder: Path) -> list[str]:
+    command = [sys.executable, killed_writers.__file__, action, folder]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return list(json.loads(subprocess.check_output(command, env=environment)))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_folder_whose_writer_is_killed_at_any_step_is_the_old_or_the_new_one(
-    tmp_path: Path, exchange: bool
-) -> None:
-    folder = tmp_path / "folder"
-    found = []
-    for _ in steps("folder", folder):
-        assert folder.exists() or not exchange
-        found.append(read_folder(folder))
-        write_folder(folder, "old")
-        assert read_folder(folder) == "old"
-        assert names(tmp_path) == ["folder"]
+@pytest.mark.parametrize("action", ["folder", "folder without exchange", "file"])
+def test_what_is_written_by_one_who_is_killed_at_any_step_is_old_or_new(tmp_path: Path, action: str) -> None:
+    found = found_after_deaths(action, tmp_path)
 
     assert found == sorted(found, reverse=True)  # old until one moment, new from then on
     assert set(found) == {"old", "new"}
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_file_whose_writer_is_killed_at_any_step_is_the_old_or_the_new_one(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    found = []
-    for _ in steps("file", path):
-        found.append(path.read_text())
-        write_file(path, "old")
-        assert path.read_text() == "old"
-        assert names(tmp_path) == ["file"]
-
-    assert found == sorted(found, reverse=True)
-    assert set(found) == {"old", "new"}
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_reader_that_is_killed_while_it_restores_a_folder_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "folder"
-    for number in range(1, 100):
-        write_folder(folder, "old")
-        folder.rename(tmp_path / ".folder.old")
-        killed = killed_at_line(number, files.__file__, lambda: restore(folder))
-        assert read_folder(folder) == "old"
-        if not killed:
-            break
-
-    assert number > 10
-    assert names(tmp_path) == ["folder"]
+def test_a_reader_that_is_killed_while_it_restores_a_folder_loses_nothing(tmp_path: Path) -> None:
+    assert set(found_after_deaths("reader", tmp_path)) == {"old"}
 
 
 def test_folders_that_were_moved_aside_are_restored_with_their_parent(tmp_path: Path) -> None:

@@ -378,6 +378,7 @@ class TestCommand:
         assert isinstance(result.exception, DatasetError)
         assert "dog/damaged.jpg" in str(result.exception)
 
+    @pytest.mark.slow
     def test_compress_leaves_them_out_and_tells_what_was_found(self, tmp_path: Path) -> None:
         write(tmp_path / "pets")
         (tmp_path / "pets" / "dog" / "damaged.jpg").write_bytes(b"")

@@ -65,12 +65,17 @@ def test_it_starts_lists_and_watches_beside_everything_bad(
         assert re.search(reason, listed[name, "refused"] or "")
 
     directory = tmp_path / "engines"
-    spoil_all(engine_dir / "tiny-v1", directory, {f"later {name}": kind for name, kind in EVERYTHING.items()})
-    shutil.copytree(engine_dir / "other-v1", directory / "other")
+    later = tmp_path / "later"
+    spoil_all(engine_dir / "tiny-v1", later, {f"later {name}": kind for name, kind in EVERYTHING.items()})
+    shutil.copytree(engine_dir / "other-v1", later / "other")
+    for (
+        folder
+    ) in later.iterdir():  # whole at once: half of a copy may be seen, and refused for another reason
+        folder.rename(directory / folder.name)
     wait_until(lambda: ("other", "loaded") in rows(started.url))
     wait_until(lambda: len(refusals(started.log)) == len(EVERYTHING))
     (directory / "unreadable manifest" / "manifest.json").chmod(0o644)
-    write_package(directory, "third")
+    write_package(later, "third").rename(directory / "third")
     wait_until(lambda: ("third", "loaded") in rows(started.url))
     assert len(refusals(started.log)) == len(EVERYTHING), "each is logged once"
     assert "Traceback" not in started.log.read_text()

@@ -20,7 +20,7 @@ from trimrt.serve.draining import DrainingServer
 from trimrt.serve.listening import listen, listen_locally
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
     """Looks every millisecond; what a test waits for is a state, never a time."""
     never = threading.Event()
     deadline = time.monotonic() + timeout

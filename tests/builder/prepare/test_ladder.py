@@ -226,6 +226,7 @@ def test_a_range_of_least_error_cuts_off_what_is_rare(
         assert error(scales[name]) <= 1.01 * error(float(np.abs(values).max()) / LEVELS)
 
 
+@pytest.mark.slow
 def test_only_training_images_are_looked_at(
     fragile: Path, tmp_path: Path, data: DataSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

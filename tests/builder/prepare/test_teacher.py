@@ -127,6 +127,7 @@ def test_another_teachers_student_is_another(
     assert len(hashes) == 2
 
 
+@pytest.mark.slow
 def test_a_state_dict_is_kept_as_it_is(trimrt: Trimrt, three_digits: Path, tmp_path: Path) -> None:
     run = ("compress", three_digits, *SHORT, "--teacher-architecture", "resnet18", "--until", "teacher")
     trained = trimrt(*run, "--out", tmp_path / "a", "--teacher-epochs", "1", "--teacher-batch-size", "16")
