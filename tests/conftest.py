@@ -7,6 +7,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,13 +63,17 @@ def short_measurements() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def untraced_exports() -> Iterator[None]:
-    """Coverage does not watch PyTorch's exporter, whose millions of calls it would slow down by a third."""
+def brief_exports() -> Iterator[None]:
+    """PyTorch's exporter collects its operators once, and coverage does not watch its millions of calls.
+
+    Each takes a third of an export.
+    """
     torch = sys.modules.get("torch")
     if torch is None:  # where no test that was collected needs it
         yield
         return
     import torch.onnx
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     export = torch.onnx.export
 
@@ -82,6 +87,7 @@ def untraced_exports() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", untraced)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         yield
 
 

@@ -32,7 +32,7 @@ def depthwise_network(data: DataSplit) -> nn.Module:
     torch.manual_seed(0)
     blocks = [(16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 32, 1)]
     network = nn.Sequential(
-        *_norm_relu6(nn.Conv2d(3, 16, 3, 1, 1, bias=False)),
+        *_norm_relu6(nn.Conv2d(3, 16, 3, 2, 1, bias=False)),
         *(_InvertedResidual(*block) for block in blocks),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
