@@ -86,16 +86,16 @@ async def ready(service: Served) -> dict[str, bool]:
     return {"ready": True}
 
 
-@router.get("/models/{model}", responses=documented(404, 422))
-@router.get("/models/{model}/versions/{version}", responses=documented(404, 422))
+@router.get("/models/{model}", responses=documented(400, 404, 422))
+@router.get("/models/{model}/versions/{version}", responses=documented(400, 404, 422))
 async def model_metadata(service: Served, model: ModelName, version: str = "") -> ModelMetadata:
     """A model's inputs and outputs."""
     scheduler = core.find_model(service.registry, model, version)
     return ModelMetadata.model_validate(core.model_metadata(scheduler.engine.manifest))
 
 
-@router.get("/models/{model}/ready", responses=documented(404, 422))
-@router.get("/models/{model}/versions/{version}/ready", responses=documented(404, 422))
+@router.get("/models/{model}/ready", responses=documented(400, 404, 422))
+@router.get("/models/{model}/versions/{version}/ready", responses=documented(400, 404, 422))
 async def model_ready(service: Served, model: ModelName, version: str = "") -> ModelReady:
     """Whether the model is loaded."""
     core.find_model(service.registry, model, version)

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from ray_cluster import PATIENCE, Cluster, Load, processes
 from running import wait_until
 
+from trimrt.cli import main
 from trimrt.predict.command import predict
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1200)]
@@ -165,7 +166,8 @@ def test_an_engine_that_actors_refuse_ends_the_run_with_the_reason(
     damaged = Path(shutil.copytree(engine_dir / "tiny-v1", tmp_path / "damaged"))
     (damaged / "engine.blob").write_bytes(b"damaged")
     arguments = [str(tmp_path / "a.png"), "--engine", str(damaged), "--out", str(tmp_path / "out.parquet")]
-    result = CliRunner().invoke(predict, [*arguments, "--ray", "local", "--actors", "1", "--cpus", "0.5"])
+    arguments += ["--ray", "local", "--actors", "1", "--cpus", "0.5"]
+    result = CliRunner().invoke(main, ["predict", *arguments])
     assert result.exit_code == 1
     assert "damaged or changed since it was built" in result.output
     assert "Traceback" not in result.output
