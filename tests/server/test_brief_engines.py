@@ -46,6 +46,8 @@ class Machine:
             queue_limit=64,
             decoding_limits=DecodingLimits(Settings()),
             health=Health("tiny", 5),
+            max_batch_delay=0.0,
+            linux_scheduling=True,
         )
 
     async def start(self, slots: int) -> None:
