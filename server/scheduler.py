@@ -218,7 +218,9 @@ class Scheduler:
         """Run the image that came alone, unless others have come since, or nobody waits for it any more."""
         if image.is_dead(time.monotonic()) or not self._is_alone():
             self._backlog.put([image])
-        elif (outcome := self._workers[0].run_batch([image])) is not None:
+            return
+        reserve = next(worker for worker in self._workers if worker.reserve)
+        if (outcome := reserve.run_batch([image])) is not None:
             self._receive(outcome)
 
     def drop(self, job: Job, reason: str) -> None:

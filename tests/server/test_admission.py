@@ -630,6 +630,24 @@ def test_an_engine_that_fails_is_the_servers_fault(start: Start, gate: Gate, enc
     assert it.ask(encode(0)).error == ""
 
 
+@pytest.mark.parametrize("images", [1, 5], ids=["at once", "in its turn"])
+def test_an_answer_that_cannot_be_rendered_is_the_servers_fault(
+    start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    it = start()
+    gate.open()
+
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("no such label")
+
+    for call in ("server.exchange.PredictCall", "server.v2.rest.InferCall", "server.v2.grpc._Infer"):
+        monkeypatch.setattr(f"{call}.render", fail)
+    failed = it.ask(*[encode(0)] * images)
+    assert failed.error == it.error("internal-error")
+    assert "no such label" not in failed.detail
+    wait_until(lambda: it.counted("failed", "internal-error") == 1)
+
+
 @pytest.mark.parametrize("kind", [Predict, Rest], ids=["predict", "v2-rest"])
 def test_a_request_whose_answer_cannot_be_written_has_ended_all_the_same(
     start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch, kind: type[Http]

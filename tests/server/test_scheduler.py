@@ -182,7 +182,7 @@ def test_a_batch_that_fails_counts_against_the_engine_and_a_damaged_image_does_n
 def test_a_request_has_its_first_turn_in_the_next_round_behind_those_that_wait_for_it(
     start: Callable[..., Any], gate: Gate, encode: Encode, decoded: list[bytes]
 ) -> None:
-    form = [encode(number) for number in range(1, 6)]
+    form = [encode(number) for number in range(1, 7)]
 
     async def main() -> None:
         async with start() as scheduler:
@@ -196,7 +196,7 @@ def test_a_request_has_its_first_turn_in_the_next_round_behind_those_that_wait_f
             gate.open()
             for answer in answers:
                 assert not isinstance(await answered(answer), Problem)
-        assert decoded[5:] == [form[4], encode(9)]
+        assert decoded[5:] == [form[4], encode(9), form[5]]
 
     asyncio.run(main())
 
