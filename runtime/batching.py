@@ -86,14 +86,11 @@ class Shares:
         self._most = most
         self._enough = min(SMALL, runs[-1])
         self._loads: deque[int] = deque(maxlen=2 * slots)
-        self._small_at = self._large_at = -math.inf
+        self._came_at = [-math.inf, -math.inf]  # the last small request, the last large one
 
     def arrive(self, images: int, now: float) -> None:
         """Note that a request of so many images has come."""
-        if images > SMALL:
-            self._large_at = now
-        else:
-            self._small_at = now
+        self._came_at[images > SMALL] = now
 
     def begin(self, pending: int) -> None:
         """Note that a slot begins a batch while `pending` images are under way, waiting or running."""
@@ -101,7 +98,7 @@ class Shares:
 
     def mixed(self, now: float) -> bool:
         """Whether small requests come among large ones."""
-        return now < min(self._small_at, self._large_at) + _MIXED_S
+        return now < min(self._came_at) + _MIXED_S
 
     def size(self, pending: int, now: float) -> int:
         """The most images that a slot may take now, while `pending` are under way."""

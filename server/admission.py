@@ -41,7 +41,7 @@ T = TypeVar("T")
 _MOST_PIECES: Final = 16_384  # of a body, unless they are larger than the next
 _LEAST_PIECE: Final = 256  # bytes
 _MOST_RANKED: Final = 262_144  # classes in one answer, over all images
-_SHORT_BODY: Final = 4 << 10  # bytes; to read a form of so many takes a tenth of a millisecond
+_SHORT_BODY: Final = 4_096  # bytes; to read a form of so many takes a tenth of a millisecond
 _LARGE_ANSWER: Final = 8_192  # as many take some milliseconds to render
 
 
@@ -66,9 +66,9 @@ class Call(ABC, Generic[Answer]):
         """Size of the body by the head, which is also checked for the body's type; 0 if it does not say."""
         return 0
 
+    @abstractmethod
     def is_slow_to_read(self, body: bytes) -> bool:
         """Whether `read` may take more than a few milliseconds."""
-        return False
 
     @abstractmethod
     def read(
@@ -107,9 +107,8 @@ class Admission(Generic[Answer]):
         self._call = call
         self._respond = respond
         self._over = False
-        self._body: bytes | bytearray = b""
+        self._pieces: list[bytes] = []  # of the body
         self._size = 0
-        self._pieces = 0
         self._whole = False  # all of the body has come
         self._away = False  # the thread for large requests has it
         self._deadline = math.inf
@@ -133,7 +132,7 @@ class Admission(Generic[Answer]):
             self._deadline = self._began + seconds
             scheduler = call.find_engine(service.registry)
             if scheduler is not None:
-                scheduler.check_room()
+                scheduler.check_room(1)
             if call.announced_bytes() > settings.max_body_bytes:
                 raise body_too_large(settings.max_body_bytes)
             self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
@@ -144,21 +143,15 @@ class Admission(Generic[Answer]):
         """A piece of the body has come."""
         if self._over:
             return
-        service, size = self._service, len(chunk)
+        service, size, pieces = self._service, len(chunk), len(self._pieces)
         try:
             if self._size + size > service.settings.max_body_bytes:
                 raise body_too_large(service.settings.max_body_bytes)
-            self._pieces += 1
-            if self._pieces > _MOST_PIECES and self._size < self._pieces * _LEAST_PIECE:
+            if pieces >= _MOST_PIECES and self._size < pieces * _LEAST_PIECE:
                 raise Problem("malformed-request", f"the body has more than {_MOST_PIECES:,} tiny pieces")
             service.body_memory.reserve(size)
             self._size += size
-            if not self._body:
-                self._body = chunk
-            elif isinstance(self._body, bytearray):
-                self._body += chunk
-            else:
-                self._body = bytearray(self._body) + chunk
+            self._pieces.append(chunk)
         except Problem as problem:
             self._refuse(problem)
 
@@ -167,8 +160,8 @@ class Admission(Generic[Answer]):
         if self._over:
             return
         service, call = self._service, self._call
-        body = bytes(self._body)
-        self._body = b""
+        body = b"".join(self._pieces)
+        self._pieces = []
         self._whole = True
         try:
             registry, max_images = service.registry, service.settings.max_images
@@ -299,7 +292,7 @@ class Admission(Generic[Answer]):
         service, call = self._service, self._call
         # The job knows this object: a cycle would keep the body until the next garbage collection.
         self._job = self._timer = None
-        self._body = b""
+        self._pieces = []
         if not self._away:
             service.body_memory.release(self._size)
         key = RequestKey(call.protocol, outcome, reason)

@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -41,7 +40,7 @@ class ServiceTime:
 
     def __init__(self) -> None:
         self.per_image = 0.0
-        self._last_end = 0.0
+        self._last_end = -math.inf
 
     def measure(self, images: int, began: float, ended: float) -> None:
         """Take a batch into account; times by `time.monotonic`, batches by their ends."""
@@ -80,8 +79,8 @@ class Scheduler:
         queue_limit: int,
         decoding_limits: DecodingLimits,
         health: Health,
-        max_batch_delay: float = 0.0,
-        linux_scheduling: bool = True,
+        max_batch_delay: float,
+        linux_scheduling: bool,
     ) -> None:
         self.engine = engine
         self.stats = stats
@@ -146,7 +145,7 @@ class Scheduler:
                 raise outcome
         self._brief = self._brief and self.engine.is_brief
 
-    def check_room(self, images: int = 1) -> None:
+    def check_room(self, images: int) -> None:
         """Make sure that a request of so many images fits the queue.
 
         Requests take turns, so it waits for at most as many images of each other request as it has itself.
@@ -166,7 +165,7 @@ class Scheduler:
                 headers={"Retry-After": str(seconds)},
             )
 
-    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done, *, top: int = 0) -> Job:
+    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done, *, top: int) -> Job:
         """Admit `images`, to run them through the engine in as many batches as it takes.
 
         Args:
@@ -190,17 +189,19 @@ class Scheduler:
         self._jobs.add(job)
         self._backlog.expect(job)
         self._backlog.under_way += len(images)
-        ready, encoded = [], deque[Image]()
+        ready, encoded = list[Image](), list[Image]()
         for index, data in enumerate(images):
             image = Image(job, index, data)
             if self._decodes_in_slot or not isinstance(data, bytes):
                 ready.append(image)
             else:
                 encoded.append(image)
-        for _ in range(min(len(encoded), self._pool.threads)):
-            self._pool.submit(partial(self._decode_next, encoded))
-        if job.small and self._is_alone() and self._decoder.is_brief(images[0]):
-            self._loop.call_soon(self._run_here, ready[0])
+        to_decode = iter(encoded)
+        for _ in encoded[: self._pool.threads]:
+            self._pool.submit(partial(self._decode_next, to_decode))
+        if job.small and self._is_alone() and self._decoder.is_brief(*images):
+            (image,) = ready
+            self._loop.call_soon(self._run_here, image)
         else:
             self._backlog.put(ready)
         return job
@@ -217,7 +218,9 @@ class Scheduler:
         """Run the image that came alone, unless others have come since, or nobody waits for it any more."""
         if image.is_dead(time.monotonic()) or not self._is_alone():
             self._backlog.put([image])
-        elif (outcome := self._workers[0].run_batch([image])) is not None:
+            return
+        reserve = next(worker for worker in self._workers if worker.reserve)
+        if (outcome := reserve.run_batch([image])) is not None:
             self._receive(outcome)
 
     def drop(self, job: Job, reason: str) -> None:
@@ -239,17 +242,14 @@ class Scheduler:
         self._outcomes.close()
         await run_in_engine_thread(self.engine.close)
 
-    def _decode_next(self, encoded: deque[Image]) -> None:
+    def _decode_next(self, encoded: Iterator[Image]) -> None:
         """Decode one of a request's images, on a thread of the pool, and line up again for the next.
 
         So no request has more tasks in the pool than there are threads, and requests take turns there too.
         """
-        try:
-            image = encoded.popleft()
-        except IndexError:
-            return
-        self._decoder.decode_ahead(image, self._backlog, self._outcomes)
-        if encoded:
+        image = next(encoded, None)  # which several threads may ask for at once: it is a list's
+        if image is not None:
+            self._decoder.decode_ahead(image, self._backlog, self._outcomes)
             self._pool.submit(partial(self._decode_next, encoded))
 
     def _receive(self, outcome: Outcome) -> None:
@@ -309,7 +309,6 @@ class Scheduler:
         job.over = True
         self._jobs.remove(job)
         self._release(job.remaining)
-        job.remaining = 0
 
     def _release(self, images: int) -> None:
         self._backlog.under_way -= images

@@ -36,6 +36,7 @@ class Worker:
 
     Attributes:
         opened: resolved when the slot is open and warm, or with the exception if it cannot be opened.
+        reserve: see above.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Worker:
         self._outcomes = outcomes
         self._decoder = decoder
         self._gives_way = gives_way
-        self._reserve = reserve
+        self.reserve = reserve
 
     def run(self) -> None:
         """Work until the backlog is closed, on the calling thread."""
@@ -71,17 +72,17 @@ class Worker:
         del self._slot  # which would keep its memory
 
     def _work(self) -> None:
-        batch = self._backlog.wait(reserve=self._reserve)
+        batch = self._backlog.wait(reserve=self.reserve)
         while batch:
             outcome = self.run_batch(batch)
             # The event loop holds the interpreter's lock while it answers. With its next batch in hand this
             # slot can decode meanwhile.
-            batch = self._backlog.take(reserve=self._reserve)
+            batch = self._backlog.take(reserve=self.reserve)
             if outcome is not None:
                 # If other slots compute, their cores are busy: the event loop had better use this one.
                 self._outcomes.leave(outcome, on_this_core=not self._backlog.others_sleep)
                 del outcome  # frees the images and outputs while the slot waits
-            batch = batch or self._backlog.wait(reserve=self._reserve)
+            batch = batch or self._backlog.wait(reserve=self.reserve)
 
     def run_batch(self, batch: list[Image]) -> Outcome | None:
         """Decode and infer; None if every image failed alone, which the event loop is told at once.

@@ -1,31 +1,48 @@
 """`make mutants`: small breakages of the code that decides, one by one; each has to fail a test.
 
-cosmic-ray makes them, in copies of the working tree under `build/mutants`. If one passes all tests of its
+cosmic-ray makes them, `trials` tries them; the working tree stays as it is. If one passes all tests of its
 file, its diff is printed and the exit code is 1.
 """
 
 from __future__ import annotations
 
-import json
+import difflib
+import math
+import re
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Final
 
 import click
+import hypothesis
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+from tests.trials import VERDICTS, Trial, tried
 
 ROOT: Final = Path(__file__).parents[1]
 BUILD: Final = ROOT / "build" / "mutants"
-PROGRAMS: Final = Path(sys.executable).parent
-SIDE_BY_SIDE: Final = 2
+# What a breakage's tests may take, more than without it.
+SLOWER: Final = 3
+MORE_PROCESSOR_S: Final = 30
+MORE_TURNS: Final = 1200
 
 # Each file with the tests that are to notice; only quick ones, because every breakage runs them.
 TARGETS: Final = {
     "server/admission.py": ["tests/server/test_admission.py"],
-    "server/scheduler.py": ["tests/server/test_scheduler.py", "tests/server/test_scheduling.py"],
+    "server/scheduler.py": [
+        *("tests/server/test_scheduler.py", "tests/server/test_scheduling.py"),
+        *("tests/server/test_brief_engines.py", "tests/runtime/test_priority.py::TestOfAServer"),
+    ],
+    "server/auth.py": ["tests/server/test_auth.py"],
     "runtime/batching.py": ["tests/runtime/test_batching.py"],
+    "runtime/health.py": ["tests/runtime/test_health.py"],
     "builder/compile/verification.py": ["tests/builder/compile/test_verification.py"],
 }
 # Not all of cosmic-ray's: one for each way of being wrong is enough, and annotations are no arithmetic.
@@ -38,85 +55,113 @@ OPERATORS: Final = (
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt")),
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
 )
+ONE_OF_MANY: Final = 0.01
+_NUMBER: Final = re.compile(r"\d[\d_]*(?:\.\d+)?(?:e-?\d+)?")
 # Lines that breakages leave behind and that change nothing, with the reason.
-HARMLESS: Final = {
-    "share = max(1, max(pending, *self._loads, 1) // self._slots)": "what is pending is never below 0",
-    "share = max(1, max(pending, *self._loads, -1) // self._slots)": "the same",
-    "@dataclass(frozen=False)": "nothing writes to it",
-    "if asked is not None and asked <= seconds:": "the same seconds",
-    "expired = time.monotonic() > self._deadline": "never equal",
-    "if len(images) * self._top >= _MOST_RANKED:": "one class less",
-    "if self._pieces >= _MOST_PIECES and self._size < self._pieces * _LEAST_PIECE:": "one piece less",
-    "if not drop < self.max_drop + 1e-9:  # the shares are rounded quotients; NaN fails too": "never equal",
-    "if not comparison.label_agreement > self.min_agreement - 1e-9:": "the same",
-    "waiting: deque[ImageT], now: float, max_size: int, delay: float = -1.0": "no delay either",
+HARMLESS: Final[Mapping[str, Mapping[str, str]]] = {
+    "server/admission.py": {
+        "if asked is not None and asked <= seconds:": "the same seconds",
+        "expired = time.monotonic() > self._deadline": "never equal",
+        "if len(images) * self._top >= _MOST_RANKED:": "one class less",
+        "if pieces > _MOST_PIECES and self._size < pieces * _LEAST_PIECE:": "one piece more",
+        "if pieces >= _MOST_PIECES and self._size <= pieces * _LEAST_PIECE:": "one byte less",
+        "elif len(body) >= _SHORT_BODY:": "one byte less",
+        "elif len(outcome) >= SMALL:": "an answer of four waits a turn, too",
+        "return 1": "no limit is so small",
+        "return -1": "the same",
+    },
+    "server/scheduler.py": {
+        "one = images == 0  # the sum is the same then, but takes longer": "the sum is the same",
+    },
+    "runtime/batching.py": {
+        "share = max(1, max(pending, *self._loads, 1) // self._slots)": "what is pending is never below 0",
+        "share = max(1, max(pending, *self._loads, -1) // self._slots)": "the same",
+        "delay: float = -1.0,": "no delay either",
+        "return now <= min(self._came_at) + _MIXED_S": "never equal",
+    },
+    "builder/compile/verification.py": {
+        "@dataclass(frozen=False)": "nothing writes to it",
+        "if comparison.drop is not None and not comparison.drop < self.max_drop + 1e-9:": "never equal",
+        "if not comparison.label_agreement > self.min_agreement - 1e-9:": "the same",
+    },
 }
-CONFIG: Final = """\
-[cosmic-ray]
-module-path = "{file}"
-timeout = 90.0
-test-command = "{python} -m pytest -q -x --no-header -p no:cacheprovider --timeout 60 {tests}"
-distributor.name = "local"
-[cosmic-ray.filters.operators-filter]
-exclude-operators = ["core/(?!({operators})$)"]
-"""
+# What takes long to import and is not TrimRT's, so that children need not.
+PRELOADED: Final = (
+    *("anyio", "fastapi", "grpc.aio", "httptools", "httpx", "numpy", "openvino", "orjson"),
+    *("pillow_heif", "PIL.Image", "pydantic_settings", "pytest_cov.plugin", "rich.console", "schemathesis"),
+    *("uvicorn", "xdist.plugin"),
+)
 
 
-def survivors(file: str) -> tuple[int, list[str]]:
-    """How many breakages of `file` there were, and the diffs of those that passed all tests."""
-    folder = BUILD / file.replace("/", "-").removesuffix(".py")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT)
-    subprocess.run(["xargs", "-0", "cp", "--parents", "-t", folder], input=tracked, cwd=ROOT, check=True)
-    config = CONFIG.format(
-        file=file, python=sys.executable, tests=" ".join(TARGETS[file]), operators="|".join(OPERATORS)
-    )
-    (folder / "mutants.toml").write_text(config, encoding="utf-8")
-
-    def run(program: str, *arguments: str) -> str:
-        command = [PROGRAMS / program, *arguments]
-        return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-    run("cosmic-ray", "baseline", "mutants.toml")
-    run("cosmic-ray", "init", "mutants.toml", "mutants.sqlite")
-    run("cr-filter-operators", "mutants.sqlite", "mutants.toml")
-    run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
-    results = [json.loads(line)[1] for line in run("cosmic-ray", "dump", "mutants.sqlite").splitlines()]
-    tried = [result for result in results if result["worker_outcome"] != "skipped"]
-    passed = [result["diff"] for result in tried if result["test_outcome"] == "survived"]
-    return len(tried), [diff for diff in passed if not _is_harmless(diff)]
+def breakages(code: str) -> Iterator[str]:
+    """`code`, broken in one place at a time."""
+    for name in OPERATORS:
+        operator = get_operator(f"core/{name}")()
+        for occurrence in count():
+            broken = mutate_code(code, operator, occurrence)
+            if broken is None:
+                break
+            if "not not " not in broken:  # as without any
+                yield broken
 
 
-def _is_harmless(diff: str) -> bool:
-    """Whether it leaves nothing but known lines, or lets arguments be given by place that nobody gives so."""
-    return _added_lines(diff) <= set(HARMLESS) or _added_lines(diff.replace("/,", "*,")) <= _removed_lines(
-        diff
+def _diff(file: str, code: str, broken: str) -> str:
+    lines = difflib.unified_diff(code.splitlines(), broken.splitlines(), file, file, lineterm="")
+    return "\n".join(lines)
+
+
+def _is_harmless(file: str, diff: str) -> bool:
+    """Whether a breakage leaves a known line, lets an argument be given by place, or has one more of many."""
+    removed, added = (_line(diff, sign) for sign in "-+")
+    before, after = ([float(number) for number in _NUMBER.findall(line)] for line in (removed, added))
+    return (
+        added in HARMLESS.get(file, ())
+        or added.replace("/,", "*,") == removed
+        or (before != after and all(map(partial(math.isclose, rel_tol=ONE_OF_MANY), before, after)))
     )
 
 
-def _added_lines(diff: str) -> set[str]:
-    return {line[1:].strip() for line in diff.splitlines() if line.startswith("+") and line[:3] != "+++"}
+def _line(diff: str, sign: str) -> str:
+    return next(line[1:].strip() for line in diff.splitlines()[2:] if line.startswith(sign))
 
 
-def _removed_lines(diff: str) -> set[str]:
-    return {line[1:].strip() for line in diff.splitlines() if line.startswith("-") and line[:3] != "---"}
+def _try(file: str) -> bool:
+    """Break `file` everywhere, and say what became of it; whether all is well."""
+    path, tests = ROOT / file, TARGETS[file]
+    code = path.read_text(encoding="utf-8")
+    (whole,) = tried([Trial(path, code, tests)], BUILD)
+    if whole.verdict != "survived":
+        raise click.ClickException(f"{file}: without a breakage, {whole.verdict}: {whole.noticed_by}")
+    diffs = {broken: _diff(file, code, broken) for broken in breakages(code)}
+    trials = [Trial(path, broken, tests) for broken, diff in diffs.items() if not _is_harmless(file, diff)]
+    verdicts = Counter[str]()
+    processor_s = whole.processor_s
+    limits = int(SLOWER * whole.processor_s) + MORE_PROCESSOR_S, SLOWER * whole.turns + MORE_TURNS
+    for trial in tried(trials, BUILD, *limits):
+        verdicts[trial.verdict] += 1
+        processor_s += trial.processor_s
+        if trial.verdict in ("survived", "undecided"):
+            click.echo(f"\n{trial.verdict}:\n{diffs[trial.code]}\n")
+    found = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
+    click.echo(f"{file}: {len(trials)} breakages: {found}; {processor_s:.0f} s of processor time")
+    return not verdicts["survived"] + verdicts["undecided"]
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Choice(list(TARGETS)))
 def main(files: tuple[str, ...]) -> None:
     """Break FILES (all, if none is named), and show which breakages no test noticed."""
-    failed = False
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for file, (tried, survived) in zip(
-            files or TARGETS, pool.map(survivors, files or TARGETS), strict=True
-        ):
-            click.echo(f"{file}: {tried} breakages, {len(survived)} passed the tests")
-            for diff in survived:
-                click.echo(f"\n{diff}")
-            failed |= bool(survived)
-    sys.exit(failed)
+    shutil.rmtree(BUILD, ignore_errors=True)
+    BUILD.mkdir(parents=True)
+    for name in PRELOADED:
+        import_module(name)
+    # Neither chance nor a busy machine decides.
+    hypothesis.settings.register_profile(
+        "mutants", deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    hypothesis.settings.load_profile("mutants")
+    passed = [_try(file) for file in files or TARGETS]
+    sys.exit(not all(passed))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,15 @@ def test_a_few_failures_are_borne(health: Health) -> None:
     assert health.lost is None
 
 
-def test_failures_between_successes_are_borne_for_ever(health: Health) -> None:
+def test_failures_between_successes_are_borne_for_ever(
+    health: Health, caplog: pytest.LogCaptureFixture
+) -> None:
     for _ in range(10):
         health.failed(EngineError("now and then"))
         health.failed(EngineError("now and then"))
         health.succeeded()
     assert health.lost is None
+    assert caplog.text == ""
 
 
 def test_several_in_a_row_are_too_many(health: Health, told: list[EngineLostError]) -> None:
@@ -46,7 +49,10 @@ def test_an_engine_that_works_again_is_back(health: Health) -> None:
     health.succeeded()
     assert health.lost is None
     health.failed(EngineError("again"))
+    health.failed(EngineError("and again"))
     assert health.lost is None
+    health.failed(EngineError("a third time"))
+    assert health.lost == "digits failed on 3 batches in a row, at last: a third time"
 
 
 def test_a_lost_gpu_is_lost_at_once_and_for_good(health: Health, told: list[EngineLostError]) -> None:

@@ -250,7 +250,8 @@ def test_a_body_that_does_not_come_in_time_is_expired_and_not_invalid(start: Sta
     assert isinstance(it, Http)
     sent, connection = it.open({"Content-Length": "100"}, timeout_ms=50)
     connection.sendall(b"only this")
-    assert sent.answer().error == "body-timeout"
+    late = sent.answer()
+    assert (late.error, late.detail) == ("body-timeout", "the body had not arrived after 0.05 s")
     wait_until(lambda: it.counted("expired", "body-timeout") == 1)
 
 
@@ -479,7 +480,7 @@ def test_a_body_in_small_pieces_is_put_together(
     assert isinstance(it, Http)
     gate.open()
     sent, connection = it.open({"Transfer-Encoding": "chunked"})
-    body = it.body([encode(0)])
+    body = bytes(10_000) + b"\r\n" + it.body([encode(0)])  # what comes before the first part is no part
     connection.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
     assert list(sent.answer().best) == [reference(encode(0)).argmax()]
 
@@ -564,7 +565,7 @@ def test_a_large_answer_is_rendered_like_any_other(
 def test_an_answer_is_large_by_its_images_times_the_classes_of_each(
     start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch, kind: type[Http]
 ) -> None:
-    monkeypatch.setattr("server.admission._LARGE_ANSWER", 9)
+    monkeypatch.setattr("server.admission._LARGE_ANSWER", 5)
     it = start()
     gate.open()
     taken = threading.Event()
@@ -591,7 +592,8 @@ def test_an_answer_of_very_many_classes_is_refused(start: Start, kind: type[Http
 def test_a_body_that_cannot_be_parsed_is_malformed(start: Start) -> None:
     it = start()
     assert it.send_body(b"\xff\xff\xff\xff").answer().error == it.error("malformed-request")
-    wait_until(lambda: it.counted("invalid", "malformed-request") == 1)
+    assert it.send_body(b"\xff" * 10_000).answer().error == it.error("malformed-request")
+    wait_until(lambda: it.counted("invalid", "malformed-request") == 2)
 
 
 def test_more_images_than_the_limit_are_refused(start: Start, gate: Gate, encode: Encode) -> None:
@@ -626,6 +628,35 @@ def test_an_engine_that_fails_is_the_servers_fault(start: Start, gate: Gate, enc
     wait_until(lambda: it.counted("failed", "inference-failed") == 1)
     gate.open()
     assert it.ask(encode(0)).error == ""
+
+
+@pytest.mark.parametrize("images", [1, 5], ids=["at once", "in its turn"])
+def test_an_answer_that_cannot_be_rendered_is_the_servers_fault(
+    start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    it = start()
+    gate.open()
+
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("no such label")
+
+    for call in ("server.exchange.PredictCall", "server.v2.rest.InferCall", "server.v2.grpc._Infer"):
+        monkeypatch.setattr(f"{call}.render", fail)
+    failed = it.ask(*[encode(0)] * images)
+    assert failed.error == it.error("internal-error")
+    assert "no such label" not in failed.detail
+    wait_until(lambda: it.counted("failed", "internal-error") == 1)
+
+
+@pytest.mark.parametrize("kind", [Predict, Rest], ids=["predict", "v2-rest"])
+def test_a_request_whose_answer_cannot_be_written_has_ended_all_the_same(
+    start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch, kind: type[Http]
+) -> None:
+    it = start()
+    gate.open()
+    monkeypatch.setattr("server.connection.STATUS_LINE", {})
+    it.send(encode(0))
+    wait_until(lambda: it.counted("ok", "") == 1)
 
 
 @over_http

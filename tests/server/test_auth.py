@@ -49,6 +49,15 @@ def test_programs_on_this_machine_need_no_key_where_there_is_none_or_loopback_is
     require_key(_caller(client, host), TRUSTING)
 
 
+def test_programs_on_this_machine_need_none_over_grpc_either() -> None:
+    require_key(Caller("127.0.0.1", {}, scheme=None), OPEN)
+    assert _refused(Caller("203.0.113.9", {}, scheme=None), OPEN).name == "forbidden"
+
+
+def test_who_has_no_address_may_be_anyone() -> None:
+    assert _refused(Caller(None, {"host": "localhost"}, "http"), OPEN).name == "forbidden"
+
+
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1:8000"])
 def test_once_a_key_is_set_everyone_is_asked_for_it(host: str) -> None:
     """A proxy on this machine that says nothing of its clients looks like a program on this machine."""

@@ -36,7 +36,8 @@ class Machine:
 
     def __init__(self, folder: Path, slots: int) -> None:
         self.threads: list[int] = []
-        self.gate = Gate()
+        self.gate = Gate()  # but for the event loop
+        self.event_loop = threading.get_ident()
         self.fail_next = False
         self._pool = DecodePool(1)
         self.scheduler = Scheduler(
@@ -46,6 +47,8 @@ class Machine:
             queue_limit=64,
             decoding_limits=DecodingLimits(Settings()),
             health=Health("tiny", 5),
+            max_batch_delay=0.0,
+            linux_scheduling=True,
         )
 
     async def start(self, slots: int) -> None:
@@ -64,7 +67,8 @@ class Machine:
         if self.fail_next:
             self.fail_next = False
             raise EngineError("the processor fell off")
-        self.gate.enter(pixels, alone)
+        if threading.get_ident() != self.event_loop:
+            self.gate.enter(pixels, alone)
 
     def submit(self, *images: bytes) -> asyncio.Future[list[Result] | Problem]:
         answer: asyncio.Future[list[Result] | Problem] = asyncio.get_running_loop().create_future()
@@ -90,15 +94,36 @@ async def answered(answer: asyncio.Future[list[Result] | Problem]) -> list[Resul
     return await asyncio.wait_for(answer, 20)
 
 
+@pytest.mark.parametrize("slots", [1, 2])
 def test_an_image_alone_runs_on_the_event_loops_thread_and_its_answer_is_right(
-    start: Callable[..., Any], encode: Encode, reference: Callable[[bytes], np.ndarray]
+    start: Callable[..., Any], encode: Encode, reference: Callable[[bytes], np.ndarray], slots: int
 ) -> None:
     async def main() -> None:
-        async with start() as machine:
+        async with start(slots) as machine:
             for file in (encode(0), encode(1, "JPEG")):
                 (result,) = await answered(machine.submit(file))
                 np.testing.assert_allclose(result.probabilities, reference(file), atol=1e-5)
             assert machine.threads == [threading.get_ident()] * 2
+
+    asyncio.run(main())
+
+
+def test_an_image_alone_among_those_of_a_large_request_runs_on_the_event_loops_thread(
+    start: Callable[..., Any], encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.batching._MIXED_S", 60)
+
+    async def main() -> None:
+        async with start() as machine:
+            await answered(machine.submit(encode(0)))
+            machine.gate.close()
+            large = machine.submit(*[encode(1)] * 5)
+            await asyncio.to_thread(machine.gate.wait_for_arrivals, 1)
+            machine.threads.clear()
+            assert not isinstance(await answered(machine.submit(encode(2))), Problem)
+            assert machine.threads == [machine.event_loop]
+            machine.gate.open()
+            assert not isinstance(await answered(large), Problem)
 
     asyncio.run(main())
 

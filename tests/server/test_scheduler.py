@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 from gated_engine import Gate, load_gated
+from running import wait_until
 
 from models.preprocessing import plan_loading
+from runtime.engine import Engine
 from runtime.health import Health
 from runtime.manifest import EngineError
 from server.decoding import DecodePool
@@ -47,6 +49,19 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return files
 
 
+def scheduled(engine: Engine, pool: DecodePool, queue_limit: int) -> Scheduler:
+    return Scheduler(
+        engine,
+        pool,
+        EngineStats(),
+        queue_limit=queue_limit,
+        decoding_limits=DecodingLimits(Settings()),
+        health=Health("tiny", 5),
+        max_batch_delay=0.0,
+        linux_scheduling=True,
+    )
+
+
 @pytest.fixture
 def start(engine_dir: Path, gate: Gate) -> Callable[..., Any]:
     """A scheduler behind a closed gate; at the end of the block the gate is open and the engine closed."""
@@ -54,10 +69,8 @@ def start(engine_dir: Path, gate: Gate) -> Callable[..., Any]:
     @asynccontextmanager
     async def start(*, slots: int = 1, on_cpu: bool = True) -> AsyncIterator[Scheduler]:
         engine = load_gated(gate, slots=slots, on_cpu=on_cpu)(engine_dir / "tiny-v1")
-        pool, limits = DecodePool(1), DecodingLimits(Settings())
-        scheduler = Scheduler(
-            engine, pool, EngineStats(), queue_limit=12, decoding_limits=limits, health=Health("tiny", 5)
-        )
+        pool = DecodePool(1)
+        scheduler = scheduled(engine, pool, queue_limit=12)
         await scheduler.start()
         gate.close()
         try:
@@ -169,7 +182,7 @@ def test_a_batch_that_fails_counts_against_the_engine_and_a_damaged_image_does_n
 def test_a_request_has_its_first_turn_in_the_next_round_behind_those_that_wait_for_it(
     start: Callable[..., Any], gate: Gate, encode: Encode, decoded: list[bytes]
 ) -> None:
-    form = [encode(number) for number in range(1, 6)]
+    form = [encode(number) for number in range(1, 7)]
 
     async def main() -> None:
         async with start() as scheduler:
@@ -183,7 +196,7 @@ def test_a_request_has_its_first_turn_in_the_next_round_behind_those_that_wait_f
             gate.open()
             for answer in answers:
                 assert not isinstance(await answered(answer), Problem)
-        assert decoded[5:] == [form[4], encode(9)]
+        assert decoded[5:] == [form[4], encode(9), form[5]]
 
     asyncio.run(main())
 
@@ -243,7 +256,7 @@ def test_a_request_of_one_image_has_room_beside_requests_that_fill_the_queue(
             image = encode(0)
             forms = [submit(scheduler, *[image] * 6) for _ in range(2)]
             await arrivals(gate, 1)
-            with pytest.raises(Problem, match="12 images would run before it is answered, and 6 of its own"):
+            with pytest.raises(Problem, match=r"and 6 of its own; .* try again in 1 s"):
                 submit(scheduler, *[image] * 6)
             singles = [submit(scheduler, image) for _ in range(10)]
             with pytest.raises(Problem, match="12 images would run before it is answered, and 1 of its own"):
@@ -256,13 +269,78 @@ def test_a_request_of_one_image_has_room_beside_requests_that_fill_the_queue(
     asyncio.run(main())
 
 
+def test_each_image_of_a_request_takes_room(start: Callable[..., Any], gate: Gate, encode: Encode) -> None:
+    async def main() -> None:
+        async with start() as scheduler:
+            pairs = [submit(scheduler, encode(0), encode(1)) for _ in range(6)]
+            with pytest.raises(Problem, match="12 images would run before it is answered, and 2 of its own"):
+                submit(scheduler, encode(0), encode(1))
+            gate.open()
+            for answer in pairs:
+                assert not isinstance(await answered(answer), Problem)
+
+    asyncio.run(main())
+
+
+def test_a_job_that_is_dropped_while_its_batch_runs_leaves_the_others_of_the_batch_alone(
+    start: Callable[..., Any], gate: Gate, encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start() as scheduler:
+            blocker = submit(scheduler, encode(0))
+            await arrivals(gate, 1)
+            dropped = scheduler.submit([encode(1)] * 2, time.monotonic() + 60, pytest.fail, top=1)
+            other = submit(scheduler, encode(2))
+            gate.allow(1)
+            await arrivals(gate, 2)
+            scheduler.drop(dropped, "cancelled")
+            assert (scheduler.pending, scheduler.stats.dropped) == (1, {"cancelled": 2})
+            gate.open()
+            assert [await batch_of(blocker), await batch_of(other)] == [1, 3]
+            assert scheduler.stats.batches == {1: 1, 3: 1}
+            assert scheduler.pending == 0
+
+    asyncio.run(main())
+
+
+def test_a_job_that_was_answered_can_not_be_dropped_any_more(
+    start: Callable[..., Any], gate: Gate, encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start() as scheduler:
+            gate.open()
+            answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+            job = scheduler.submit([encode(0)], time.monotonic() + 60, answer.set_result, top=1)
+            await answered(answer)
+            scheduler.drop(job, "expired")
+            assert (scheduler.pending, scheduler.stats.dropped) == (0, {})
+
+    asyncio.run(main())
+
+
+def test_a_scheduler_computes_while_any_slot_is_at_work(
+    start: Callable[..., Any], gate: Gate, encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start(slots=2) as scheduler:
+            await asyncio.to_thread(wait_until, lambda: not scheduler.is_computing)
+            answer = submit(scheduler, encode(0))
+            await arrivals(gate, 1)
+            assert scheduler.is_computing
+            gate.open()
+            await answered(answer)
+            await asyncio.to_thread(wait_until, lambda: not scheduler.is_computing)
+
+    asyncio.run(main())
+
+
 def test_a_request_that_ends_early_gives_its_room_back(
     start: Callable[..., Any], gate: Gate, encode: Encode
 ) -> None:
     async def main() -> None:
         async with start() as scheduler:
             form = [encode(0)] * 12
-            dropped = scheduler.submit(form, time.monotonic() + 60, pytest.fail)
+            dropped = scheduler.submit(form, time.monotonic() + 60, pytest.fail, top=1)
             await arrivals(gate, 1)
             scheduler.drop(dropped, "cancelled")
             damaged = submit(scheduler, b"damaged", *form[1:])
@@ -296,6 +374,7 @@ def test_closing_answers_what_was_admitted_and_still_has_to_be_decoded(
     async def main() -> None:
         async with start(on_cpu=False) as scheduler:
             gate.open()
+            assert await batch_of(submit(scheduler, encode(0))) == 1
             may_go_on = threading.Event()
             scheduler._pool.submit(lambda: may_go_on.wait(20))
             answer = submit(scheduler, encode(0))
@@ -319,7 +398,7 @@ def test_closing_waits_for_a_batch_under_way_even_if_nobody_waits_for_its_answer
         async with start() as scheduler:
             ended: list[str] = []
             monkeypatch.setattr(scheduler.engine, "close", lambda: ended.append("engine"), raising=False)
-            job = scheduler.submit([encode(0)], time.monotonic() + 60, pytest.fail)
+            job = scheduler.submit([encode(0)], time.monotonic() + 60, pytest.fail, top=1)
             await arrivals(gate, 1)
             scheduler.drop(job, "cancelled")
             assert scheduler.pending == 0
@@ -352,10 +431,8 @@ def test_a_start_that_fails_closes_the_slots_that_did_open(
     monkeypatch.setattr(engine, "close", lambda: (ended.append("engine"), close()), raising=False)
 
     async def main() -> None:
-        pool, limits = DecodePool(1), DecodingLimits(Settings())
-        scheduler = Scheduler(
-            engine, pool, EngineStats(), queue_limit=1, decoding_limits=limits, health=Health("tiny", 5)
-        )
+        pool = DecodePool(1)
+        scheduler = scheduled(engine, pool, queue_limit=1)
         with pytest.raises(EngineError, match="out of memory"):
             await scheduler.start()
         pool.close()

@@ -216,7 +216,8 @@ class _LentSlot:
         try:
             for row in range(int.from_bytes(count, "little")):
                 done = partial(self._receive, row)
-                self._jobs[row] = self._scheduler.submit([self._memory.pixels[row]], math.inf, done)
+                image = self._memory.pixels[row]
+                self._jobs[row] = self._scheduler.submit([image], math.inf, done, top=0)
         except Problem as problem:  # it is being unloaded; the worker's next batch finds what took its place
             self._send(Answer(problem.detail, is_away=True))
             self._close()
