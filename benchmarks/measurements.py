@@ -16,13 +16,14 @@ from runtime.processor import processor
 
 SMALL: Final = "640x427"
 LARGE: Final = "12 MP"
+DIGIT: Final = "8x8 PNG"
 LARGE_CONNECTIONS: Final = 8
 
 
 class Measurement(BaseModel):
     """All rounds of one load."""
 
-    photograph: str = Field(description="`640x427` or `12 MP`")
+    photograph: str = Field(description="`640x427`, `12 MP` or `8x8 PNG`")
     connections: int
     load: Load = Field(description="of all rounds together")
     rounds: list[float] = Field(description="throughput of each round")
@@ -55,7 +56,7 @@ class Run(_Measured):
     """One start of one server, and the loads on it."""
 
     name: str
-    title: str
+    title: str = Field(description="what tells it from others, also of the same server in other ways")
     form: Literal["usual", "trimrt"]
     start_seconds: float = Field(description="from the start of the process to the first right answer")
     idle_mb: float = Field(description="memory after that answer, in megabytes")
@@ -129,9 +130,19 @@ class Results(BaseModel):
         return [comparison.trimrt for comparison in self.comparisons]
 
     @property
-    def peers(self) -> list[Run]:
-        """The runs of the other servers."""
+    def others(self) -> list[Run]:
+        """The runs of the servers that took turns with it, which may be TrimRT in other ways."""
         return [each.other for each in self.comparisons if isinstance(each.other, Run)]
+
+    @property
+    def photograph(self) -> str:
+        """What was mostly posted."""
+        return next((it.photograph for run in self.ours for it in run.measurements), SMALL)
+
+    def beside(self, title: str) -> Comparison | None:
+        """The comparison with the server of that title, if there is one."""
+        runs = (it for it in self.comparisons if isinstance(it.other, Run) and it.other.title == title)
+        return next(runs, None)
 
     @property
     def limit(self) -> Limit | None:
