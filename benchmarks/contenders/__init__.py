@@ -149,7 +149,7 @@ class TrimRTV2(TrimRT):
         """See `Contender`."""
         data = base64.b64encode(file).decode()
         request = {
-            "inputs": [{"name": "pixels", "datatype": "BYTES", "shape": [1], "data": [data]}],
+            "inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": [data]}],
             "outputs": [{"name": "probabilities", "parameters": {"classification": 5}}],
         }
         return json.dumps(request).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from benchmarks.answers import ask
 from benchmarks.contenders import DIGITS, PEERS, TRIMRT, WAYS, Contender
 from benchmarks.contenders.classifier import pillow_tensor
 from benchmarks.photos import photographs
+from builder.kit import INPUT
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load_pixels
+from runtime.manifest import MANIFEST_NAME
 from server.settings import Settings
 
 FOLDER = Path(benchmarks.contenders.__file__).parent
@@ -27,6 +30,10 @@ FOLDER = Path(benchmarks.contenders.__file__).parent
 def digits_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Where an engine of the digits' name is served."""
     package = write_package(tmp_path_factory.mktemp("engines"), DIGITS)
+    path = package / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    manifest["input"]["name"] = INPUT  # as the builder calls it
+    path.write_text(json.dumps(manifest))
     with running(Settings(engine=str(package), port=0)) as server:
         port = httpx.URL(server.url).port
         assert port is not None
