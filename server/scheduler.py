@@ -199,7 +199,7 @@ class Scheduler:
                 encoded.append(image)
         for _ in range(min(len(encoded), self._pool.threads)):
             self._pool.submit(partial(self._decode_next, encoded))
-        if job.small and self._is_alone() and self._decoder.is_brief(images[0]):
+        if job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
             self._loop.call_soon(self._run_here, ready[0])
         else:
             self._backlog.put(ready)
