@@ -38,7 +38,7 @@ class Decoder:
     limits: DecodingLimits
 
     def is_brief(self, image: Image) -> bool:
-        """Whether `image`, which keeps its plan, is decoded in less time than another thread needs to begin."""
+        """Whether `image` is decoded in less time than another thread needs to begin; it keeps its plan."""
         if not isinstance(image.data, bytes):
             return True
         if len(image.data) > _BRIEF_BYTES:
