@@ -313,7 +313,9 @@ def main(seconds: float, only: tuple[str, ...] | None, output: Path) -> None:
     path = output / "growth.json"
     growth = Growth(machine=this_machine(), seconds=seconds)
     if only and path.is_file():
-        growth = Growth.model_validate_json(path.read_text(encoding="utf-8"))
+        before = Growth.model_validate_json(path.read_text(encoding="utf-8"))
+        growth.machine.check_same(before.machine, path)
+        growth = before
     curves = only or CURVES
     with steps() as progress:
         task = progress.add_task("", total=sum(map(_points, curves)))

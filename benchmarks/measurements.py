@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Final, Literal
 
+import click
 import psutil
 from pydantic import BaseModel, Field
 
@@ -102,6 +104,15 @@ class Machine(BaseModel):
     memory_gb: float
     system: str
     python: str
+
+    def check_same(self, before: Machine, path: Path) -> None:
+        """Refuse to add to the results at `path`, which were measured on another machine.
+
+        Raises:
+            click.ClickException: it is another one.
+        """
+        if (before.processor, before.cores) != (self.processor, self.cores):
+            raise click.ClickException(f"{path} was measured on another machine: {before}")
 
     def __str__(self) -> str:
         """As reports begin."""

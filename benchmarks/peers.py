@@ -248,12 +248,15 @@ def contenders(
 
 
 def resume(results: Results, path: Path) -> None:
-    """Take over what an earlier run on this machine measured of other servers."""
+    """Take over what an earlier run on this machine measured of other servers.
+
+    Raises:
+        click.ClickException: it was another machine.
+    """
     if not path.is_file():
         return
     before = Results.model_validate_json(path.read_text(encoding="utf-8"))
-    if before.machine.processor != results.machine.processor or before.machine.cores != results.machine.cores:
-        raise click.ClickException(f"{path} was measured on another machine: {before.machine}")
+    results.machine.check_same(before.machine, path)
     measured = {_key(comparison) for comparison in results.comparisons}
     kept = [comparison for comparison in before.comparisons if _key(comparison) not in measured]
     results.comparisons[:0] = kept
