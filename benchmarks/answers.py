@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,7 @@ from benchmarks.contenders import Contender, Form
 from benchmarks.processes import ProcessTree
 
 _START_SECONDS: Final = 120
+_ANSWER_SECONDS: Final = 30
 _POLL_SECONDS: Final = 0.02
 
 Labels = tuple[str, ...]
@@ -28,15 +29,21 @@ def expected_labels(package: Path, form: Form, files: Sequence[bytes]) -> list[L
     return [tuple(prediction["label"] for prediction in answer["predictions"]) for answer in answers]
 
 
-def post(contender: Contender, port: int, file: bytes, timeout: float = 30) -> bytes:
+def post(contender: Contender, port: int, file: bytes) -> bytes:
     """The server's answer to an image file.
 
     Raises:
         OSError, http.client.HTTPException: it does not answer.
         click.ClickException: it answers with an error.
     """
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
-        connection.request("POST", contender.path, contender.body(file), dict(contender.headers))
+    return _request(port, "POST", contender.path, contender.body(file), contender.headers)
+
+
+def _request(
+    port: int, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> bytes:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)) as connection:
+        connection.request(method, path, body, dict(headers or {}))
         response = connection.getresponse()
         body = response.read()
     if response.status != 200:
@@ -44,9 +51,9 @@ def post(contender: Contender, port: int, file: bytes, timeout: float = 30) -> b
     return body
 
 
-def ask(contender: Contender, port: int, file: bytes, timeout: float = 30) -> Labels:
+def ask(contender: Contender, port: int, file: bytes) -> Labels:
     """The labels that the server answers, best first; errors as of `post`."""
-    return tuple(label.decode() for label in contender.label.findall(post(contender, port, file, timeout)))
+    return tuple(label.decode() for label in contender.label.findall(post(contender, port, file)))
 
 
 def wait_for_answer(tree: ProcessTree, contender: Contender, port: int, file: bytes) -> None:
@@ -61,6 +68,8 @@ def wait_for_answer(tree: ProcessTree, contender: Contender, port: int, file: by
         if tree.ended():
             raise click.ClickException("it ended before it answered")
         try:
+            if contender.ready is not None:
+                _request(port, "GET", contender.ready)
             ask(contender, port, file)
         except (OSError, http.client.HTTPException, click.ClickException) as error:
             reason = str(error)

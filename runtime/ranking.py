@@ -14,8 +14,8 @@ _NARROW: Final = 100  # classes; so few are sorted in less time than one takes t
 def ranked(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """The first classes by falling logit, equal ones by number.
 
-    The same as `np.argsort(-logits, axis=1, kind="stable")[:, :count]`, but of many classes much faster. It also
-    touches less memory, which under load is not in the processor's caches.
+    The same as `np.argsort(-logits, axis=1, kind="stable")[:, :count]`, but of many classes much faster. It
+    also touches less memory, which under load is not in the processor's caches.
 
     Args:
         logits: shape `(images, classes)`, without NaN. Rank by logits: saturated probabilities tie.

@@ -38,6 +38,7 @@ class Contender:
         headers: of every request.
         workers: how many processes it computes in; None: one for each core, if it can have several.
         label: finds the labels in its answers, best first.
+        ready: what answers 200 to a GET once all of its processes can be asked; None: whatever it answers.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Contender:
     headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "image/jpeg"})
     workers: int | None = None
     label: re.Pattern[bytes] = re.compile(rb'"label":\s*"([^"]*)"')
+    ready: str | None = None
 
     @property
     def environment(self) -> Path:
@@ -164,7 +166,7 @@ class PyTriton(Contender):
         return variables | {"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))}
 
 
-TRIMRT: Final = TrimRT("trimrt", "TrimRT", "/predict?top_k=5", forms=("trimrt",))
+TRIMRT: Final = TrimRT("trimrt", "TrimRT", "/predict?top_k=5", forms=("trimrt",), ready="/health/ready")
 
 WAYS: Final = {
     "one-process": replace(TRIMRT, title="TrimRT, one process", workers=1),
@@ -174,6 +176,7 @@ WAYS: Final = {
         TRIMRT.path,
         TRIMRT.forms,
         {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"},
+        ready=TRIMRT.ready,
     ),
     "v2": TrimRTV2(
         TRIMRT.name,
@@ -182,6 +185,7 @@ WAYS: Final = {
         TRIMRT.forms,
         {"Content-Type": "application/json"},
         label=re.compile(rb'"[\d.]+:\d+:([^"]*)"'),
+        ready=TRIMRT.ready,
     ),
 }
 """Other ways to ask TrimRT, or to run it, which are held against `TRIMRT` as peers are."""
