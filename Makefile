@@ -82,8 +82,9 @@ test-python310: $(VENV)/.install-dev  ## Test the server on JetPack 6's Python a
 		$(BIN)/mypy --python-version 3.10 -p runtime -p server -p builder.compile; \
 	fi
 
-bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and the limit (half an hour; needs wrk).
+bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and the limit (an hour; needs wrk).
 	@$(BIN)/python -m benchmarks.peers
+	@$(BIN)/python -m benchmarks.peers --network digits --no-large
 	@$(BIN)/python -m benchmarks.stages
 	@$(BIN)/python -m benchmarks.presets
 	@$(BIN)/python -m benchmarks.growth

@@ -1,17 +1,17 @@
-"""The one network that every contender serves: INT8 ResNet18 of 1000 classes at 224x224, for OpenVINO.
+"""The networks that contenders serve, for OpenVINO.
 
-Its weights are random (seeded), for speed does not depend on them; everything else is made by TrimRT's
-builder. `prepare` leaves in a folder:
+One is slow, an INT8 ResNet18 of 1000 classes at 224x224. Its weights are random (seeded), for speed does not
+depend on them; everything else is made by TrimRT's builder. `prepare` leaves in a folder:
 
 - `resnet18-int8-openvino/` and `resnet18-fp32-openvino/`: engine packages;
 - `colour-fp32-openvino/`: the package of a network that costs nothing, to see what a server costs;
-- `float.onnx`: the same graph without its first nodes, taking normalised float NCHW tensors;
-- `labels.json`.
+- `float.onnx`: the same graph without its first nodes, taking normalised float NCHW tensors.
+
+The other is fast: the shipped student of handwritten digits, in INT8 (`prepare_digits`).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from benchmarks.contenders import DIGITS, REPOSITORY
 from benchmarks.photos import photographs
+from builder.api import build as build_engines
 from builder.compile.packages import Package, build_package
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate
 from builder.kit import INPUT, Graph, KitError, Report, Rest, Student, VerificationSet
+from builder.options import BuildOptions
 from builder.prepare.export import export_onnx
 from builder.prepare.int8 import convert_to_int8
 from models.preprocessing import Pixels, Preprocessing, load_pixels
@@ -42,6 +45,8 @@ INT8 = "resnet18-int8-openvino"
 FP32 = "resnet18-fp32-openvino"
 NEXT_TO_NOTHING = "colour-fp32-openvino"
 
+LABELS: Final = (10, 100, 1000, 5000, 21000)
+"""Numbers of classes of networks that cost next to nothing, each named `colour-` and the number."""
 PRUNED: Final = ("aligned", "report", "aggressive")  # the presets that prune differently
 
 _BATCH = BatchSizes(min=1, opt=8, max=32)
@@ -55,10 +60,10 @@ def _resnet18() -> torch.nn.Module:
     return network
 
 
-def _colour() -> torch.nn.Module:
+def _colour(classes: int = CLASSES) -> torch.nn.Module:
     from torch import nn
 
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, CLASSES))
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
 
 
 def _pruned(preset: str) -> torch.nn.Module:
@@ -75,6 +80,7 @@ def _pruned(preset: str) -> torch.nn.Module:
 NETWORKS: Final[dict[str, Callable[[], torch.nn.Module]]] = {
     "resnet18": _resnet18,
     "colour": _colour,
+    **{f"colour-{classes}": partial(_colour, classes) for classes in LABELS},
     **{f"resnet18-{preset}": partial(_pruned, preset) for preset in PRUNED},
 }
 
@@ -89,7 +95,8 @@ class RandomNetwork:
     @property
     def student(self) -> Student:
         """The network's description."""
-        labels = [f"class-{index:03}" for index in range(CLASSES)]
+        *_, last = self._network.parameters()  # the classifier's biases
+        labels = [f"class-{index:03}" for index in range(len(last))]
         return Student(
             name=self.name,
             labels=labels,
@@ -168,16 +175,24 @@ class RandomNetwork:
 def prepare(folder: Path, report: Report) -> Path:
     """Make the engines in `folder`, unless they are there and run here; returns `folder`."""
     packages = (folder / name for name in (INT8, FP32, NEXT_TO_NOTHING))
-    if all(map(usable, packages)) and (folder / "labels.json").is_file():
+    if all(map(usable, packages)) and (folder / "float.onnx").is_file():
         return folder
     work = folder / "work"
     build((("colour", "fp32"), ("resnet18", "fp32")), folder, work, report)
     (package,) = build((("resnet18", "int8"),), folder, work, report)
-    graph = package.folder / "model.onnx"
-    take_float_tensors(graph, folder / "float.onnx")
+    take_float_tensors(package.folder / "model.onnx", folder / "float.onnx")
     shutil.rmtree(work)
-    (folder / "labels.json").write_text(json.dumps(package.manifest.labels), encoding="utf-8")
     return folder
+
+
+def prepare_digits(folder: Path) -> Path:
+    """Build the digits' engine in `folder`, unless it is there and runs here; returns its package."""
+    package = folder / DIGITS
+    if not usable(package):
+        student = REPOSITORY / "models" / "pretrained" / "digits-resnet18"
+        options = BuildOptions(precisions=("int8",), target="openvino", replace=True)
+        build_engines(student, folder, options)
+    return package
 
 
 def build(

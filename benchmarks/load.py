@@ -86,6 +86,7 @@ def run_wrk(
     connections: int,
     seconds: float,
     headers: Mapping[str, str],
+    paths: Sequence[str] = (),
     cpu_seconds: Callable[[], float] = lambda: 0.0,
 ) -> Round:
     """Post `files` in turn to `url` over so many connections, for so many seconds.
@@ -96,6 +97,7 @@ def run_wrk(
         connections: each waits for its answer before it posts again.
         seconds: rounded to whole ones, at least one.
         headers: of every request.
+        paths: post each file to all of these in turn, instead of the path of `url`.
         cpu_seconds: processor time of the server so far; asked before the load and as soon as it is over.
 
     Raises:
@@ -108,9 +110,10 @@ def run_wrk(
     command += ["--timeout", f"{_TIMEOUT_SECONDS}s", "-s", str(_SCRIPT)]
     for name, value in headers.items():
         command += ["-H", f"{name}: {value}"]
+    posts = [f"{file} {path}" for file in files for path in paths] or list(map(str, files))
     before = cpu_seconds()
     with subprocess.Popen(
-        [*command, url, "--", *map(str, files)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, url, "--", *posts], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
         said = []

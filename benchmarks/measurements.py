@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Final, Literal
 
+import click
 import psutil
 from pydantic import BaseModel, Field
 
@@ -16,13 +18,14 @@ from runtime.processor import processor
 
 SMALL: Final = "640x427"
 LARGE: Final = "12 MP"
+DIGIT: Final = "8x8 PNG"
 LARGE_CONNECTIONS: Final = 8
 
 
 class Measurement(BaseModel):
     """All rounds of one load."""
 
-    photograph: str = Field(description="`640x427` or `12 MP`")
+    photograph: str = Field(description="`640x427`, `12 MP` or `8x8 PNG`")
     connections: int
     load: Load = Field(description="of all rounds together")
     rounds: list[float] = Field(description="throughput of each round")
@@ -55,7 +58,7 @@ class Run(_Measured):
     """One start of one server, and the loads on it."""
 
     name: str
-    title: str
+    title: str = Field(description="what tells it from others, also of the same server in other ways")
     form: Literal["usual", "trimrt"]
     start_seconds: float = Field(description="from the start of the process to the first right answer")
     idle_mb: float = Field(description="memory after that answer, in megabytes")
@@ -102,6 +105,15 @@ class Machine(BaseModel):
     system: str
     python: str
 
+    def check_same(self, before: Machine, path: Path) -> None:
+        """Refuse to add to the results at `path`, which were measured on another machine.
+
+        Raises:
+            click.ClickException: it is another one.
+        """
+        if (before.processor, before.cores) != (self.processor, self.cores):
+            raise click.ClickException(f"{path} was measured on another machine: {before}")
+
     def __str__(self) -> str:
         """As reports begin."""
         kernels = f" ({', '.join(self.instruction_sets)})" if self.instruction_sets else ""
@@ -129,9 +141,19 @@ class Results(BaseModel):
         return [comparison.trimrt for comparison in self.comparisons]
 
     @property
-    def peers(self) -> list[Run]:
-        """The runs of the other servers."""
+    def others(self) -> list[Run]:
+        """The runs of the servers that took turns with it, which may be TrimRT in other ways."""
         return [each.other for each in self.comparisons if isinstance(each.other, Run)]
+
+    @property
+    def photograph(self) -> str:
+        """What was mostly posted."""
+        return next((it.photograph for run in self.ours for it in run.measurements), SMALL)
+
+    def beside(self, title: str) -> Comparison | None:
+        """The comparison with the server of that title, if there is one."""
+        runs = (it for it in self.comparisons if isinstance(it.other, Run) and it.other.title == title)
+        return next(runs, None)
 
     @property
     def limit(self) -> Limit | None:

@@ -1,19 +1,20 @@
 """TrimRT beside other model servers, and beside the limit: `python -m benchmarks.peers`.
 
-Every server answers the same photographs with the same INT8 network. Each runs side by side with a TrimRT
-of its own and is loaded in turns with it; while one is at work, the other's processes are stopped. A
-server is measured only after its answers proved right.
+Every server answers the same images with the same INT8 network: a ResNet18 for photographs, or with
+`--network digits` one that takes a tenth of a millisecond, so that what servers cost shows. Each runs side by
+side with a TrimRT of its own and is loaded in turns with it; while one is at work, the other's processes are
+stopped. A server is measured only after its answers proved right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import click
 from rich.console import Console
@@ -21,10 +22,11 @@ from rich.progress import Progress, TaskID
 
 from benchmarks.answers import Labels, expected_labels
 from benchmarks.command import output_option, steps
-from benchmarks.contenders import BUILD, PEERS, REPOSITORY, TRIMRT, Contender, Form
-from benchmarks.engine import INT8, prepare, usable
+from benchmarks.contenders import BUILD, PEERS, REPOSITORY, TRIMRT, WAYS, Contender, Form
+from benchmarks.engine import INT8, prepare, prepare_digits, usable
 from benchmarks.load import Round
 from benchmarks.measurements import (
+    DIGIT,
     LARGE,
     LARGE_CONNECTIONS,
     SMALL,
@@ -43,6 +45,7 @@ from benchmarks.serving import ServerError, Serving, serving
 from benchmarks.stages import serve_nothing
 from benchmarks.turns import take_turns
 from benchmarks.unserved import Unserved, unserved
+from models.cores import cores
 from models.datasets import open_dataset
 from trimrt.options import HELP
 
@@ -50,6 +53,7 @@ _FIRST_WARM_UP: Final = 2.0
 _WARM_UP: Final = 1.0
 _TRAINED: Final = REPOSITORY / "engines" / "digits-resnet18-int8-openvino"  # of `make demo`
 _DIGITS: Final = 300
+_POSTED_DIGITS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ class Benchmark:
     """One run of the benchmark.
 
     Attributes:
-        engines: folder from `benchmarks.engine.prepare`.
-        kinds: photographs to load servers with.
+        package: the engine package.
+        trimrt: TrimRT as it is compared.
+        kinds: images to load servers with.
         seconds: length of each load, in all its rounds.
     """
 
-    engines: Path
+    package: Path
+    trimrt: Contender
     kinds: Sequence[Photographs]
     seconds: float
     progress: Progress
@@ -149,7 +155,7 @@ class Benchmark:
             ServerError: one of them does not start, answers wrongly, or failed.
         """
         title = f"{contender.title} ({form})"
-        with self._started(TRIMRT, "trimrt") as ours:
+        with self._started(self.trimrt, "trimrt") as ours:
             with self._started(contender, form) as theirs:
                 mine, others = self._loads(title, ours, theirs)
                 other = theirs.run(others)
@@ -167,8 +173,8 @@ class Benchmark:
                 self._say(f"limit, {kind.name}: best settings")
                 python = TRIMRT.environment / "bin" / "python"
                 log = BUILD / f"limit-{kind.name.replace(' ', '')}.log"
-                loops[kind.name] = stack.enter_context(unserved(python, self.engines / INT8, kind.files, log))
-            ours = stack.enter_context(self._started(TRIMRT, "trimrt"))
+                loops[kind.name] = stack.enter_context(unserved(python, self.package, kind.files, log))
+            ours = stack.enter_context(self._started(self.trimrt, "trimrt"))
             mine, others = self._loads("limit", ours, Unhindered(loops))
             settings = {name: loop.settings for name, loop in loops.items()}
             limit = Limit(measurements=others, settings=settings)
@@ -179,7 +185,7 @@ class Benchmark:
         """The contender, its answers checked, and stopped."""
         self._say(f"{contender.title} ({form}): starting")
         first = self.kinds[0].files[0].read_bytes()
-        with serving(contender, form, self.engines, first) as server:
+        with serving(contender, form, self.package, first) as server:
             for kind in self.kinds:
                 for file, expected in zip(kind.files, kind.labels[form], strict=True):
                     server.check(file, expected)
@@ -207,15 +213,60 @@ class Benchmark:
         self.progress.update(self.task, description=text)
 
 
-def store_photographs(
-    name: str, files: Sequence[bytes], connections: Sequence[int], engines: Path
+def store_images(
+    name: str, files: Sequence[bytes], connections: Sequence[int], package: Path, forms: Sequence[Form]
 ) -> Photographs:
     """Write `files` where `wrk` finds them, and compute the right answers."""
     paths = store(name, files, BUILD / "photographs")
-    labels: dict[Form, list[Labels]] = {
-        form: expected_labels(engines, form, files) for form in ("usual", "trimrt")
-    }
+    labels: dict[Form, list[Labels]] = {form: expected_labels(package, form, files) for form in forms}
     return Photographs(name, paths, connections, labels)
+
+
+def contenders(
+    network: str, names: Sequence[str], forms: Sequence[Form], workers: Sequence[int]
+) -> list[tuple[Contender, Form]]:
+    """Who is compared with TrimRT, in which form.
+
+    Args:
+        network: `resnet18` or `digits`, which has no float graph and so no usual form.
+        names: of peers and `WAYS`; none: all peers, and with `digits` the ways too.
+        forms: of the peers; none: all.
+        workers: numbers of processes, each of which makes every peer another one; none: its own set-up.
+    """
+    peers = [peer for peer in PEERS if not names or peer.name in names]
+    if workers:
+        peers = [peer.with_workers(number) for peer in peers for number in workers]
+    pairs = [(peer, form) for peer in peers for form in peer.forms if not forms or form in forms]
+    if network == "resnet18":
+        return pairs
+    ways = [
+        replace(way, workers=way.workers or cores())
+        for name, way in WAYS.items()
+        if not names or name in names
+    ]
+    return [*((way, "trimrt") for way in ways), *(pair for pair in pairs if pair[1] == "trimrt")]
+
+
+def resume(results: Results, path: Path) -> None:
+    """Take over what an earlier run on this machine measured of other servers.
+
+    Raises:
+        click.ClickException: it was another machine.
+    """
+    if not path.is_file():
+        return
+    before = Results.model_validate_json(path.read_text(encoding="utf-8"))
+    results.machine.check_same(before.machine, path)
+    measured = {_key(comparison) for comparison in results.comparisons}
+    kept = [comparison for comparison in before.comparisons if _key(comparison) not in measured]
+    results.comparisons[:0] = kept
+    results.server_cpu_ms = results.server_cpu_ms or before.server_cpu_ms
+    results.agreement = results.agreement or before.agreement
+
+
+def _key(comparison: Comparison) -> tuple[str, str] | None:
+    other = comparison.other
+    return (other.title, other.form) if isinstance(other, Run) else None
 
 
 def measure_by_itself(results: Results, engines: Path, files: Sequence[Path], console: Console) -> None:
@@ -233,74 +284,100 @@ def measure_agreement(results: Results, console: Console) -> None:
         results.agreement = agreeing_labels(_TRAINED, paths, megapixels=12) / len(paths)
 
 
+def _numbers(_context: click.Context, _option: click.Parameter, value: str | None) -> list[int]:
+    return [int(number) for number in value.split(",")] if value else []
+
+
 @click.command(context_settings=HELP)
+@click.option(
+    "--network",
+    type=click.Choice(["resnet18", "digits"]),
+    default="resnet18",
+    help="Which network to serve; TrimRT serves digits in a process for each core.",
+)
 @click.option(
     "--contender",
     "names",
     multiple=True,
-    type=click.Choice([peer.name for peer in PEERS]),
-    help="Only this server, beside TrimRT; may be repeated.",
+    type=click.Choice([*(peer.name for peer in PEERS), *WAYS]),
+    help="Only this server beside TrimRT, or this other way of TrimRT's; may be repeated.",
+)
+@click.option("--no-contender", "nobody", is_flag=True, help="No server beside TrimRT: the limit alone.")
+@click.option(
+    "--workers",
+    callback=_numbers,
+    help="Processes of each peer, with commas: each number is a peer of its own. Its own set-up if left out.",
 )
 @click.option(
     "--form", "forms", multiple=True, type=click.Choice(["usual", "trimrt"]), help="Only peers of this form."
 )
 @click.option("--seconds", default=8.0, help="Length of each load, in rounds.")
-@click.option("--connections", default="1,8,32", help="Connections, with commas.")
+@click.option("--connections", default="1,8,32", callback=_numbers, help="Connections, with commas.")
 @click.option("--large/--no-large", default=True, help="Also 12-megapixel JPEGs.")
 @click.option("--limit/--no-limit", default=True, help="Also measure without a server.")
-@output_option("results.json, the table and the plot")
+@click.option("--add", is_flag=True, help="Keep what the written results have of servers not measured now.")
+@output_option("results.json (digits.json), the table and the plot")
 def main(
+    network: Literal["resnet18", "digits"],
     names: tuple[str, ...],
+    nobody: bool,
+    workers: list[int],
     forms: tuple[Form, ...],
     seconds: float,
-    connections: str,
+    connections: list[int],
     large: bool,
     limit: bool,
+    add: bool,
     output: Path,
 ) -> None:
     """Measure TrimRT beside other model servers, and beside the limit."""
     exit_on_sigterm()
     console = Console()
-    peers = [peer for peer in PEERS if not names or peer.name in names]
+    pairs = [] if nobody else contenders(network, names, forms, workers)
     with steps(console) as progress:
         task = progress.add_task("installing", total=None)
-        for contender in (TRIMRT, *peers):
+        for contender in (TRIMRT, *(pair[0] for pair in pairs)):
             progress.update(task, description=f"installing {contender.title}")
             contender.install()
-        engines = prepare(
-            BUILD / "engine", lambda line: progress.update(task, description=f"building the engine: {line}")
-        )
-        kinds = [
-            store_photographs(
-                SMALL, photographs(), [int(number) for number in connections.split(",")], engines
-            )
-        ]
-        if large:
-            kinds.append(store_photographs(LARGE, photographs(12), [LARGE_CONNECTIONS], engines))
-        pairs = [(peer, form) for peer in peers for form in peer.forms if not forms or form in forms]
+        progress.update(task, description="building the engine")
+        if network == "digits":
+            package, trimrt = prepare_digits(BUILD / "engine"), replace(TRIMRT, workers=cores())
+            digits = [path.read_bytes() for path in open_dataset("digits").test.paths[:_POSTED_DIGITS]]
+            kinds = [store_images(DIGIT, digits, connections, package, ["trimrt"])]
+        else:
+            package, trimrt = prepare(BUILD / "engine", lambda _step: None) / INT8, TRIMRT
+            both: list[Form] = ["usual", "trimrt"]
+            kinds = [store_images(SMALL, photographs(), connections, package, both)]
+            if large:
+                kinds.append(store_images(LARGE, photographs(12), [LARGE_CONNECTIONS], package, both))
         loads = sum(len(kind.connections) for kind in kinds)
         progress.update(task, total=(len(pairs) + limit) * loads)
-        benchmark = Benchmark(engines, kinds, seconds, progress, task)
+        benchmark = Benchmark(package, trimrt, kinds, seconds, progress, task)
+        if limit and not pairs:
+            benchmark.compare_limit()
         for index, (contender, form) in enumerate(pairs):
             if limit and index == len(pairs) // 2:
                 benchmark.compare_limit()
             try:
                 benchmark.compare(contender, form)
             except ServerError as error:
-                if error.contender is TRIMRT:
+                if error.contender is trimrt:
                     raise
                 benchmark.results.failures.append(error.message)
             done = index + 1 + (limit and index >= len(pairs) // 2)
             progress.update(task, completed=done * loads)
+    results = benchmark.results
+    path = output / ("digits.json" if network == "digits" else "results.json")
     try:
-        if limit:
-            measure_by_itself(benchmark.results, engines, kinds[0].files, console)
-        if large:
-            measure_agreement(benchmark.results, console)
+        if limit and network == "resnet18":
+            measure_by_itself(results, package.parent, kinds[0].files, console)
+        if large and network == "resnet18":
+            measure_agreement(results, console)
     finally:
-        results = benchmark.results
-        write_report(results, markdown(results), output / "results.json", console)
-        plot(results, output / "results.svg")
+        if add:
+            resume(results, path)
+        write_report(results, markdown(results), path, console)
+        plot(results, path.with_suffix(".svg"))
     if benchmark.results.failures:
         raise click.ClickException("not every server was measured")
 

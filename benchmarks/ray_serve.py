@@ -7,6 +7,7 @@ twice what one has. Ray's own processes and `wrk` share the machine with them.
 from __future__ import annotations
 
 import http.client
+import itertools
 import os
 import subprocess
 import sys
@@ -45,31 +46,29 @@ class Setup(Contender):
     """TrimRT from this environment, bare or on Ray Serve.
 
     Attributes:
-        package: the engine package.
         replicas: how many on Ray Serve; None: `trimrt serve`.
         haproxy: whether HAProxy stands before the replicas, or Ray's own proxy.
     """
 
-    package: str = INT8
     replicas: int | None = None
     haproxy: bool = False
 
-    def command(self, engines: Path, port: int) -> list[str]:
+    def command(self, package: Path, port: int) -> list[str]:
         """`trimrt serve`, or what `trimrt cluster config` says, run by Ray."""
-        package = str(engines / self.package)
         if self.replicas is None:
             one_thread = ["--inference-threads", "1", "--decode-threads", "1"]
-            return [str(_PROGRAMS / "trimrt"), "serve", "--engine", package, "--port", str(port), *one_thread]
+            command = [str(_PROGRAMS / "trimrt"), "serve", "--engine", str(package), "--port", str(port)]
+            return [*command, *one_thread]
         configuration = BUILD / f"{self.name}.yaml"
         options = ["--replicas", str(self.replicas), "--port", str(port), "--output", str(configuration)]
         subprocess.run(
-            [str(_PROGRAMS / "trimrt"), "cluster", "config", package, *options],
+            [str(_PROGRAMS / "trimrt"), "cluster", "config", str(package), *options],
             check=True,
             stdout=subprocess.DEVNULL,
         )
         return [str(_PROGRAMS / "serve"), "run", str(configuration)]
 
-    def variables(self, form: Form, engines: Path, port: int) -> dict[str, str]:
+    def variables(self, form: Form, package: Path, port: int) -> dict[str, str]:
         """A new cluster on this machine, whatever else runs here."""
         return {
             **os.environ,
@@ -97,24 +96,17 @@ class Setup(Contender):
                     seen.add(replica)
 
 
-def on_ray(package: str, replicas: int, haproxy: bool) -> Setup:
+def on_ray(replicas: int, haproxy: bool) -> Setup:
     """So many replicas behind one of the two proxies."""
     title = f"Ray Serve, {replicas} replica{'s' if replicas > 1 else ''}, {PROXIES[haproxy]}"
     name = f"ray-{replicas}-{'haproxy' if haproxy else 'proxy'}"
-    return Setup(name, title, TRIMRT.path, package=package, replicas=replicas, haproxy=haproxy)
+    return Setup(name, title, TRIMRT.path, replicas=replicas, haproxy=haproxy)
 
 
-def bare(package: str) -> Setup:
-    """No Ray."""
-    return Setup("ray-none", "trimrt serve", TRIMRT.path, package=package)
-
-
-def setups(package: str) -> list[Setup]:
-    """The servers that are compared, over one engine."""
-    return [
-        bare(package),
-        *(on_ray(package, replicas, haproxy) for haproxy in PROXIES for replicas in (1, 2)),
-    ]
+BARE: Final = Setup("ray-none", "trimrt serve", TRIMRT.path)
+"""No Ray."""
+SETUPS: Final = (BARE, *(on_ray(replicas, haproxy) for haproxy in PROXIES for replicas in (1, 2)))
+"""The servers that are compared."""
 
 
 class Point(BaseModel):
@@ -147,9 +139,9 @@ def markdown(results: Results) -> str:
         head = [package, f"images/s, {many} connections", f"p50 ms, {few}", "CPU ms an image"]
         rows = [[name, f"{rate[name]:.1f}", f"{p50[name]:.2f}", f"{cpu_ms[name]:.2f}"] for name in rate]
         lines += [*markdown_table(head, rows), ""]
-        none = bare(package).title
+        none = BARE.title
         for haproxy, proxy in PROXIES.items():
-            one, two = (on_ray(package, replicas, haproxy).title for replicas in (1, 2))
+            one, two = (on_ray(replicas, haproxy).title for replicas in (1, 2))
             lines.append(
                 f"{proxy}: a second replica gives {rate[two] / rate[one]:.2f}x; a request takes "
                 f"{p50[one] - p50[none]:.2f} ms longer than without Ray, and "
@@ -182,18 +174,18 @@ def main(seconds: float, rounds: int, output: Path) -> None:
     results = Results(machine=this_machine(), seconds=seconds)
     packages = (INT8, FP32)
     with steps() as progress:
-        task = progress.add_task("", total=rounds * len(packages) * len(setups(INT8)) * len(CONNECTIONS))
+        task = progress.add_task("", total=rounds * len(packages) * len(SETUPS) * len(CONNECTIONS))
         for number in range(rounds):
-            for setup in (setup for package in packages for setup in setups(package)):
-                progress.update(task, description=f"{setup.title}, {setup.package}")
-                with serving(setup, "trimrt", engines, files[0].read_bytes()) as server:
+            for package, setup in itertools.product(packages, SETUPS):
+                progress.update(task, description=f"{setup.title}, {package}")
+                with serving(setup, "trimrt", engines / package, files[0].read_bytes()) as server:
                     setup.wait(server)
                     server.load(files, max(CONNECTIONS), min(2, seconds))
                     for connections in CONNECTIONS:
                         load, cpu_ms = server.load(files, connections, seconds)
                         results.points.append(
                             Point(
-                                package=setup.package,
+                                package=package,
                                 server=setup.title,
                                 round=number,
                                 connections=connections,

@@ -11,6 +11,7 @@ from benchmarks import growth, measurements, presets, ray_serve, report
 
 _MARKDOWN: Final[dict[str, Callable[[str], str]]] = {
     "results": lambda json: report.markdown(measurements.Results.model_validate_json(json)),
+    "digits": lambda json: report.markdown(measurements.Results.model_validate_json(json)),
     "presets": lambda json: presets.markdown(presets.Speeds.model_validate_json(json)),
     "growth": lambda json: growth.markdown(growth.Growth.model_validate_json(json)),
     "ray_serve": lambda json: ray_serve.markdown(ray_serve.Results.model_validate_json(json)),

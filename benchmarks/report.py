@@ -12,6 +12,7 @@ from rich.console import Console
 
 from benchmarks.goals import Goal, goals
 from benchmarks.measurements import (
+    DIGIT,
     LARGE,
     LARGE_CONNECTIONS,
     SMALL,
@@ -21,7 +22,9 @@ from benchmarks.measurements import (
     Results,
     Run,
 )
+from runtime.tuning import Setting
 
+_NAMES: Final = {SMALL: f"{SMALL} JPEGs", DIGIT: "PNGs of handwritten digits (8x8 pixels)"}
 _FORMS: Final = {"usual": "as usual", "trimrt": "TrimRT's preprocessing"}
 
 
@@ -40,26 +43,27 @@ def markdown(results: Results) -> str:
         f"{results.machine}; {results.seconds:g} s a load, {results.started_at:%Y-%m-%d %H:%M} UTC. "
         "TrimRT: mean of all its runs.",
         "",
-        f"Images a second, and milliseconds, for {SMALL} JPEGs at so many connections:",
+        f"Images a second, and milliseconds, for {_NAMES[results.photograph]} at so many connections:",
         "",
     ]
     head = ["server", "form"]
     head += [f"{count}" for count in counts]
     head += [f"p50, {count}" for count in counts] + [f"p99, {count}" for count in counts]
-    head += [f"{LARGE}, {LARGE_CONNECTIONS}"]
-    rows = [_limit_row(results.limit, counts)] if results.limit else []
-    rows += [_speed_row(runs, counts) for runs in _grouped(results)]
+    large = [f"{LARGE}, {LARGE_CONNECTIONS}"] if results.photograph == SMALL else []
+    head += large
+    rows = [_limit_row(results, results.limit)[: len(head)]] if results.limit else []
+    rows += [_speed_row(runs, results)[: len(head)] for runs in _grouped(results)]
     lines += markdown_table(head, rows)
     lines += ["", "What it costs:", ""]
     head = ["server", "form", "CPU ms an image", "ready after s", "memory MB, idle", "loaded", "installed MB"]
-    lines += markdown_table(head, [_cost_row(runs, counts) for runs in _grouped(results)])
+    lines += markdown_table(head, [_cost_row(runs, results) for runs in _grouped(results)])
     if results.server_cpu_ms is not None:
         lines += [
             "",
             f"TrimRT itself takes {results.server_cpu_ms:.2f} ms of processor time for a request, "
             "besides decoding and inference.",
         ]
-    gains = [_gain_row(comparison, counts) for comparison in results.comparisons]
+    gains = [_gain_row(comparison, results) for comparison in results.comparisons]
     if gains:
         lines += [
             "",
@@ -69,8 +73,8 @@ def markdown(results: Results) -> str:
         ]
         head = ["server", "form"]
         head += [f"throughput, {count}" for count in counts]
-        head += [f"p99, {count}" for count in counts] + [f"throughput, {LARGE}"]
-        lines += markdown_table(head, gains)
+        head += [f"p99, {count}" for count in counts] + [f"throughput, {LARGE}" for _ in large]
+        lines += markdown_table(head, [row[: len(head)] for row in gains])
     lines += goals_table(goals(results))
     if results.failures:
         lines += ["", "Not measured:", "", *(f"- {failure}" for failure in results.failures)]
@@ -79,20 +83,21 @@ def markdown(results: Results) -> str:
 
 def _counts(results: Results) -> list[int]:
     """Numbers of connections."""
-    runs = [*results.ours, *results.peers]
-    return sorted({m.connections for run in runs for m in run.measurements if m.photograph == SMALL})
+    runs = [*results.ours, *results.others]
+    found = (m for run in runs for m in run.measurements if m.photograph == results.photograph)
+    return sorted({m.connections for m in found})
 
 
 def _grouped(results: Results) -> list[list[Run]]:
     """Runs of the same server in the same form together, best throughput first."""
     groups: dict[tuple[str, str], list[Run]] = {}
-    for run in (*results.ours, *results.peers):
-        groups.setdefault((run.name, run.form), []).append(run)
-    return sorted(groups.values(), key=lambda runs: -max(_throughputs(runs)))
+    for run in (*results.ours, *results.others):
+        groups.setdefault((run.title, run.form), []).append(run)
+    return sorted(groups.values(), key=lambda runs: -max(_throughputs(runs, results.photograph)))
 
 
-def _throughputs(runs: list[Run]) -> list[float]:
-    return [m.load.throughput for run in runs for m in run.measurements if m.photograph == SMALL]
+def _throughputs(runs: list[Run], photograph: str) -> list[float]:
+    return [m.load.throughput for run in runs for m in run.measurements if m.photograph == photograph]
 
 
 def _at(runs: list[Run], photograph: str, connections: int) -> list[Measurement]:
@@ -100,34 +105,39 @@ def _at(runs: list[Run], photograph: str, connections: int) -> list[Measurement]
     return [measurement for measurement in found if measurement is not None]
 
 
-def _speed_row(runs: list[Run], counts: list[int]) -> list[str]:
+def _speed_row(runs: list[Run], results: Results) -> list[str]:
     row = [runs[0].title, _FORMS[runs[0].form]]
-    loads = [_at(runs, SMALL, count) for count in counts]
+    loads = [_at(runs, results.photograph, count) for count in _counts(results)]
     row += [_mean([m.load.throughput for m in measured], 0) for measured in loads]
-    row += [_mean([m.load.p50 for m in measured], 1) for measured in loads]
-    row += [_mean([m.load.p99 for m in measured], 1) for measured in loads]
+    places = _places(results)
+    row += [_mean([m.load.p50 for m in measured], places) for measured in loads]
+    row += [_mean([m.load.p99 for m in measured], places) for measured in loads]
     return [*row, _mean([m.load.throughput for m in _at(runs, LARGE, LARGE_CONNECTIONS)], 1)]
 
 
-def _limit_row(limit: Limit, counts: list[int]) -> list[str]:
-    row = ["no server", f"best loop: {_setting(limit)}"]
-    loads = [limit.at(SMALL, count) for count in counts]
+def _places(results: Results) -> int:
+    """Decimals of milliseconds."""
+    return 1 if results.photograph == SMALL else 2
+
+
+def _limit_row(results: Results, limit: Limit) -> list[str]:
+    row = ["no server", f"best loop: {_setting(limit.settings[results.photograph].throughput)}"]
+    loads = [limit.at(results.photograph, count) for count in _counts(results)]
     row += [f"{m.load.throughput:.0f}" if m else "" for m in loads]
-    row += [f"{m.load.p50:.1f}" if m and m.connections == 1 else "" for m in loads]
+    row += [f"{m.load.p50:.{_places(results)}f}" if m and m.connections == 1 else "" for m in loads]
     large = limit.at(LARGE, LARGE_CONNECTIONS)
-    return [*row, *[""] * len(counts), f"{large.load.throughput:.1f}" if large else ""]
+    return [*row, *[""] * len(loads), f"{large.load.throughput:.1f}" if large else ""]
 
 
-def _setting(limit: Limit) -> str:
-    best = limit.settings[SMALL].throughput
+def _setting(best: Setting) -> str:
     return f"{best.slots} x batch {best.batch}, {best.threads} OpenVINO threads"
 
 
-def _cost_row(runs: list[Run], counts: list[int]) -> list[str]:
+def _cost_row(runs: list[Run], results: Results) -> list[str]:
     return [
         runs[0].title,
         _FORMS[runs[0].form],
-        _mean([m.cpu_ms for m in _at(runs, SMALL, counts[-1])], 2),
+        _mean([m.cpu_ms for m in _at(runs, results.photograph, _counts(results)[-1])], 2),
         _mean([run.start_seconds for run in runs], 2),
         _mean([run.idle_mb for run in runs], 0),
         _mean([run.loaded_mb for run in runs], 0),
@@ -135,16 +145,16 @@ def _cost_row(runs: list[Run], counts: list[int]) -> list[str]:
     ]
 
 
-def _gain_row(comparison: Comparison, counts: list[int]) -> list[str]:
-    other = comparison.other
+def _gain_row(comparison: Comparison, results: Results) -> list[str]:
+    other, name, counts = comparison.other, results.photograph, _counts(results)
     if isinstance(other, Run):
         row = [other.title, _FORMS[other.form]]
-        latencies = [_number(comparison.ratio(SMALL, count, lambda m: m.load.p99)) for count in counts]
+        latencies = [_number(comparison.ratio(name, count, lambda m: m.load.p99)) for count in counts]
     else:
         row = ["no server", "best loop"]
-        alone = _number(comparison.ratio(SMALL, 1, lambda m: m.load.p50))
+        alone = _number(comparison.ratio(name, 1, lambda m: m.load.p50))
         latencies = [f"{alone} (p50)" if count == 1 and alone else "" for count in counts]
-    row += [_gain(comparison, SMALL, count) for count in counts]
+    row += [_gain(comparison, name, count) for count in counts]
     return [*row, *latencies, _gain(comparison, LARGE, LARGE_CONNECTIONS)]
 
 
@@ -195,11 +205,12 @@ def plot(results: Results, path: Path) -> None:
         places = [row + (number - (len(counts) - 1) / 2) * height for row in range(len(groups))]
         for axis, what in ((left, "throughput"), (right, "p99")):
             widths = [
-                fmean([getattr(m.load, what) for m in _at(runs, SMALL, count)] or [0]) for runs in groups
+                fmean([getattr(m.load, what) for m in _at(runs, results.photograph, count)] or [0])
+                for runs in groups
             ]
             axis.barh(places, widths, height, label=f"{count} connections" if axis is left else None)
     if limit := results.limit:
-        fastest = max(m.load.throughput for m in limit.measurements if m.photograph == SMALL)
+        fastest = max(m.load.throughput for m in limit.measurements if m.photograph == results.photograph)
         left.axvline(fastest, color="black", linestyle="--", linewidth=1, label="no server")
     left.set_yticks(range(len(groups)), names, fontsize=7)
     left.invert_yaxis()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,14 +59,16 @@ class Serving:
             ServerError: they are not those expected, best first, or there was no answer.
         """
         with _named(self.contender, self.form):
-            answer = ask(self.port, self.contender.path, self.contender.headers, file.read_bytes())
+            answer = ask(self.contender, self.port, file.read_bytes())
             if answer != expected:
                 raise click.ClickException(
                     f"wrong labels for {file.name}: {', '.join(answer)} instead of {', '.join(expected)}"
                 )
 
-    def round(self, files: Sequence[Path], connections: int, seconds: float) -> Round:
-        """Load it once.
+    def round(
+        self, files: Sequence[Path], connections: int, seconds: float, paths: Sequence[str] = ()
+    ) -> Round:
+        """Load it once; for `paths` see `run_wrk`.
 
         Raises:
             ServerError: `wrk` failed.
@@ -74,16 +77,31 @@ class Serving:
         with _named(self.contender, self.form):
             return run_wrk(
                 url,
-                files,
+                self._bodies(files),
                 connections=connections,
                 seconds=seconds,
                 headers=self.contender.headers,
+                paths=paths,
                 cpu_seconds=self.tree.cpu_seconds,
             )
 
-    def load(self, files: Sequence[Path], connections: int, seconds: float) -> tuple[Load, float]:
+    def _bodies(self, files: Sequence[Path]) -> list[Path]:
+        """The files that `wrk` posts: requests for the labels of `files`."""
+        bodies = []
+        for file in files:
+            content = file.read_bytes()
+            body = self.contender.body(content)
+            if body != content:
+                file = file.with_name(f"{file.name}.{type(self.contender).__name__}")
+                file.write_bytes(body)
+            bodies.append(file)
+        return bodies
+
+    def load(
+        self, files: Sequence[Path], connections: int, seconds: float, paths: Sequence[str] = ()
+    ) -> tuple[Load, float]:
         """What `wrk` saw, and the processor milliseconds of the server for one request."""
-        rounds = [self.round(files, connections, seconds)]
+        rounds = [self.round(files, connections, seconds, paths)]
         return merge(rounds), cpu_milliseconds(rounds)
 
     @contextmanager
@@ -108,21 +126,21 @@ class Serving:
 def serving(
     contender: Contender,
     form: Form,
-    engines: Path,
+    package: Path,
     first: bytes,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[Serving]:
-    """The contender, from its first answer (to the photograph `first`) until the block ends.
+    """The contender, from its first answer (to the image `first`) until the block ends.
 
     Raises:
         ServerError: it does not start.
     """
     port = free_port()
-    variables = contender.variables(form, engines, port) | dict(settings or {})
+    variables = contender.variables(form, package, port) | dict(settings or {})
     started = time.perf_counter()
-    with running(contender.command(engines, port), variables, _log(contender, form)) as tree:
+    with running(contender.command(package, port), variables, _log(contender, form)) as tree:
         with _named(contender, form):
-            wait_for_answer(tree, port, contender.path, contender.headers, first)
+            wait_for_answer(tree, contender, port, first)
         yield Serving(contender, form, port, tree, time.perf_counter() - started)
 
 
@@ -138,7 +156,8 @@ def _named(contender: Contender, form: Form) -> Iterator[None]:
 
 
 def _log(contender: Contender, form: Form) -> Path:
-    return BUILD / f"{contender.name}-{form}.log"
+    title = re.sub(r"\W+", "-", contender.title).lower()
+    return BUILD / f"{title}-{form}.log"
 
 
 def free_port() -> int:

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.answers import post
-from benchmarks.contenders import BUILD, TRIMRT, TrimRT
+from benchmarks.contenders import BUILD, TRIMRT
 from benchmarks.engine import INT8, NEXT_TO_NOTHING, SPEC, prepare
 from benchmarks.limit import work
 from benchmarks.load import cpu_milliseconds
@@ -97,14 +97,13 @@ def serve_nothing(engines: Path, files: Sequence[Path], seconds: float) -> tuple
     Raises:
         click.ClickException: the server does not start.
     """
-    contender = TrimRT("trimrt", "TrimRT", TRIMRT.path, package=NEXT_TO_NOTHING)
     # Of two slots one would often be alone, and have the other core spin for it.
     setting = Setting(slots=1, threads=1, batch=_CONNECTIONS // 2)
     settings = {"TRIMRT_SLOTS": "1", "TRIMRT_INFERENCE_THREADS": "1"}
     encoded = [file.read_bytes() for file in files]
     with (
         open_loop(engines / NEXT_TO_NOTHING, setting, encoded) as loop,
-        serving(contender, "trimrt", engines, encoded[0], settings) as server,
+        serving(TRIMRT, "trimrt", engines / NEXT_TO_NOTHING, encoded[0], settings) as server,
     ):
         served, alone = take_turns(partial(server.round, files, _CONNECTIONS), partial(work, loop), seconds)
     return cpu_milliseconds(served), cpu_milliseconds(alone)
@@ -121,8 +120,8 @@ def main(seconds: float, repeats: int) -> None:
     engines = prepare(BUILD / "engine", click.echo)
     files = store("640x427", photographs(), BUILD / "photographs")
     file = files[0].read_bytes()
-    with serving(TRIMRT, "trimrt", engines, file) as server:
-        answer = post(server.port, TRIMRT.path, TRIMRT.headers, file)
+    with serving(TRIMRT, "trimrt", engines / INT8, file) as server:
+        answer = post(TRIMRT, server.port, file)
     engine = load_engine(engines / INT8, Options(slots=1, threads=1))
     with closing(engine), closing(engine.open_slot()) as slot:
         slot.pixels[:] = np.random.default_rng(0).integers(0, 256, slot.pixels.shape, dtype=np.uint8)

@@ -1,13 +1,14 @@
--- Posts the files named on the command line in turn. Prints the result as one line of JSON, and then as
+-- Posts the files named on the command line in turn, each to the URL's path, or as "FILE PATH" to another. Prints the result as one line of JSON, and then as
 -- another the latencies: pairs of microseconds and how many requests took them.
 
 local requests = {}
 local turn = 0
 
 function init(files)
-   for index, name in ipairs(files) do
-      local file = assert(io.open(name, "rb"))
-      requests[index] = wrk.format("POST", nil, nil, file:read("*a"))
+   for index, argument in ipairs(files) do
+      local name, path = argument:match("^(.*) (/%S*)$")
+      local file = assert(io.open(name or argument, "rb"))
+      requests[index] = wrk.format("POST", path, nil, file:read("*a"))
       file:close()
    end
 end

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import openvino
 from numpy.typing import NDArray
 
 from models.cores import cores
+from runtime.absent import absent
 from runtime.engine import BRIEF_S, Options, Outputs
 from runtime.finite import check_finite
 from runtime.manifest import Compatibility, EngineError, Manifest, read_artefact
 from runtime.processor import WIDE_SUMS, processor
+
+with absent("openvino.tools.ovc"):  # which converts models, and takes twice as long to import as all the rest
+    import openvino
 
 # By default the CPU plugin computes FP32 graphs in BF16 where the processor supports it.
 CONFIGURATION: Final[dict[str, Any]] = {"INFERENCE_PRECISION_HINT": "f32"}

@@ -37,14 +37,17 @@ class Decoder:
     spec: Preprocessing
     limits: DecodingLimits
 
-    def is_brief(self, data: bytes | Pixels) -> bool:
-        """Whether the image is decoded in less time than another thread needs to begin."""
-        if not isinstance(data, bytes):
+    def is_brief(self, image: Image) -> bool:
+        """Whether `image` is decoded in less time than another thread needs to begin; it keeps its plan."""
+        if not isinstance(image.data, bytes):
             return True
+        if len(image.data) > _BRIEF_BYTES:
+            return False
         try:
-            return len(data) <= _BRIEF_BYTES and self._plan(data).cost.seconds <= _BRIEF_S
+            image.plan = self._plan(image.data)
         except Exception:  # whoever decodes it says what is wrong
             return False
+        return image.plan.cost.seconds <= _BRIEF_S
 
     def decode(self, image: Image, out: Pixels | None = None) -> Pixels:
         """The pixels of `image`; if it came as pixels, those.
@@ -64,7 +67,7 @@ class Decoder:
             limits.precedence.give_way()
         image.decoding = time.monotonic()
         try:
-            plan = self._plan(image.data)
+            plan = image.plan or self._plan(image.data)
             cost = plan.cost
             limits.admit(cost, image.job)
             try:

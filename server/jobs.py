@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from models.preprocessing import Pixels
+from models.preprocessing import Pixels, Plan
 from runtime.batching import SMALL
 from runtime.manifest import EngineError
 from server.problems import Problem
@@ -121,18 +121,20 @@ class Image:
         job: its request.
         index: its place among the job's images.
         data: the encoded file; pixels once it is decoded ahead of its batch.
+        plan: how it will be decoded, where that was asked before.
         decoding: when a thread began to decode it, by `time.monotonic`.
         decoded: when its pixels were there.
         ready_at: when it joined the backlog.
         turn: the round in which it leaves the backlog; see `Job`.
     """
 
-    __slots__ = ("data", "decoded", "decoding", "index", "job", "ready_at", "turn")
+    __slots__ = ("data", "decoded", "decoding", "index", "job", "plan", "ready_at", "turn")
 
     def __init__(self, job: Job, index: int, data: bytes | Pixels) -> None:
         self.job = job
         self.index = index
         self.data = data
+        self.plan: Plan | None = None
         self.decoding = job.admitted
         self.decoded = job.admitted
         self.ready_at = job.admitted

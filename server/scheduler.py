@@ -196,12 +196,8 @@ class Scheduler:
                 ready.append(image)
             else:
                 encoded.append(image)
-        to_decode = iter(encoded)
-        for _ in encoded[: self._pool.threads]:
-            self._pool.submit(partial(self._decode_next, to_decode))
-        if job.small and self._is_alone() and self._decoder.is_brief(*images):
-            (image,) = ready
-            self._loop.call_soon(self._run_here, image)
+        if job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
+            self._loop.call_soon(self._run_here, ready[0])
         else:
             self._backlog.put(ready)
         return job

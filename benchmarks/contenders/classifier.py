@@ -27,7 +27,8 @@ from PIL import Image
 
 PORT = int(os.environ.get("BENCHMARK_PORT", "0"))
 FORM = os.environ.get("BENCHMARK_FORM", "usual")
-ENGINES = Path(os.environ.get("BENCHMARK_ENGINES", ""))
+PACKAGE = Path(os.environ.get("BENCHMARK_PACKAGE", ""))
+WORKERS = int(os.environ.get("BENCHMARK_WORKERS", os.cpu_count() or 1))
 
 MAX_BATCH = 32
 TOP_K = 5
@@ -43,13 +44,14 @@ class Classifier:
         threads: CPU threads that OpenVINO computes with.
         streams: how many inferences run at once on those threads.
         form: see above.
-        engines: folder with the graphs and their labels.
+        package: TrimRT's engine package; beside it lies `float.onnx`.
     """
 
-    def __init__(self, threads: int, streams: int = 1, *, form: str = FORM, engines: Path = ENGINES) -> None:
-        self.labels: list[str] = json.loads((engines / "labels.json").read_text(encoding="utf-8"))
+    def __init__(self, threads: int, streams: int = 1, *, form: str = FORM, package: Path = PACKAGE) -> None:
+        manifest: dict[str, Any] = json.loads((package / "manifest.json").read_text(encoding="utf-8"))
+        self.labels: list[str] = manifest["labels"]
         self.preprocess: Callable[[bytes], NDArray[Any]] = (
-            _trimrt_pixels() if form == "trimrt" else pillow_tensor
+            _trimrt_pixels(manifest["preprocessing"]) if form == "trimrt" else pillow_tensor
         )
         core = openvino.Core()
         configuration: dict[str, Any] = {
@@ -58,11 +60,11 @@ class Classifier:
             "ENABLE_CPU_PINNING": False,
         }
         if form == "trimrt":
-            blob = (engines / "resnet18-int8-openvino" / "engine.blob").read_bytes()
+            blob = (package / manifest["provenance"]["artefact"]).read_bytes()
             configuration["INFERENCE_PRECISION_HINT"] = "f32"
             self._model = core.import_model(io.BytesIO(blob), "CPU", configuration)
         else:
-            self._model = core.compile_model(engines / "float.onnx", "CPU", configuration)
+            self._model = core.compile_model(package.parent / "float.onnx", "CPU", configuration)
         self._local = threading.local()
 
     def infer(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
@@ -83,13 +85,13 @@ class Classifier:
         return {"predictions": [{"label": self.labels[i], "probability": float(shares[i])} for i in best]}
 
 
-def _trimrt_pixels() -> Callable[[bytes], NDArray[Any]]:
+def _trimrt_pixels(preprocessing: dict[str, Any]) -> Callable[[bytes], NDArray[Any]]:
     import cv2
 
     from models.preprocessing import Preprocessing, load_pixels
 
     cv2.setNumThreads(1)  # in the contender's own process, as in TrimRT's server
-    spec = Preprocessing(resize=256, height=224, width=224)
+    spec = Preprocessing.model_validate(preprocessing)
     return lambda file: load_pixels(file, spec)
 
 

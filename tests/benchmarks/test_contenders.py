@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from running import running
+from tiny_engine import write_package
 
 import benchmarks.contenders
-from benchmarks.contenders import PEERS, TRIMRT, Contender
+from benchmarks.answers import ask
+from benchmarks.contenders import DIGITS, PEERS, TRIMRT, WAYS, Contender
 from benchmarks.contenders.classifier import pillow_tensor
 from benchmarks.photos import photographs
+from builder.kit import INPUT
 from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load_pixels
+from runtime.manifest import MANIFEST_NAME
+from server.settings import Settings
 
 FOLDER = Path(benchmarks.contenders.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def digits_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Where an engine of the digits' name is served."""
+    package = write_package(tmp_path_factory.mktemp("engines"), DIGITS)
+    path = package / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    manifest["input"]["name"] = INPUT  # as the builder calls it
+    path.write_text(json.dumps(manifest))
+    with running(Settings(engine=str(package), port=0)) as server:
+        port = httpx.URL(server.url).port
+        assert port is not None
+        yield port
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
@@ -37,6 +60,24 @@ def test_all_peers_run_the_same_openvino_as_trimrt() -> None:
 def test_peers_are_measured_in_both_forms_and_trimrt_in_its_own() -> None:
     assert {peer.forms for peer in PEERS} == {("usual", "trimrt")}
     assert TRIMRT.forms == ("trimrt",)
+
+
+def test_a_peer_in_several_processes_is_another_one() -> None:
+    peer = PEERS[0].with_workers(3)
+
+    assert (peer.name, peer.title) == (PEERS[0].name, f"{PEERS[0].title}, 3 processes")
+    assert peer.variables("trimrt", FOLDER, 0)["BENCHMARK_WORKERS"] == "3"
+    assert "BENCHMARK_WORKERS" not in PEERS[0].variables("trimrt", FOLDER, 0)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_trimrt_answers_alike_whichever_way_it_is_asked(way: str, digits_port: int) -> None:
+    file = photographs(0.05)[0]
+
+    answer = ask(WAYS[way], digits_port, file)
+
+    assert len(answer) == 5
+    assert answer == ask(TRIMRT, digits_port, file)
 
 
 def test_the_usual_preprocessing_sees_what_trimrts_sees() -> None:

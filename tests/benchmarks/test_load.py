@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.answers import ask
+from benchmarks.contenders import Contender
 from benchmarks.load import Round, cpu_milliseconds, merge, run_wrk
 from benchmarks.serving import free_port
 
@@ -93,6 +94,19 @@ def test_files_are_posted_in_turn(recorder: Recorder, tmp_path: Path) -> None:
 
 
 @needs_wrk
+def test_files_are_posted_to_several_paths_in_turn(recorder: Recorder, tmp_path: Path) -> None:
+    port, _ = recorder
+    file = tmp_path / "0.jpg"
+    file.write_bytes(b"one")
+
+    url = f"http://127.0.0.1:{port}/elsewhere"
+    done = run_wrk(url, [file], connections=1, seconds=1, headers=HEADERS, paths=["/", "/refuse"])
+
+    assert done.requests > 10
+    assert abs(2 * done.refused - done.requests) <= 1
+
+
+@needs_wrk
 def test_refusals_are_counted(recorder: Recorder, tmp_path: Path) -> None:
     port, _ = recorder
     file = tmp_path / "0.jpg"
@@ -107,7 +121,7 @@ def test_refusals_are_counted(recorder: Recorder, tmp_path: Path) -> None:
 def test_labels_are_found_in_an_answer(recorder: Recorder) -> None:
     port, _ = recorder
 
-    assert ask(port, "/", HEADERS, b"image") == ("cat", "dog")
+    assert ask(Contender("recorder", "Recorder", "/"), port, b"image") == ("cat", "dog")
 
 
 @needs_wrk

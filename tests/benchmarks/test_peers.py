@@ -6,14 +6,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+import click
 import pytest
 from rich.console import Console
 
 import benchmarks
+from benchmarks.contenders import WAYS
 from benchmarks.goals import goals
 from benchmarks.limit import Settings
 from benchmarks.load import Round
-from benchmarks.measurements import Comparison, Limit, Measurement, Results, Run, this_machine
+from benchmarks.measurements import DIGIT, Comparison, Limit, Measurement, Results, Run, this_machine
+from benchmarks.peers import contenders, resume
 from benchmarks.render import render
 from benchmarks.report import markdown, plot, write_report
 from runtime.tuning import Setting
@@ -239,6 +242,104 @@ def test_what_the_server_itself_costs_is_told_without_a_goal(results: Results) -
 
     assert "TrimRT itself takes 0.40 ms of processor time for a request" in markdown(both)
     assert goals(both) == goals(results)
+
+
+def digits() -> Results:
+    """The fast network: the limit, two peers, and TrimRT in other ways."""
+
+    def at(throughput: float, p99: float, connections: int) -> Measurement:
+        return measurement([throughput, throughput], p99, connections, DIGIT)
+
+    def ours() -> Run:
+        return run("trimrt", [at(1000, 0.8, 1), at(3000, 4, 8), at(3200, 12, 32)], loaded_mb=270)
+
+    def beside(other: Run | Limit) -> Comparison:
+        return Comparison(other=other, trimrt=ours())
+
+    def way(name: str, throughput: float) -> Comparison:
+        measurements = [at(throughput, 5, connections) for connections in (8, 32)]
+        other = run("trimrt", measurements, start_seconds=0.9)
+        return beside(other.model_copy(update={"title": WAYS[name].title}))
+
+    limit = Limit(
+        measurements=[at(4000, 0.2, 1), at(8000, 1, 8), at(8000, 1, 32)],
+        settings={DIGIT: Settings(throughput=SETTING, latency=SETTING)},
+    )
+    peers = [
+        beside(run("mosec", [at(1500, 10, 8), at(2500, 10, 32)])),
+        beside(run("fastapi", [at(600, 40, 8), at(600, 80, 32)])),
+        beside(run("litserve", [at(9000, 1, 8), at(9000, 1, 32)], "usual")),
+    ]
+    ways = [way("one-process", 1600), way("form", 2850), way("v2", 2400)]
+    return Results(
+        started_at=datetime.now(timezone.utc),
+        machine=this_machine().model_copy(update={"cores": 2}),
+        seconds=20,
+        comparisons=[beside(limit), *peers, *ways],
+    )
+
+
+def test_goals_of_the_fast_network_are_of_the_server() -> None:
+    assert [(goal.what, goal.bar, round(goal.measured, 3), goal.reached) for goal in goals(digits())] == [
+        ("8 connections: throughput to the best peer's (Mosec)", "at least 1.4", 2.0, True),
+        ("8 connections: p99 to its", "at most 0.7", 0.4, True),
+        ("32 connections: throughput to the best peer's (Mosec)", "at least 1.6", 1.28, False),
+        ("32 connections: p99 to its", "at most 0.7", 1.2, False),
+        ("8 connections: throughput to one process's", "at least 1.6", 1.875, True),
+        ("8 connections: throughput of TrimRT, multipart form to raw", "at least 0.95", 0.95, True),
+        ("8 connections: throughput of TrimRT, /v2 with BYTES to raw", "at least 0.9", 0.8, False),
+        ("32 connections: throughput to one process's", "at least 1.6", 2.0, True),
+        ("32 connections: throughput of TrimRT, multipart form to raw", "at least 0.95", 0.891, False),
+        ("32 connections: throughput of TrimRT, /v2 with BYTES to raw", "at least 0.9", 0.75, False),
+        # 0.4 ms instead of 0.1
+        ("1 connection: ms of p50 beside decoding and inference", "at most 0.35", 0.3, True),
+        # 50 seconds for ten seconds' requests, of both
+        ("32 connections: ms of processor time beside these", "at most 0.25", 0.937, False),
+        ("megabytes after all loads, a process for each core", "at most 350", 270, True),
+        ("seconds until the first answer, one process", "at most 1", 0.9, True),
+    ]
+
+
+def test_the_fast_networks_report_has_its_own_images_and_no_large_ones() -> None:
+    text = markdown(digits())
+
+    assert "for PNGs of handwritten digits (8x8 pixels) at so many connections" in text
+    assert "12 MP" not in text
+    speed, *_ = rows(text, "no server")
+    assert speed[2:6] == ["4000", "8000", "8000", "0.10"]
+
+
+def test_a_peer_is_swept_over_its_processes_and_trimrt_over_its_ways() -> None:
+    def titles(*arguments: object) -> list[str]:
+        return [contender.title for contender, _ in contenders(*arguments)]  # type: ignore[arg-type]
+
+    assert titles("digits", ["mosec", "v2"], [], [1, 2]) == [
+        "TrimRT, /v2 with BYTES",
+        "mosec, 1 process",
+        "mosec, 2 processes",
+    ]
+    assert titles("resnet18", ["mosec"], [], []) == ["mosec", "mosec"], "in both forms"
+    assert set(titles("digits", [], [], [])) > {way.title for way in WAYS.values()}
+
+
+def test_results_are_completed_by_those_of_an_earlier_run(results: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    resume(results, path)
+    path.write_text(results.model_dump_json())
+    again = run("mosec", [measurement([300], 1)], "usual")
+    now = results.model_copy(
+        update={"comparisons": [Comparison(other=again, trimrt=run("trimrt", [measurement([600], 1)]))]}
+    )
+
+    resume(now, path)
+
+    assert sorted(other.name for other in now.others) == ["litserve", "mosec"]
+    assert again in now.others
+    assert now.limit == results.limit
+
+    elsewhere = now.model_copy(update={"machine": now.machine.model_copy(update={"processor": "another"})})
+    with pytest.raises(click.ClickException, match="measured on another machine"):
+        resume(elsewhere, path)
 
 
 def test_reports_name_the_processor_and_its_instruction_sets() -> None:

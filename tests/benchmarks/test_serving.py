@@ -40,15 +40,15 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 class Tiny(Contender):
-    def command(self, engines: Path, port: int) -> list[str]:
+    def command(self, package: Path, port: int) -> list[str]:
         return [sys.executable, "-c", ANSWERING, str(port)]
 
-    def variables(self, form: Form, engines: Path, port: int) -> dict[str, str]:
+    def variables(self, form: Form, package: Path, port: int) -> dict[str, str]:
         return dict(os.environ)
 
 
 class Broken(Tiny):
-    def command(self, engines: Path, port: int) -> list[str]:
+    def command(self, package: Path, port: int) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit(1)"]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -290,3 +292,12 @@ def test_an_engine_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
     engine = load_engine(write_package(tmp_path, write_graph=write_graph_without_numbers))
     with pytest.raises(EngineError, match="NaN or infinite logits"):
         engine.open_slot()
+
+
+def test_openvinos_converter_of_models_is_not_imported_but_can_be() -> None:
+    program = """
+import sys, runtime.openvino
+assert "openvino.tools.ovc" not in sys.modules
+import openvino.tools.ovc
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -6,12 +6,15 @@ from typing import Annotated, Any
 
 import bentoml
 from bentoml.validators import ContentType
-from classifier import PORT, Classifier
+from classifier import PORT, WORKERS, Classifier
 from PIL.Image import Image
 
 
 @bentoml.service(
-    workers=2, threads=4, http={"host": "127.0.0.1", "port": PORT}, logging={"access": {"enabled": False}}
+    workers=WORKERS,
+    threads=4,
+    http={"host": "127.0.0.1", "port": PORT},
+    logging={"access": {"enabled": False}},
 )
 class Classify:
     """Decodes and infers one image a call."""

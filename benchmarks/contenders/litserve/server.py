@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import litserve
-from classifier import MAX_BATCH, PORT, Classifier
+from classifier import MAX_BATCH, PORT, WORKERS, Classifier
 from fastapi import Body
 
 
@@ -37,6 +37,8 @@ class Classify(litserve.LitAPI):
 
 if __name__ == "__main__":
     server = litserve.LitServer(
-        Classify(max_batch_size=MAX_BATCH, batch_timeout=0.001), accelerator="cpu", workers_per_device=2
+        Classify(max_batch_size=MAX_BATCH, batch_timeout=0.001),
+        accelerator="cpu",
+        workers_per_device=WORKERS,
     )
     server.run(host="127.0.0.1", port=PORT, generate_client_file=False, log_level="warning", access_log=False)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from classifier import MAX_BATCH, PORT, Classifier
+from classifier import MAX_BATCH, PORT, WORKERS, Classifier
 from mosec import Server, Worker
 
 
@@ -26,5 +26,5 @@ if __name__ == "__main__":
 
     sys.argv[1:] = ["--address", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
     server = Server()
-    server.append_worker(Classify, num=2, max_batch_size=MAX_BATCH, max_wait_time=1)
+    server.append_worker(Classify, num=WORKERS, max_batch_size=MAX_BATCH, max_wait_time=1)
     server.run()

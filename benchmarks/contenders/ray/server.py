@@ -5,12 +5,12 @@ import signal
 from typing import Any
 
 import ray
-from classifier import MAX_BATCH, PORT, Classifier
+from classifier import MAX_BATCH, PORT, WORKERS, Classifier
 from ray import serve
 from starlette.requests import Request
 
 
-@serve.deployment(num_replicas=2, max_ongoing_requests=64, ray_actor_options={"num_cpus": 1})
+@serve.deployment(num_replicas=WORKERS, max_ongoing_requests=64, ray_actor_options={"num_cpus": 1})
 class Classify:
     """Decodes and infers whole batches; one replica for each core."""
 
@@ -28,7 +28,7 @@ class Classify:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+    ray.init(num_cpus=WORKERS, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     serve.run(Classify.bind())
     signal.pause()
