@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ FEW = [-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, SMALLEST, -SMALLEST]
 LOGITS = st.sampled_from(FEW) | st.floats(width=32, allow_nan=False)
 
 
+@settings(deadline=None)
 @given(
     arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=LOGITS),
 )
