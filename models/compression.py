@@ -121,8 +121,7 @@ def compress(
     if teacher is not None and until == "teacher":
         raise NetworkError("the teacher is there already, so there is nothing to make until it is")
     given = recipe or Recipe()
-    if "latency_ms" in given.budget and device is None:
-        raise BudgetError("a latency is of a device: pass one, such as builder.FittingDevice()")
+    _require_clear(given, device)
     trained_on = choose_device(given)
     data = open_dataset(str(source), fold=fold, on_damaged=on_damaged)
     name = data.name if data.fold is None else f"{data.name}-fold{data.fold}"
@@ -146,6 +145,18 @@ def compress(
         if teacher is None and fitted.teacher.weights is None:
             setup.say(_without_pretraining(fitted))
     return CompressionRun(folder, _Compression(setup, command, until, device).run())
+
+
+def _require_clear(recipe: Recipe, device: TargetDevice | None) -> None:
+    """Raise `BudgetError` if the recipe asks for a budget and for something else."""
+    if recipe.front > 1 and not recipe.budget:
+        raise BudgetError("--front keeps networks on the way to a budget: --latency-ms, --size-mb or --macs")
+    for name in ("target_parameters", "target_macs"):
+        if recipe.budget and getattr(recipe.pruning, name) is not None:
+            flag = f"--pruning-{name.replace('_', '-')}"
+            raise BudgetError(f"a budget gives each group a width of its own; leave out {flag}")
+    if "latency_ms" in recipe.budget and device is None:
+        raise BudgetError("a latency is of a device: pass one, such as builder.FittingDevice()")
 
 
 def _without_pretraining(recipe: Recipe) -> str:
@@ -408,9 +419,9 @@ class _Compression:
                 draw_weights(network)
             # A finished step restores its weights from its state file, so the next prunes the same.
             self._fit(network, stage, self.setup.views, settings, part=f"-{step}")
-            point, left = divmod(step, settings.steps)
-            if not left and point < recipe.front:
-                self._publish(stage, _Made(network, promise), point_name(point))
+            number, left = divmod(step, settings.steps)
+            if not left and number < recipe.front:
+                self._publish(stage, _Made(network, promise), point_name(number))
         return _Made(network, promise)
 
     @cached_property

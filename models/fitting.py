@@ -20,12 +20,12 @@ from models.preprocessing import Preprocessing
 from models.promise import UNITS, Cost, Device, Kind, Promise
 from models.widths import (
     Budget,
-    Importance,
     Widths,
+    Worth,
     choose_widths,
-    kept_importance,
     narrowest_widths,
     require_possible,
+    worth_of,
 )
 
 _TRIES: Final = 3
@@ -130,8 +130,8 @@ class Fitter:
 
     def require_possible(self) -> None:
         """Raise `BudgetError` if no widths are within the budget."""
-        importance = self._importance(self._unpruned.groups)
-        require_possible(importance, self._budgets(self._unpruned, importance, self.budget), self._block)
+        worth = self._worth(self._unpruned.groups)
+        require_possible(worth, self._budgets(self._unpruned, worth, self.budget), self._block)
 
     def on_the_way(self, share: float) -> dict[Kind, float]:
         """The budget at a share of the way from the unpruned network."""
@@ -141,7 +141,7 @@ class Fitter:
         }
 
     def fit(self, network: nn.Module, asked: Mapping[Kind, float], *, tried: bool) -> Fit:
-        """Choose widths that keep the most importance within what is asked.
+        """Choose widths that are worth the most within what is asked.
 
         Args:
             network: in evaluation mode and on the CPU; not changed.
@@ -152,43 +152,41 @@ class Fitter:
             BudgetError: no widths are within it.
         """
         prices = _Prices(network, self._spec, self.table, self._predictor)
-        importance = self._importance(prices.groups)
+        worth = self._worth(prices.groups)
         fits: list[Fit] = []
         while len(fits) < (_TRIES if tried else 1):
-            budgets = self._budgets(prices, importance, asked)
-            widths = choose_widths(importance, budgets, self._block)
+            budgets = self._budgets(prices, worth, asked)
+            widths = choose_widths(worth, budgets, self._block)
             costs = {
                 kind: Cost(asked=asked[kind], predicted=round(budget.cost(widths), 6))
                 for kind, budget in zip(asked, budgets, strict=True)
             }
             if tried:
                 costs = self._measured(network, widths, costs)
-                self._correct(prices, importance, widths, costs)
+                self._correct(prices, worth, widths, costs)
             fits.append(Fit(widths=widths, promise=Promise(costs=costs, device=self._described(asked))))
             used = _used(fits[-1])
-            if used is None or _FULL <= used <= 1 or (used < 1 and widths == _all(importance)):
+            if used is None or _FULL <= used <= 1 or (used < 1 and widths == _all(worth)):
                 break
         within = [fit for fit in fits if (_used(fit) or 0) <= 1]
         if within:
-            return max(within, key=lambda fit: kept_importance(importance, fit.widths))
+            return max(within, key=lambda fit: worth_of(fit.widths, worth))
         return min(fits, key=lambda fit: _used(fit) or 0)
 
-    def _importance(self, groups: ChannelGroups) -> Importance:
+    def _worth(self, groups: ChannelGroups) -> Worth:
         """Of the groups that are pruned: those whose price is known."""
         known = None if self.table is None else {group.name for group in self.table.groups}
-        return {
-            name: scores for name, scores in groups.importance().items() if known is None or name in known
-        }
+        return {name: sums for name, sums in groups.worth().items() if known is None or name in known}
 
-    def _budgets(self, prices: _Prices, importance: Importance, asked: Mapping[Kind, float]) -> list[Budget]:
+    def _budgets(self, prices: _Prices, worth: Worth, asked: Mapping[Kind, float]) -> list[Budget]:
         return [
-            Budget(UNITS[kind], most, partial(self._corrected, prices, importance, kind))
+            Budget(UNITS[kind], most, partial(self._corrected, prices, worth, kind))
             for kind, most in asked.items()
         ]
 
-    def _corrected(self, prices: _Prices, importance: Importance, kind: Kind, widths: Widths) -> float:
+    def _corrected(self, prices: _Prices, worth: Worth, kind: Kind, widths: Widths) -> float:
         """The predicted cost, of which all that is beyond the narrowest network's is corrected."""
-        least = prices.of(kind, narrowest_widths(importance, self._block))
+        least = prices.of(kind, narrowest_widths(worth, self._block))
         return least + self._factors.get(kind, 1.0) * (prices.of(kind, widths) - least)
 
     def _measured(self, network: nn.Module, widths: Widths, costs: Mapping[Kind, Cost]) -> dict[Kind, Cost]:
@@ -200,11 +198,9 @@ class Fitter:
             found |= {"latency_ms": trial.latency_ms, "size_mb": trial.size_mb}
         return {kind: cost.model_copy(update={"measured": found.get(kind)}) for kind, cost in costs.items()}
 
-    def _correct(
-        self, prices: _Prices, importance: Importance, widths: Widths, costs: Mapping[Kind, Cost]
-    ) -> None:
+    def _correct(self, prices: _Prices, worth: Worth, widths: Widths, costs: Mapping[Kind, Cost]) -> None:
         for kind, cost in costs.items():
-            least = prices.of(kind, narrowest_widths(importance, self._block))
+            least = prices.of(kind, narrowest_widths(worth, self._block))
             beyond = prices.of(kind, widths) - least
             if cost.measured is not None and beyond > 0:
                 self._factors[kind] = max(0.0, cost.measured - least) / beyond
@@ -249,8 +245,8 @@ def _used(fit: Fit) -> float | None:
     return max(shares, default=None)
 
 
-def _all(importance: Importance) -> dict[str, int]:
-    return {name: len(scores) for name, scores in importance.items()}
+def _all(worth: Worth) -> dict[str, int]:
+    return {name: len(sums) - 1 for name, sums in worth.items()}
 
 
 def _require_same(table: LatencyTable, groups: ChannelGroups) -> None:

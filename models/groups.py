@@ -6,6 +6,7 @@ channels together.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -14,14 +15,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 import torch_pruning as tp
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.networks import classifier_head
 from models.preprocessing import Preprocessing
 from models.pruning import unprunable
-from models.widths import Importance, Widths
+from models.widths import Widths, Worth
 
 _LAYERS: Final = (nn.Conv2d, nn.Linear)
+_TINY: Final = 1e-12  # beside shares; some layers' weights are all zero before the training
 
 
 @dataclass
@@ -79,12 +82,22 @@ class ChannelGroups:
         for layer in self._sizes.values():
             for side in (layer.inputs, layer.outputs):
                 side.update({name: count // self.channels[name] for name, count in side.items()})
+        self._shares = {
+            name: self._shares_of(group, self.channels[name]) for name, group in self._groups.items()
+        }
         self._measure_maps(network, example)
 
-    def importance(self) -> Importance:
-        """What channels are worth: the squares of the weights that make and read each, over their mean."""
-        score = tp.importance.GroupMagnitudeImportance(p=2)
-        return {name: score(group).double().numpy() for name, group in self._groups.items()}
+    def worth(self) -> Worth:
+        """What each group's best channels are worth, by how many are kept: shape (channels + 1,).
+
+        That is the logarithm of the share of its weights' squares that a layer keeps, summed over the layers
+        that make or read the channels. So what is left of a group becomes the more precious the less it is.
+        """
+        worth = {}
+        for name, shares in self._shares.items():
+            kept = shares[:, _best_first(shares)].cumsum(axis=1)
+            worth[name] = np.concatenate([[-np.inf], np.log(kept + _TINY).sum(axis=0)])
+        return worth
 
     def prune(self, widths: Widths) -> None:
         """Remove the least important channels of each group; these groups are of no use afterwards.
@@ -92,16 +105,14 @@ class ChannelGroups:
         Raises:
             PruningError: layers that torch-pruning misunderstood; the network is spoilt.
         """
-        importance = self.importance()
         try:
             for name, width in widths.items():
-                least = np.argsort(importance[name], kind="stable")[: self.channels[name] - width]
-                if len(least):
+                worst = _best_first(self._shares[name])[width:]
+                if len(worst):
                     root = self._groups[name][0].dep
-                    group = self._graph.get_pruning_group(
-                        root.target.module, root.handler, sorted(map(int, least))
-                    )
-                    group.prune()
+                    self._graph.get_pruning_group(
+                        root.target.module, root.handler, sorted(map(int, worst))
+                    ).prune()
         except Exception as error:  # as above
             raise unprunable(error) from error
 
@@ -129,10 +140,10 @@ class ChannelGroups:
         """Of a convolution or matrix product."""
         if not isinstance(layer, _LAYERS):
             return 0
-        sizes, (outputs, inputs, *kernel) = self._sizes[layer], layer.weight.shape
-        if not _is_depthwise(layer):
-            inputs = self._count(inputs, sizes.inputs, widths)
-        return int(self._count(outputs, sizes.outputs, widths) * inputs * np.prod(kernel, dtype=int))
+        sizes, shape = self._sizes[layer], layer.weight.shape
+        outputs = self._count(shape[0], sizes.outputs, widths)
+        inputs = shape[1] if _is_depthwise(layer) else self._count(shape[1], sizes.inputs, widths)
+        return outputs * inputs * math.prod(shape[2:])
 
     def _count(self, all_channels: int, entries: dict[str, int], widths: Widths) -> int:
         """How many channels are left of a layer's inputs or outputs."""
@@ -141,18 +152,38 @@ class ChannelGroups:
             for name, each in entries.items()
         )
 
+    def _shares_of(self, group: Any, channels: int) -> NDArray[np.float64]:
+        """The share of its weights' squares that each layer has in each channel, shape (layers, channels)."""
+        shares = []
+        for item in group:
+            layer = item.dep.target.module
+            if not isinstance(layer, _LAYERS):
+                continue
+            squares = layer.weight.detach().double().square()
+            squares = (squares if self._is_output(item.dep) else squares.transpose(0, 1)).flatten(1).sum(1)
+            # Where maps are flattened, each channel has several inputs.
+            of_channels = np.zeros(channels)
+            np.add.at(of_channels, item.root_idxs, squares.numpy()[item.idxs])
+            shares.append(of_channels / (of_channels.sum() or 1))
+        return np.array(shares)
+
     def _is_output(self, dep: Any) -> bool:
         return bool(self._graph.is_out_channel_pruning_fn(dep.handler))
 
     def _measure_maps(self, network: nn.Module, example: Tensor) -> None:
-        def note(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._sizes[layer].pixels = output.numel() // layer.weight.shape[0]
+        def note(layer: nn.Conv2d | nn.Linear, _inputs: Any, output: Tensor) -> None:
+            self._sizes[layer].pixels = output.numel() // len(layer.weight)
 
         hooks = [layer.register_forward_hook(note) for layer in self._sizes if isinstance(layer, _LAYERS)]
         with torch.inference_mode():
             network(example)
         for hook in hooks:
             hook.remove()
+
+
+def _best_first(shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Channels by what they have of all layers' weights, the most first."""
+    return np.argsort(-shares.sum(axis=0), kind="stable")
 
 
 def _mixes_channels(layer: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Which widths a network is to have: those that keep the most importance within budgets.
+"""Which widths a network is to have: those that are worth the most within budgets.
 
 A group is channels that can only be pruned together. This module imports no torch.
 """
@@ -17,7 +17,7 @@ from models.errors import TrimRTError
 _MOST_STEPS: Final = 4  # blocks that go at once, where fewer save nothing
 
 Widths = Mapping[str, int]  # channels by the group's name
-Importance = Mapping[str, NDArray[np.float64]]  # of each channel of each group, shape (channels,)
+Worth = Mapping[str, NDArray[np.float64]]  # of a group's best channels, by how many: shape (channels + 1,)
 
 
 class BudgetError(TrimRTError):
@@ -39,28 +39,29 @@ class Budget:
     cost: Callable[[Widths], float]
 
 
-def choose_widths(importance: Importance, budgets: Sequence[Budget], block: int) -> dict[str, int]:
-    """The widths that keep the most importance within all budgets, as far as a greedy search finds them.
+def choose_widths(worth: Worth, budgets: Sequence[Budget], block: int) -> dict[str, int]:
+    """The widths that are worth the most within all budgets, as far as a greedy search finds them.
 
-    Channels are taken from where they matter least for what they save. Then what the budgets have room for is
-    given back, the most important first. The outcome keeps no less than groups that all keep the same share.
+    Channels are taken from where they are worth least for what they save. Then what the budgets have room for
+    is given back, the most worth first. Groups that all keep the same share are never worth more.
 
     Args:
-        importance: of all channels that there are.
+        worth: of all channels that there are; it rises with their number.
         budgets: at least one.
         block: widths are multiples of it, or all of a group's channels.
 
     Raises:
         BudgetError: even the narrowest network is over a budget.
     """
-    require_possible(importance, budgets, block)
-    search = _Search(importance, budgets, block)
-    return max((search.filled(start) for start in (search.taken(), search.uniform())), key=search.kept)
+    require_possible(worth, budgets, block)
+    search = _Search(worth, budgets, block)
+    found = [search.filled(start) for start in (search.taken(), search.uniform())]
+    return max(found, key=lambda widths: worth_of(widths, worth))
 
 
-def require_possible(importance: Importance, budgets: Sequence[Budget], block: int) -> None:
+def require_possible(worth: Worth, budgets: Sequence[Budget], block: int) -> None:
     """Raise `BudgetError` unless the narrowest network is within all budgets; as for `choose_widths`."""
-    narrowest = narrowest_widths(importance, block)
+    narrowest = narrowest_widths(worth, block)
     costs = [(budget, budget.cost(narrowest)) for budget in budgets]
     if missed := [
         f"{budget.most:.4g} {budget.unit} cannot be met: the narrowest network takes {least:.4g}"
@@ -70,34 +71,28 @@ def require_possible(importance: Importance, budgets: Sequence[Budget], block: i
         raise BudgetError("; ".join(missed))
 
 
-def narrowest_widths(importance: Importance, block: int) -> dict[str, int]:
+def narrowest_widths(worth: Worth, block: int) -> dict[str, int]:
     """One block of each group."""
-    return {name: min(block, len(scores)) for name, scores in importance.items()}
+    return {name: min(block, len(sums) - 1) for name, sums in worth.items()}
 
 
-def kept_importance(importance: Importance, widths: Widths) -> float:
-    """Sum over the channels that are left, the most important of each group."""
-    return float(sum(np.sort(importance[name])[::-1][:width].sum() for name, width in widths.items()))
+def worth_of(widths: Widths, worth: Worth) -> float:
+    """Of the best channels of all groups, so many of each."""
+    return float(sum(worth[name][width] for name, width in widths.items()))
 
 
 class _Search:
     """Steps from widths to neighbouring widths."""
 
-    def __init__(self, importance: Importance, budgets: Sequence[Budget], block: int) -> None:
-        self._budgets = budgets
-        self._sums: dict[str, NDArray[np.float64]] = {}  # importance of the best channels, by their number
-        self._steps: dict[str, list[int]] = {}  # widths, ascending
-        for name, scores in importance.items():
-            self._sums[name] = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
-            channels = len(scores)
-            self._steps[name] = [*range(min(block, channels), channels, block), channels]
-
-    def kept(self, widths: Widths) -> float:
-        """Importance of the channels that are left."""
-        return float(sum(self._sums[name][width] for name, width in widths.items()))
+    def __init__(self, worth: Worth, budgets: Sequence[Budget], block: int) -> None:
+        self._worth, self._budgets = worth, budgets
+        self._steps = {  # widths, ascending
+            name: [*range(narrowest, len(worth[name]) - 1, block), len(worth[name]) - 1]
+            for name, narrowest in narrowest_widths(worth, block).items()
+        }
 
     def taken(self) -> dict[str, int]:
-        """From all channels, those taken away that matter least for what they save."""
+        """From all channels, those taken away that are worth least for what they save."""
         widths = {name: steps[-1] for name, steps in self._steps.items()}
         while excess := self._excess(widths):
             widths = min(self._narrower(widths, excess), key=lambda each: each[0])[1]
@@ -113,7 +108,7 @@ class _Search:
         return self._of(shares[low])
 
     def filled(self, widths: dict[str, int]) -> dict[str, int]:
-        """With channels given back, the most important first, as far as the budgets have room."""
+        """With channels given back, the most worth first, as far as the budgets have room."""
         while wider := max(self._wider(widths), key=lambda each: each[0], default=None):
             widths = wider[1]
         return widths
@@ -129,20 +124,20 @@ class _Search:
         return sum(max(0.0, budget.cost(widths) / budget.most - 1) for budget in self._budgets)
 
     def _narrower(self, widths: dict[str, int], excess: float) -> Iterator[tuple[float, dict[str, int]]]:
-        """Networks of which one group is narrower, and what importance they lose for what they save."""
+        """Networks of which one group is narrower, and what worth they lose for what they save."""
         for name, steps in self._steps.items():
             place = steps.index(widths[name])
             for width in steps[max(0, place - _MOST_STEPS) : place]:
                 narrower = widths | {name: width}
                 saved = excess - self._excess(narrower)
-                lost = float(self._sums[name][widths[name]] - self._sums[name][width])
+                lost = float(self._worth[name][widths[name]] - self._worth[name][width])
                 # What saves nothing now may be in the way of what does: it goes last.
                 yield (lost / saved if saved > 0 else np.inf), narrower
 
     def _wider(self, widths: dict[str, int]) -> Iterator[tuple[float, dict[str, int]]]:
-        """Networks within the budgets of which one group is wider, and what importance that gives back."""
+        """Networks within the budgets of which one group is wider, and what worth that gives back."""
         for name, steps in self._steps.items():
             for width in steps[steps.index(widths[name]) + 1 :][:1]:
                 wider = widths | {name: width}
                 if not self._excess(wider):
-                    yield float(self._sums[name][width] - self._sums[name][widths[name]]), wider
+                    yield float(self._worth[name][width] - self._worth[name][widths[name]]), wider

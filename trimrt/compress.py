@@ -131,8 +131,8 @@ def _overrides(values: dict[str, Any]) -> Settings:
 @click.option(
     "--latency-table",
     type=Existing(dir_okay=False),
-    help="what --latency-ms is predicted by: a file of `trimrt measure-layers`, of the device that the network "
-    "is for  [default: one of this machine is made]",
+    help="for --latency-ms: a file that `trimrt measure-layers` wrote on the device that the network is for  "
+    "[default: one of this machine is made]",
 )
 @click.option(
     "--build",
@@ -277,7 +277,8 @@ def _print_table(console: Console, run: CompressionRun) -> None:
     console.print(table)
     if cards[-1].role != "pruned":
         return
-    student, pruned = cards[-2:]
+    student = next(card for card in cards if card.role == "student")
+    pruned = cards[-1]
     fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
     console.print(
         f"Pruning took {fewer:.1%} of the student's parameters.",
@@ -285,3 +286,6 @@ def _print_table(console: Console, run: CompressionRun) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for card in cards:
+        for line in () if card.promise is None else card.promise.lines():
+            console.print(f"{card.name}: {line}", markup=False, highlight=False, soft_wrap=True)
