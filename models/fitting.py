@@ -30,6 +30,7 @@ from models.widths import (
 
 _TRIES: Final = 3
 _FULL: Final = 0.97  # share of a budget from which it is not worth another try
+_LEAST_FACTOR: Final = 0.5  # a device that is faster than its table may have been timed in a lucky moment
 _WEIGHT_BYTES: Final = {"int8": 1, "fp16": 2, "fp32": 4}
 
 
@@ -179,15 +180,16 @@ class Fitter:
         return {name: sums for name, sums in groups.worth().items() if known is None or name in known}
 
     def _budgets(self, prices: _Prices, worth: Worth, asked: Mapping[Kind, float]) -> list[Budget]:
+        """Costs as predicted, of which all that is beyond the narrowest network's is corrected."""
+        narrowest = narrowest_widths(worth, self._block)
         return [
-            Budget(UNITS[kind], most, partial(self._corrected, prices, worth, kind))
+            Budget(
+                UNITS[kind],
+                most,
+                partial(_corrected, prices, kind, prices.of(kind, narrowest), self._factors.get(kind, 1.0)),
+            )
             for kind, most in asked.items()
         ]
-
-    def _corrected(self, prices: _Prices, worth: Worth, kind: Kind, widths: Widths) -> float:
-        """The predicted cost, of which all that is beyond the narrowest network's is corrected."""
-        least = prices.of(kind, narrowest_widths(worth, self._block))
-        return least + self._factors.get(kind, 1.0) * (prices.of(kind, widths) - least)
 
     def _measured(self, network: nn.Module, widths: Widths, costs: Mapping[Kind, Cost]) -> dict[Kind, Cost]:
         pruned = copy.deepcopy(network)
@@ -203,7 +205,7 @@ class Fitter:
             least = prices.of(kind, narrowest_widths(worth, self._block))
             beyond = prices.of(kind, widths) - least
             if cost.measured is not None and beyond > 0:
-                self._factors[kind] = max(0.0, cost.measured - least) / beyond
+                self._factors[kind] = max(_LEAST_FACTOR, (cost.measured - least) / beyond)
 
     def _described(self, asked: Mapping[Kind, float]) -> Device | None:
         if self.table is None or "latency_ms" not in asked:
@@ -237,6 +239,10 @@ class _Prices:
         assert self._predictor is not None, "a latency has a table"
         whole = self.groups.channels
         return self._predictor.predict({name: widths.get(name, whole[name]) for name in self._timed})
+
+
+def _corrected(prices: _Prices, kind: Kind, least: float, factor: float, widths: Widths) -> float:
+    return least + factor * (prices.of(kind, widths) - least)
 
 
 def _used(fit: Fit) -> float | None:
