@@ -51,6 +51,7 @@ class FittingDevice:
             return read_latency_table(self.table_file)
         if file.exists() and not (table := read_latency_table(file)).missing():
             return table
+        file.parent.mkdir(parents=True, exist_ok=True)
         with self.observe() as observer, tempfile.TemporaryDirectory(prefix="trimrt-") as folder:
             observer.report(f"exporting {name}")
             backend, _ = choose_backend()

@@ -21,7 +21,7 @@ from torch import nn
 from builder import FittingDevice
 from experiments.markdown import table as markdown_table
 from models.checkpoint import load_checkpoint
-from models.compression import CompressionRun, compress
+from models.compression import CompressionRun, Role, compress
 from models.groups import ChannelGroups
 from models.latency import LatencyPredictor, LatencyTable, read_latency_table
 from models.preprocessing import Preprocessing
@@ -90,7 +90,7 @@ def _run(
     reuse: Path | None = None,
     device: FittingDevice | None = None,
 ) -> CompressionRun:
-    until = "student" if reuse is None else "pruned"
+    until: Role = "student" if reuse is None else "pruned"
     return compress(
         source, out, recipe, fold=fold, until=until, reuse=reuse, device=device, console=Console()
     )
