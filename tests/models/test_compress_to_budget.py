@@ -15,7 +15,6 @@ from short_run import SHORT
 from builder.kit import open_kit
 from models.card import Card, read_card
 from models.groups import ChannelGroups
-from models.latency import LatencyTable, read_latency_table
 from models.networks import build_network
 from models.preprocessing import Preprocessing
 from models.promise import Device
@@ -185,17 +184,3 @@ def test_options_that_contradict_each_other_are_refused(
     options: list[str], code: int, message: str, trimrt: Trimrt, few_digits: Path, tmp_path: Path
 ) -> None:
     assert message in trimrt("compress", few_digits, "--out", tmp_path, *SHORT, *options, code=code).output
-
-
-@pytest.mark.slow
-def test_without_a_table_this_machine_is_measured_and_the_engine_keeps_the_promise(
-    trimrt: Trimrt, few_digits: Path, finished: tuple[Path, str], tmp_path: Path
-) -> None:
-    options = ["--out", tmp_path, "--reuse", finished[0], *SHORT]
-    trimrt("compress", few_digits, *options, "--latency-ms", 0.5)
-    table = read_latency_table(tmp_path / "latency.json")
-    assert isinstance(table, LatencyTable)
-    asked, predicted, measured = latencies(read_card(tmp_path / "pruned"))
-    assert measured is not None
-    assert predicted <= asked
-    assert measured == pytest.approx(predicted, rel=0.25)
