@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from builder.compile.packages import Package
     from builder.compile.targets.tensorrt.options import TensorRTOptions
     from builder.compile.verification import Gate, GateError
+    from builder.fitting import FittingDevice
     from builder.latency import LatencyOptions, measure_layers
     from builder.observer import BuildObserver
     from builder.options import BuildOptions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildObserver",
     "BuildOptions",
+    "FittingDevice",
     "Gate",
     "GateError",
     "LatencyOptions",
@@ -41,6 +43,7 @@ __all__ = [
 _MODULES: Final = {
     "BuildObserver": "builder.observer",
     "BuildOptions": "builder.options",
+    "FittingDevice": "builder.fitting",
     "Gate": "builder.compile.verification",
     "GateError": "builder.compile.verification",
     "LatencyOptions": "builder.latency",

@@ -27,6 +27,7 @@ from builder.external_data import has_external_data
 from models.errors import TrimRTError, faults
 from models.files import restore
 from models.preprocessing import Pixels, Preprocessing
+from models.promise import Promise
 from runtime.manifest import Activation, Calibration, LeftOut, Precision
 from runtime.reading import TEXT_BYTES, read_file
 from runtime.signatures import ANYONE, SignatureError, Trust
@@ -120,6 +121,9 @@ class Student(_Strict):
     checkpoint_sha256: str | None = Field(description="of the weights; None for an ONNX from elsewhere")
     parameters: int | None
     macs: int | None
+    promise: Promise | None = Field(
+        default=None, description="what it was pruned to cost; None: it was given no budget"
+    )
 
 
 class Sparsity(_Strict):

@@ -75,15 +75,19 @@ def measure_layers(
         observer.chose_target(backend, reason)
     target = open_target(backend)
     precision = options.precision or DEFAULT_PRECISIONS[backend][0]
+    with _open(str(source), precision, INT8_REST[backend], options, observer) as (student, graph, path):
+        return measure_subject(Subject(student, graph, path, target, options.batch), output, observer)
+
+
+def measure_subject(subject: Subject, output: Path, observer: BuildObserver) -> LatencyTable:
+    """Time networks of one graph, and write what that tells to a file; otherwise as `measure_layers`."""
     begun = read_latency_table(output) if output.exists() else None
 
     def save(table: LatencyTable) -> None:
         with replace_file(output) as new:
             new.write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-    with _open(str(source), precision, INT8_REST[backend], options, observer) as (student, graph, path):
-        subject = Subject(student, graph, path, target, options.batch)
-        return measure_latencies(subject, begun, save, observer.report, _telling(observer))
+    return measure_latencies(subject, begun, save, observer.report, _telling(observer))
 
 
 @contextmanager

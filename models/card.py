@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.errors import TrimRTError, faults
 from models.files import restore
 from models.preprocessing import Preprocessing
+from models.promise import Promise
 
 CARD_NAME: Final = "card.json"
 WEIGHTS_NAME: Final = "student.safetensors"
@@ -88,6 +89,9 @@ class Card(_Strict):
     preprocessing: Preprocessing
     dataset: Dataset
     metrics: Metrics
+    promise: Promise | None = Field(
+        default=None, description="what it was pruned to cost; None: it was given no budget"
+    )
     seed: int
     recipe: dict[str, Any] = Field(description="every setting of the run that made it")
     command: str = Field(description="the command that made it")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,15 +21,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from models.card import Ancestor, Card, CheckpointError, Metrics
+from models.card import Ancestor, Card, CheckpointError, Metrics, read_card
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.datasets import OnDamaged, open_dataset
 from models.defaults import fit_recipe, pretrained_weights
 from models.estimate import in_words
 from models.evaluation import count_macs, count_parameters, evaluate
 from models.files import restore
+from models.finding import point_name, points_of
+from models.fitting import Fit, Fitter, TargetDevice, load_fit, save_fit
+from models.groups import ChannelGroups
 from models.inputs import typical_side
 from models.networks import NetworkError, build_network, draw_weights
+from models.promise import Promise
 from models.pruning import Pruner, find_ratio
 from models.recipe import Pruning, Recipe, Training, as_options
 from models.rehearsal import estimate
@@ -36,8 +42,10 @@ from models.suitability import require_prunable, require_trainable
 from models.teacher import ReadyTeacher, measure
 from models.training import Objective, TrueLabels, derive_seed, reproducible, train
 from models.weights import load_pretrained
+from models.widths import BudgetError
 
 LIVE_SHARE: Final = 0.95  # below this most parameters are dead weights
+LATENCY_TABLE: Final = "latency.json"  # of this machine, in a run's folder
 
 _LIBRARIES: Final = ("trimrt", "torch", "torchvision", "torch-pruning")
 
@@ -50,7 +58,8 @@ class CompressionRun:
 
     Attributes:
         folder: it holds a checkpoint's folder for each card, named by the card's role.
-        cards: of teacher, student and pruned student, or of those up to the last stage asked for.
+        cards: of teacher, student, the points on the way and the pruned student, or of those up to the last
+            stage asked for.
     """
 
     folder: Path
@@ -60,6 +69,11 @@ class CompressionRun:
     def checkpoint(self) -> Path:
         """Folder of the last checkpoint, which `builder.build` takes."""
         return self.folder / self.cards[-1].role
+
+    @property
+    def pruned(self) -> list[Path]:
+        """Folders of the last checkpoint and of those on the way to it, the slowest first."""
+        return [*points_of(self.folder), self.checkpoint]
 
 
 def compress(
@@ -72,6 +86,7 @@ def compress(
     reuse: str | Path | None = None,
     on_damaged: OnDamaged = "stop",
     teacher: ReadyTeacher | None = None,
+    device: TargetDevice | None = None,
     console: Console | None = None,
     command: str | None = None,
 ) -> CompressionRun:
@@ -89,6 +104,7 @@ def compress(
         until: the last stage to make.
         reuse: another run's folder, whose stages are copied where this run would make the same.
         teacher: a network that is there already, to distil from (`builder.open_teacher`); None: train one.
+        device: what the recipe's budget is for (`builder.FittingDevice`); needed for a latency.
         on_damaged: what to do about images that cannot be read: stop and name all, or leave them out.
         console: for messages and progress; None: silent.
         command: recorded in the cards, with the settings that were chosen; None: the `trimrt compress`
@@ -96,6 +112,8 @@ def compress(
 
     Raises:
         DatasetError: no such data, or images that cannot be read.
+        BudgetError: no network is within the recipe's budget.
+        LatencyError: a latency table that is of something else, or cannot be measured.
         NetworkError: an architecture, device, weights file or teacher that cannot be used.
         PruningError: a network that cannot be pruned as asked.
         CheckpointError: a damaged checkpoint.
@@ -103,15 +121,16 @@ def compress(
     if teacher is not None and until == "teacher":
         raise NetworkError("the teacher is there already, so there is nothing to make until it is")
     given = recipe or Recipe()
-    device = choose_device(given)
+    _require_clear(given, device)
+    trained_on = choose_device(given)
     data = open_dataset(str(source), fold=fold, on_damaged=on_damaged)
     name = data.name if data.fold is None else f"{data.name}-fold{data.fold}"
     folder = Path(out) if out else Path("runs") / name
     side, images = typical_side(data.train), len(data.train)
-    fitted = fit_recipe(given, side=side, images=images, device=device)
+    fitted = fit_recipe(given, side=side, images=images, device=trained_on)
     chosen = as_options(fitted, given)
     if command is None:
-        usual = fit_recipe(Recipe(), side=side, images=images, device=device)
+        usual = fit_recipe(Recipe(), side=side, images=images, device=trained_on)
         words = ["trimrt", "compress", str(source), "--out", str(folder), "--fold", str(fold)]
         words += ["--until", until, *(["--on-damaged", on_damaged] if on_damaged != "stop" else [])]
         command = shlex.join([*words, *as_options(fitted, Recipe(), usual)])
@@ -125,7 +144,19 @@ def compress(
         setup.say(f"chosen for photographs on this machine: {shlex.join(chosen)}")
         if teacher is None and fitted.teacher.weights is None:
             setup.say(_without_pretraining(fitted))
-    return CompressionRun(folder, _Compression(setup, command, until).run())
+    return CompressionRun(folder, _Compression(setup, command, until, device).run())
+
+
+def _require_clear(recipe: Recipe, device: TargetDevice | None) -> None:
+    """Raise `BudgetError` if the recipe asks for a budget and for something else."""
+    if recipe.front > 1 and not recipe.budget:
+        raise BudgetError("--front keeps networks on the way to a budget: --latency-ms, --size-mb or --macs")
+    for name in ("target_parameters", "target_macs"):
+        if recipe.budget and getattr(recipe.pruning, name) is not None:
+            flag = f"--pruning-{name.replace('_', '-')}"
+            raise BudgetError(f"a budget gives each group a width of its own; leave out {flag}")
+    if "latency_ms" in recipe.budget and device is None:
+        raise BudgetError("a latency is of a device: pass one, such as builder.FittingDevice()")
 
 
 def _without_pretraining(recipe: Recipe) -> str:
@@ -149,21 +180,32 @@ class _Stage:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """A network that a stage made, and what that was to cost."""
+
+    network: nn.Module
+    promise: Promise | None = None
+
+
+@dataclass(frozen=True)
 class _Compression:
     """One run, stage by stage."""
 
     setup: Setup
     command: str
     until: Role
+    device: TargetDevice | None
 
     def run(self) -> list[Card]:
         """The cards of the checkpoints made, or taken where they are finished."""
         setup = self.setup
-        builders: dict[Role, Callable[[_Stage], nn.Module]] = {
+        builders: dict[Role, Callable[[_Stage], _Made]] = {
             "teacher": self._train_teacher,
             "student": self._train_student,
             "pruned": self._prune,
         }
+        if "pruned" in self._roles and setup.recipe.budget:
+            self._fitter.require_possible()
         with reproducible(setup.recipe.threads), setup.progress:
             cards: list[Card] = []
             lineage: list[Ancestor] = []
@@ -175,10 +217,12 @@ class _Compression:
                 stage = self._stage(role, lineage)
                 card = self._finished_anywhere(stage)
                 if card is None:
-                    card = self._publish(stage, builders[role](stage))
-                    for state in setup.work.glob(f"{role}*.pt"):
+                    card = self._publish(stage, builders[role](stage), role)
+                    for state in setup.work.glob(f"{role}*"):
                         state.unlink()
                 cards.append(card)
+        if "pruned" in self._roles:
+            cards[-1:-1] = [read_card(point) for point in points_of(setup.out)]
         foretold = setup.progress.foretold_s
         if foretold is not None:
             took = in_words(time.monotonic() - setup.progress.told_at)
@@ -195,7 +239,7 @@ class _Compression:
         """Estimate how long the stages from this one on will take, before the first of them begins."""
         progress = self.setup.progress
         if progress.estimate is None:
-            progress.estimate = estimate(self.setup, self._roles[self._roles.index(first) :])
+            progress.estimate = estimate(self.setup, self._roles[self._roles.index(first) :], self._narrow)
 
     def _measured_teacher(self, teacher: ReadyTeacher) -> Ancestor:
         measured = measure(teacher, self.setup.data, self.setup.device)
@@ -222,7 +266,15 @@ class _Compression:
             settings["teacher"] = {"network": self.setup.teacher.name, "sha256": self.setup.teacher.sha256}
         elif weights is not None:
             settings["teacher"]["weights_sha256"] = _file_sha256(weights)
-        if role == "pruned":
+        budget = self.setup.recipe.budget
+        if role == "pruned" and budget:
+            table = self._fitter.table
+            settings["budget"] = {
+                **budget,
+                "front": self.setup.recipe.front,
+                "latency_table": None if table is None else fingerprint(table.model_dump(mode="json")),
+            }
+        elif role == "pruned":
             settings["pruning"]["ratio"] = self._pruning_ratio()
         network = self.setup.recipe.teacher if role == "teacher" else self.setup.recipe.student
         suffix = "-unpruned" if role == "student" else ""
@@ -264,14 +316,14 @@ class _Compression:
             self.setup.say(f"{stage.role}: made again, because {folder} has another recipe or data", "yellow")
         return card if same else None
 
-    def _publish(self, stage: _Stage, network: nn.Module) -> Card:
-        network.to("cpu")
+    def _publish(self, stage: _Stage, made: _Made, folder: str) -> Card:
+        network, promise = made.network.to("cpu"), made.promise
         validation, test = (
             evaluate(network, images.pixels, images.targets, self.setup.spec)
             for images in (self.setup.validation_images, self.setup.test_images)
         )
         card = Card(
-            name=stage.name,
+            name=stage.name if promise is None else f"{stage.name}-{promise.suffix}",
             role=stage.role,
             architecture=stage.architecture,
             stem=self.setup.inputs[1],
@@ -285,20 +337,21 @@ class _Compression:
                 macs=count_macs(network, self.setup.spec.height, self.setup.spec.width),
                 live_parameters=self.setup.live_share(network, stage.architecture),
             ),
+            promise=promise,
             seed=self.setup.recipe.seed,
             recipe=stage.settings,
             command=self.command,
             lineage=stage.lineage,
             versions={library: importlib.metadata.version(library) for library in _LIBRARIES},
         )
-        card = save_checkpoint(self.setup.out / stage.role, network, card)
+        card = save_checkpoint(self.setup.out / folder, network, card)
         self.setup.say(
-            f"{stage.role}: {card.name}, {card.metrics.parameters:,} parameters, "
+            f"{folder}: {card.name}, {card.metrics.parameters:,} parameters, "
             f"{validation.accuracy:.2%} of the validation images right"
         )
         return card
 
-    def _train_teacher(self, stage: _Stage) -> nn.Module:
+    def _train_teacher(self, stage: _Stage) -> _Made:
         network = self._new_network(stage)
         weights = self.setup.recipe.teacher.weights
         if weights is not None:
@@ -314,13 +367,13 @@ class _Compression:
         seed = derive_seed(self.setup.recipe.seed, "teacher")
         targets = torch.from_numpy(self.setup.train_images.targets)
         self._fit(network, stage, TrueLabels(targets, self.setup.limits, seed), self.setup.recipe.teacher)
-        return network
+        return _Made(network)
 
-    def _train_student(self, stage: _Stage) -> nn.Module:
+    def _train_student(self, stage: _Stage) -> _Made:
         network = self._new_network(stage)
         self._foretell("student")
         self._fit(network, stage, self.setup.views, self.setup.recipe.student)
-        return network
+        return _Made(network)
 
     def _pruning_ratio(self) -> float:
         """The recipe's ratio, or the one found for its target."""
@@ -344,20 +397,69 @@ class _Compression:
         self.setup.say(f"pruned: the target asks for a pruning ratio of {max(ratios):.4f}")
         return max(ratios)
 
-    def _prune(self, stage: _Stage) -> nn.Module:
+    def _prune(self, stage: _Stage) -> _Made:
         self._foretell("pruned")
+        for point in points_of(self.setup.out):
+            shutil.rmtree(point)
         network, _ = load_checkpoint(self.setup.out / "student")
+        recipe, spec = self.setup.recipe, self.setup.spec
         settings = Pruning.model_validate(stage.settings["pruning"])
-        pruner = Pruner(network, self.setup.spec, settings, settings.ratio)
-        for step in range(1, settings.steps + 1):
+        pruner = None if recipe.budget else Pruner(network, spec, settings, settings.ratio)
+        promise: Promise | None = None
+        for step in range(1, recipe.pruning_steps + 1):
             network.to("cpu")
-            pruner.step()
+            if pruner is not None:
+                pruner.step()
+            else:
+                fit = self._fit_widths(network, stage, step)
+                ChannelGroups(network, spec).prune(fit.widths)
+                promise = fit.promise
             if settings.weights == "random":
                 torch.manual_seed(derive_seed(self.setup.recipe.seed, f"pruned weights {step}"))
                 draw_weights(network)
             # A finished step restores its weights from its state file, so the next prunes the same.
             self._fit(network, stage, self.setup.views, settings, part=f"-{step}")
-        return network
+            number, left = divmod(step, settings.steps)
+            if not left and number < recipe.front:
+                self._publish(stage, _Made(network, promise), point_name(number))
+        return _Made(network, promise)
+
+    @cached_property
+    def _fitter(self) -> Fitter:
+        """Finds widths within the recipe's budget."""
+        self._check_architectures()
+        setup, recipe = self.setup, self.setup.recipe
+        architecture = recipe.student.architecture
+        network = build_network(architecture, len(setup.data.labels), setup.inputs[1]).eval()
+        table = None
+        if "latency_ms" in recipe.budget and self.device is not None:
+            table = self.device.open_table(network, architecture, setup.spec, setup.out / LATENCY_TABLE)
+        return Fitter(network, setup.spec, recipe.budget, recipe.pruning.round_to, table, self.device)
+
+    def _fit_widths(self, network: nn.Module, stage: _Stage, step: int) -> Fit:
+        """Those that a step prunes to; an interrupted run finds them again."""
+        recipe = self.setup.recipe
+        file, mark = self.setup.work / f"pruned-{step}.json", self._fingerprint(stage)
+        if fit := load_fit(file, mark):
+            return fit
+        share = step / recipe.pruning_steps
+        fit = self._fitter.fit(
+            network, self._fitter.on_the_way(share), tried=step % recipe.pruning.steps == 0
+        )
+        for line in fit.promise.lines():
+            self.setup.say(f"pruned: {line}")
+        save_fit(file, mark, fit)
+        return fit
+
+    def _narrow(self, network: nn.Module) -> None:
+        """Prune as far as all steps do, with the network's own weights."""
+        recipe, spec = self.setup.recipe, self.setup.spec
+        if recipe.budget:
+            fit = self._fitter.fit(network, recipe.budget, tried=False)
+            ChannelGroups(network, spec).prune(fit.widths)
+        else:
+            settings = recipe.pruning.model_copy(update={"steps": 1})
+            Pruner(network, spec, settings, settings.ratio).step()
 
     def _check_architectures(self) -> None:
         """Raise now what would be raised after hours of training."""
@@ -398,17 +500,21 @@ class _Compression:
             name=f"{stage.role}{part}",
             seed=derive_seed(self.setup.recipe.seed, f"{stage.role}{part}"),
             state_file=self.setup.work / f"{stage.role}{part}.pt",
-            fingerprint=fingerprint(
-                [
-                    stage.settings,
-                    [ancestor.weights_sha256 for ancestor in stage.lineage],
-                    self.setup.data.sha256,
-                    self.setup.data.fold,
-                    torch.__version__,
-                ]
-            ),
+            fingerprint=self._fingerprint(stage),
             progress=self.setup.progress,
             precision=self.setup.precision,
+        )
+
+    def _fingerprint(self, stage: _Stage) -> str:
+        """Of all that decides a stage's weights."""
+        return fingerprint(
+            [
+                stage.settings,
+                [ancestor.weights_sha256 for ancestor in stage.lineage],
+                self.setup.data.sha256,
+                self.setup.data.fold,
+                torch.__version__,
+            ]
         )
 
 

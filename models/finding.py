@@ -12,11 +12,23 @@ from models.pretrained import DIGITS_STUDENT
 
 RUNS: Final = Path("runs")
 LAST_FIRST: Final = ("pruned", "student", "teacher")  # the stages of a run, each a checkpoint
+_POINT: Final = "front-"  # of a run's folder, a network on the way to the pruned one
 
 
 def last_checkpoint(run: Path) -> Path | None:
     """The checkpoint that a run of `trimrt compress` got to; None where `run` is no folder of a run."""
     return next((run / stage for stage in LAST_FIRST if (run / stage / CARD_NAME).is_file()), None)
+
+
+def point_name(number: int) -> str:
+    """Folder, within a run's, of a network on the way to the pruned one."""
+    return f"{_POINT}{number}"
+
+
+def points_of(run: Path) -> list[Path]:
+    """The networks on the way to a run's pruned one, the costliest first."""
+    found = (folder for folder in run.glob(f"{_POINT}*") if folder.name.removeprefix(_POINT).isdecimal())
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix(_POINT)))
 
 
 def find_checkpoint(name: str, runs: Path = RUNS) -> Path:
@@ -49,8 +61,8 @@ def _runs(runs: Path) -> list[Path]:
 def _named(runs: Path) -> Iterator[tuple[Path, str]]:
     """Checkpoints in the runs, and the names in their cards."""
     for run in _runs(runs):
-        for stage in LAST_FIRST:
+        for folder in (*(run / stage for stage in LAST_FIRST), *points_of(run)):
             try:
-                yield run / stage, read_card(run / stage).name
+                yield folder, read_card(folder).name
             except CheckpointError:
                 continue

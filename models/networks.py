@@ -151,7 +151,7 @@ def _replace_first_convolution(network: nn.Module, architecture: str) -> None:
     setattr(network.get_submodule(parent), attribute, small)
 
 
-def classifier_head(network: nn.Module) -> tuple[str, nn.Module]:
+def classifier_head(network: nn.Module) -> tuple[str, nn.Conv2d | nn.Linear]:
     """The last layer, whose outputs are the classes, with its dotted name."""
     # timm's networks say which one it is; that need not be the last to be defined.
     own: Any = getattr(network, "get_classifier", None)

@@ -66,7 +66,7 @@ class Pruner:
                     out_channel_groups={},
                 )
         except Exception as error:  # tracing fails in as many ways as there are architectures
-            raise _unprunable(error) from error
+            raise unprunable(error) from error
 
     def step(self) -> None:
         """Remove the next step's channels.
@@ -77,10 +77,11 @@ class Pruner:
         try:
             self._pruner.step()
         except Exception as error:  # as above
-            raise _unprunable(error) from error
+            raise unprunable(error) from error
 
 
-def _unprunable(error: Exception) -> PruningError:
+def unprunable(error: Exception) -> PruningError:
+    """What is to be said of an error that torch-pruning raised."""
     return PruningError(f"torch-pruning cannot follow this network ({error}); {PRUNABLE}")
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.cores import cores
 from models.errors import TrimRTError
+from models.promise import Kind
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -160,12 +161,41 @@ class Recipe(_Section):
         description="of convolutions while training; auto is bf16 where the processor computes in it. "
         "Networks are always measured in FP32",
     )
+    latency_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="prune to the widths that keep the most within this time of a batch (--latency-table)",
+    )
+    size_mb: float | None = Field(
+        default=None, gt=0, description="the same within this size of the engine's weights, in megabytes"
+    )
+    macs: float | None = Field(
+        default=None, gt=0, description="the same within so many multiply-accumulates for one image"
+    )
+    front: int = Field(
+        default=1, ge=1, le=20, description="keep so many networks on the way there, of falling cost"
+    )
     image: Image = Image()
     augmentation: Augmentation = Augmentation()
     teacher: Teacher = Teacher()
     student: Student = Student()
     distillation: Distillation = Distillation()
     pruning: Pruning = Pruning()
+
+    @property
+    def budget(self) -> dict[Kind, float]:
+        """What the pruned network may cost; empty where `pruning` says how much is pruned."""
+        wanted: dict[Kind, float | None] = {
+            "latency_ms": self.latency_ms,
+            "size_mb": self.size_mb,
+            "macs": self.macs,
+        }
+        return {kind: most for kind, most in wanted.items() if most is not None}
+
+    @property
+    def pruning_steps(self) -> int:
+        """How many times channels are pruned, each followed by a fine-tuning."""
+        return self.front * self.pruning.steps
 
 
 Settings = dict[str, Any]

@@ -16,7 +16,6 @@ from models.estimate import Estimate, Part
 from models.evaluation import images_at_once
 from models.networks import build_network
 from models.preprocessing import Preprocessing
-from models.pruning import Pruner
 from models.recipe import Training
 from models.setup import Setup
 from models.training import steps_of_epoch, time_step
@@ -24,8 +23,18 @@ from models.training import steps_of_epoch, time_step
 _INFERENCE_SHARE: Final = 0.5  # of the time of a training step: a third of its work, but always in FP32
 
 
-def estimate(setup: Setup, roles: Sequence[Literal["teacher", "student", "pruned"]]) -> Estimate:
-    """How long these stages will take, from a few steps of each. Their networks can be built and pruned."""
+def estimate(
+    setup: Setup,
+    roles: Sequence[Literal["teacher", "student", "pruned"]],
+    narrow: Callable[[nn.Module], None],
+) -> Estimate:
+    """How long these stages will take, from a few steps of each. Their networks can be built and pruned.
+
+    Args:
+        setup: of the run.
+        roles: the stages.
+        narrow: prunes a student as far as the run does.
+    """
     recipe, classes, stem = setup.recipe, len(setup.data.labels), setup.inputs[1]
     parts: list[Part] = []
     if "teacher" in roles:
@@ -46,18 +55,13 @@ def estimate(setup: Setup, roles: Sequence[Literal["teacher", "student", "pruned
         parts.append(_training(setup, "student", "student", recipe.student, seconds))
     if "pruned" in roles:
         pruned = build_network(recipe.student.architecture, classes, stem).eval()
-        _prune(pruned, setup)
+        narrow(pruned)
         seconds = _step_seconds(setup, pruned, recipe.pruning)
         parts += [
             _training(setup, f"pruned-{step}", "pruned", recipe.pruning, seconds)
-            for step in range(1, recipe.pruning.steps + 1)
+            for step in range(1, recipe.pruning_steps + 1)
         ]
     return Estimate(parts)
-
-
-def _prune(student: nn.Module, setup: Setup) -> None:
-    settings = setup.recipe.pruning.model_copy(update={"steps": 1})
-    Pruner(student, setup.spec, settings, settings.ratio).step()
 
 
 def _step_seconds(setup: Setup, network: nn.Module, settings: Training) -> float:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.errors import TrimRTError
 from models.files import restore
 from models.preprocessing import Preprocessing
+from models.promise import Promise
 from runtime.jetson import Power
 from runtime.reading import TEXT_BYTES, read_file
 from runtime.signatures import ANYONE, SignatureError, Trust
@@ -87,6 +88,11 @@ class Compatibility(_Strict):
     memory_mib: int | None = Field(default=None, description="of the GPU, or of a Jetson; None: not recorded")
     hardware_compatible: bool = False
     version_compatible: bool = False
+
+    @property
+    def machine(self) -> str:
+        """What the engine runs on, by one name: the board, GPU or processor."""
+        return self.board or self.gpu_name or self.cpu_name or self.cpu_architecture
 
 
 class FineTuning(_Strict):
@@ -243,6 +249,9 @@ class Manifest(_Strict):
     provenance: Provenance
     evidence: Evidence | None = Field(
         default=None, description="None when the engine could not be run where it was built"
+    )
+    promise: Promise | None = Field(
+        default=None, description="what the network was pruned to cost; None: it was given no budget"
     )
     candidates: list[Candidate] = Field(default=[], description="what `--precision best` chose from")
     build_command: str = Field(description="the command that rebuilds it")

@@ -31,6 +31,7 @@ from trimrt.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from builder.fitting import FittingDevice
     from models.compression import CompressionRun, Role
     from models.teacher import ReadyTeacher
 
@@ -128,9 +129,16 @@ def _overrides(values: dict[str, Any]) -> Settings:
     "checkpoint's folder, or a state dict of --teacher-architecture",
 )
 @click.option(
+    "--latency-table",
+    type=Existing(dir_okay=False),
+    help="for --latency-ms: a file that `trimrt measure-layers` wrote on the device that the network is for  "
+    "[default: one of this machine is made]",
+)
+@click.option(
     "--build",
     is_flag=True,
-    help="then build an engine of the last checkpoint, as `trimrt build` does by default",
+    help="then build an engine of the last checkpoint, and of each on the way to it, as `trimrt build` does "
+    "by default",
 )
 @options_of(Recipe)
 @options_of(PrepareOptions, only=_ABOUT_TEACHER, within=("teacher",))
@@ -144,6 +152,7 @@ def compress(
     on_damaged: OnDamaged,
     until: Role,
     teacher: Path | None,
+    latency_table: Path | None,
     build: bool,
     **values: Any,
 ) -> None:
@@ -153,6 +162,9 @@ def compress(
     and figures, whose folds keep typefaces apart), or a folder or ZIP file of images: train/ and test/ (or
     val/) with a folder for each class, or the class folders themselves, which are then split into five
     folds. All files are looked at first; what is not used, and why, is printed.
+
+    --latency-ms, --size-mb and --macs ask for the best network within a budget, instead of a share of the
+    channels: each group of channels gets the width that it needs. --front keeps networks on the way there.
 
     Before training begins, the time that it will take is estimated. Finished stages are reused and an
     interrupted one continues where it stopped. With --build, photographs become an engine in one command.
@@ -172,6 +184,8 @@ def compress(
     except RecipeError as error:
         raise click.UsageError(f"the recipe is not valid:\n{error}") from None
 
+    if latency_table is not None and recipe.latency_ms is None:
+        raise click.UsageError("--latency-table is for --latency-ms; give both")
     require_writable(out or RUNS)
     if build:
         require_writable(ENGINES)
@@ -189,6 +203,7 @@ def compress(
                 on_damaged=on_damaged,
                 reuse=reuse,
                 teacher=None if teacher is None else _open(teacher, told, recipe.threads),
+                device=_device(latency_table) if recipe.budget else None,
                 console=console,
                 command=click.get_current_context().meta[_AS_TYPED],
             )
@@ -203,7 +218,8 @@ def compress(
         from builder import BuildOptions
         from trimrt.build import run_build
 
-        (package,) = run_build(run.checkpoint, ENGINES, BuildOptions())
+        for checkpoint in run.pruned:
+            (package,) = run_build(checkpoint, ENGINES, BuildOptions())
         next_command = f"trimrt serve --engine {package.folder}"
     console.print(f"Next:  {next_command}", markup=False, highlight=False, soft_wrap=True)
 
@@ -212,6 +228,13 @@ def _open(teacher: Path, told: dict[str, Any], threads: int) -> ReadyTeacher:
     from builder import open_teacher
 
     return open_teacher(teacher, take(PrepareOptions, told), threads=threads)
+
+
+def _device(latency_table: Path | None) -> FittingDevice:
+    from builder.fitting import FittingDevice
+    from trimrt.display import Display
+
+    return FittingDevice(latency_table, Display)
 
 
 @contextmanager
@@ -254,7 +277,8 @@ def _print_table(console: Console, run: CompressionRun) -> None:
     console.print(table)
     if cards[-1].role != "pruned":
         return
-    student, pruned = cards[-2:]
+    student = next(card for card in cards if card.role == "student")
+    pruned = cards[-1]
     fewer = 1 - pruned.metrics.parameters / student.metrics.parameters
     console.print(
         f"Pruning took {fewer:.1%} of the student's parameters.",
@@ -262,3 +286,6 @@ def _print_table(console: Console, run: CompressionRun) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for card in cards:
+        for line in () if card.promise is None else card.promise.lines():
+            console.print(f"{card.name}: {line}", markup=False, highlight=False, soft_wrap=True)

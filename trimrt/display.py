@@ -95,6 +95,8 @@ class Display(BuildObserver):
             self.note(f"[yellow]NOT verified[/]: {escape(package.unverified)}")
         if package.slower is not None:
             self.note(f"[yellow]{package.manifest.precision}[/] is {package.slower}")
+        for line in package.missed:
+            self.note(f"[yellow]promise missed[/]: {escape(line)}")
 
     def note_evidence(self) -> None:
         """Show how accurate and how fast the packages are that were published."""

@@ -101,6 +101,8 @@ def _rows(folder: Path, manifest: Manifest, all_labels: bool) -> list[tuple[str,
         rows.append(("calibration", calibration_text(origin.calibration)))
     if origin.int8_share is not None:
         rows.append(("in INT8", f"{origin.int8_share:.1%} of the multiply-accumulates"))
+    if manifest.promise is not None:
+        rows += [("promised", line) for line in manifest.promise.lines()]
     rows += _evidence(manifest.evidence)
     sizes = [f"{path.name} {path.stat().st_size / 1e6:.2f} MB" for path in sorted(folder.iterdir())]
     return [

@@ -17,14 +17,14 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 from builder.compile.narrowing.channels import NarrowableGraph
 from builder.compile.packages import trial
 from builder.compile.targets.base import CompileError, Target
 from builder.kit import Graph, Report, Student
 from models.cores import cores
-from models.latency import Group, LatencyError, LatencyTable, Widths
+from models.latency import Group, LatencyError, LatencyTable, Timed, Widths
 from runtime.jetson import power
 from runtime.manifest import BatchSizes, Manifest
 from runtime.timing import TimedSlots
@@ -104,6 +104,28 @@ def measure_latencies(
     return table
 
 
+def time_like(table: LatencyTable, subject: Subject) -> float | None:
+    """The least milliseconds of a batch of the subject, timed as the table's networks were.
+
+    Returns:
+        None: the table is of another machine.
+
+    Raises:
+        CompileError: the compiler refused the graph.
+        EngineError: the engine does not run.
+    """
+    if subject.target.missing_device():
+        return None
+    bench = _Bench(subject)
+    timed = Timed(widths={}, times_ms=bench.time([{}]))
+    where = bench.where()
+    if where != {name: getattr(table, name) for name in where}:
+        return None
+    while not timed.settled:
+        timed = Timed(widths={}, times_ms=[*timed.times_ms, *bench.time([{}])])
+    return timed.ms
+
+
 class _Bench:
     """Compiles and times networks of the subject's graph."""
 
@@ -117,19 +139,15 @@ class _Bench:
         block = self._block()
         subject, manifest = self._subject, self._manifest
         assert manifest is not None, "networks were timed"
-        machine, mode = manifest.compatibility, power()
         return LatencyTable(
             created_at=datetime.now(timezone.utc),
             trimrt_version=version("trimrt"),
             network=subject.student.name,
             structure=self.graph.structure,
-            backend=manifest.backend,
             backend_version=manifest.backend_version,
             precision=subject.graph.precision,
             batch=subject.batch,
-            machine=machine.board or machine.gpu_name or machine.cpu_name or machine.cpu_architecture,
-            cores=cores(),
-            power=None if mode is None else str(mode),
+            **self.where(),
             block=block,
             groups=[
                 Group(name=group.name, channels=group.channels, layers=group.layers)
@@ -138,6 +156,17 @@ class _Bench:
             pairs=self.graph.pairs,
             timed=[],
         )
+
+    def where(self) -> dict[str, Any]:
+        """The machine, as tables describe it, once networks were timed."""
+        assert self._manifest is not None, "networks were timed"
+        mode = power()
+        return {
+            "backend": self._manifest.backend,
+            "machine": self._manifest.compatibility.machine,
+            "cores": cores(),
+            "power": None if mode is None else str(mode),
+        }
 
     def time(self, networks: Sequence[Widths]) -> list[float]:
         """The least milliseconds of a batch of each, timed in turns."""

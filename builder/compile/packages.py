@@ -29,6 +29,7 @@ from builder.kit import (
     VerificationSet,
 )
 from models.files import clear_folder, replace_folder
+from models.promise import Kind
 from runtime.engine import Engine
 from runtime.jetson import power
 from runtime.loading import load_engine
@@ -70,6 +71,20 @@ class Package:
     unverified: str | None
     slower: str | None = None
     sparsity: Sparsity | None = None
+
+    @property
+    def missed(self) -> list[str]:
+        """What the engine costs beyond what its network was to cost here, in words."""
+        promise, evidence = self.manifest.promise, self.manifest.evidence
+        if promise is None or evidence is None:
+            return []
+        found: dict[Kind, float] = {"size_mb": evidence.weights_bytes / 1e6}
+        device, manifest = promise.device, self.manifest
+        promised = device and (device.machine, device.backend, device.precision, device.batch)
+        machine = manifest.compatibility.machine
+        if promised == (machine, manifest.backend, manifest.precision, manifest.batch.min):
+            found["latency_ms"] = evidence.latency_ms
+        return list(promise.missed(found))
 
 
 def package_name(source: GraphSource, target: Target, precision: Precision) -> str:
@@ -331,6 +346,7 @@ def _describe(
         batch=artefact.batch,
         profiles=list(artefact.profiles),
         labels=student.labels,
+        promise=student.promise,
         activation=student.activation,
         preprocessing=spec,
         compatibility=artefact.compatibility,

@@ -15,6 +15,7 @@ from builder.prepare.fp16 import convert_to_fp16
 from builder.prepare.int8 import convert_to_int8
 from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from builder.prepare.legality import require_legal
+from builder.prepare.mac_share import count_weights_bytes
 from builder.prepare.sources import package_name
 from models.checkpoint import load_checkpoint
 from models.defaults import PHOTO_SIDE
@@ -61,10 +62,7 @@ def random_network(
     architecture = architecture_of(architecture)
     if stem == "auto":
         stem = "small" if size < PHOTO_SIDE else "standard"
-    network = build_network(architecture, classes, stem).eval()
-    for module in network.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and not module.weight.any():
-            nn.init.ones_(module.weight)
+    network = without_zeros(build_network(architecture, classes, stem).eval())
     return network, Student(
         name=package_name(architecture),
         source=architecture,
@@ -74,6 +72,14 @@ def random_network(
         parameters=count_parameters(network),
         macs=count_macs(network, size, size),
     )
+
+
+def without_zeros(network: nn.Module) -> nn.Module:
+    """The network, with ones for all scales that are zero, as a compiler would leave out what they scale."""
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and not module.weight.any():
+            nn.init.ones_(module.weight)
+    return network
 
 
 def timing_graph(
@@ -101,6 +107,13 @@ def timing_graph(
         "int8-dynamic": lambda: convert_to_dynamic_int8(master, path),
     }
     converters[precision]()
-    require_legal(onnx.load(str(path)))
-    graph = Graph(file=path.name, sha256=sha256_of(path), precision=precision, rest=rest, weights_bytes=0)
+    model = onnx.load(str(path))
+    require_legal(model)
+    graph = Graph(
+        file=path.name,
+        sha256=sha256_of(path),
+        precision=precision,
+        rest=rest,
+        weights_bytes=count_weights_bytes(model),
+    )
     return graph, path

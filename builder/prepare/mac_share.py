@@ -1,4 +1,4 @@
-"""How much of a graph's work is done in INT8, in multiply-accumulates."""
+"""How much a graph stores and computes, and how much of that in INT8."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def int8_share(model: onnx.ModelProto) -> float:
     layers = _layers(model)
     total = sum(macs for _, macs, _ in layers)
     return sum(macs for _, macs, quantised in layers if quantised) / total if total else 0.0
+
+
+def count_weights_bytes(model: onnx.ModelProto) -> int:
+    """What its constants take, as they are stored."""
+    import onnx
+
+    return sum(onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer)
 
 
 def _layers(model: onnx.ModelProto) -> list[tuple[str, int, bool]]:

@@ -38,7 +38,7 @@ from builder.prepare.int8 import convert_to_int8
 from builder.prepare.int8_dynamic import convert_to_dynamic_int8
 from builder.prepare.ladder import Candidate, Ladder
 from builder.prepare.legality import require_legal
-from builder.prepare.mac_share import int8_share
+from builder.prepare.mac_share import count_weights_bytes, int8_share
 from builder.prepare.options import PrepareOptions
 from builder.prepare.placement import leave_out
 from builder.prepare.qdq import exact_logits
@@ -276,9 +276,7 @@ class Preparation:
             precision=precision,
             rest=rest,
             calibration=calibration,
-            weights_bytes=sum(
-                onnx.numpy_helper.to_array(weight).nbytes for weight in model.graph.initializer
-            ),
+            weights_bytes=count_weights_bytes(model),
             int8_share=int8_share(model) if precision.startswith("int8") else None,
             sparsity=count_sparse_layers(model),
         )
@@ -311,6 +309,7 @@ def open_checkpoint(
             checkpoint_sha256=card.weights_sha256,
             parameters=card.metrics.parameters,
             macs=card.metrics.macs,
+            promise=card.promise,
         ),
         data=_open_data(card, data, on_damaged),
         export=lambda master: export_onnx(network, spec, master),

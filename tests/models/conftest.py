@@ -9,6 +9,8 @@ import numpy as np
 import pillow_heif
 import pytest
 import torch
+from click.testing import CliRunner
+from short_run import SHORT
 
 from models.card import Card, Metrics
 from models.datasets import DataSplit, open_dataset
@@ -16,6 +18,7 @@ from models.inputs import choose_inputs
 from models.preprocessing import Preprocessing
 from models.recipe import Recipe
 from models.training import Images
+from trimrt.cli import main
 
 # Networks and batches are tiny here: a second thread would only wait for the first.
 torch.set_num_threads(1)
@@ -33,6 +36,15 @@ def few_digits(data: DataSplit, tmp_path_factory: pytest.TempPathFactory) -> Pat
             for index in np.flatnonzero(images.targets == target)[:count]:
                 shutil.copy(images.paths[index], directory)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a finished run, and what it printed."""
+    out = tmp_path_factory.mktemp("run")
+    result = CliRunner().invoke(main, ["compress", str(few_digits), "--out", str(out), *SHORT])
+    assert result.exit_code == 0, result.output
+    return out, result.output
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from short_run import SHORT
 
 from models.checkpoint import load_checkpoint
 from models.datasets import DataSplit, open_dataset
@@ -27,12 +28,6 @@ from models.recipe import make_recipe
 from trimrt.cli import main
 from trimrt.compress import compress
 
-SHORT = [
-    *("--threads", "1"),
-    *("--teacher-architecture", "resnet18", "--teacher-epochs", "1", "--student-epochs", "2"),
-    *("--pruning-epochs", "1", "--distillation-views", "2"),
-    *("--teacher-batch-size", "16", "--student-batch-size", "16", "--pruning-batch-size", "16"),
-]
 STAGES = ("teacher", "student", "pruned")
 
 Compress = Callable[..., Result]
@@ -46,15 +41,6 @@ def run() -> Compress:
         return result
 
     return invoke
-
-
-@pytest.fixture(scope="module")
-def finished(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder of a finished run, and what it printed."""
-    out = tmp_path_factory.mktemp("run")
-    result = CliRunner().invoke(main, ["compress", str(few_digits), "--out", str(out), *SHORT])
-    assert result.exit_code == 0, result.output
-    return out, result.output
 
 
 def weights(folder: Path) -> dict[str, str]:

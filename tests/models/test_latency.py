@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from latency_tables import BLOCK, table_of
 
-from models.latency import Group, LatencyError, LatencyPredictor, LatencyTable, read_latency_table
+from models.latency import LatencyError, LatencyPredictor, LatencyTable, read_latency_table
 
 CHANNELS = {"stem": 64, "inner": 96, "last": 128, "head": 8}
 PAIRS = [("inner", "stem"), ("inner", "last"), ("head", "last")]
-BLOCK = 16
 
 
 def blocks(width: int) -> int:
@@ -29,26 +28,7 @@ def staircase(widths: Mapping[str, int]) -> float:
 
 def make_table(milliseconds: Callable[[Mapping[str, int]], float] = staircase) -> LatencyTable:
     """The table of a machine on which networks take that long."""
-    table = LatencyTable(
-        created_at=datetime.now(timezone.utc),
-        trimrt_version="0",
-        network="small",
-        structure="",
-        backend="openvino",
-        backend_version="0",
-        precision="int8",
-        batch=1,
-        machine="a processor",
-        cores=2,
-        block=BLOCK,
-        groups=[Group(name=name, channels=width, layers=(name,)) for name, width in CHANNELS.items()],
-        pairs=PAIRS,
-    )
-    narrowest = {group.name: table.narrowest(group) for group in table.groups}
-    for _ in range(2):
-        times = [(widths, milliseconds(narrowest | widths)) for widths in table.missing()]
-        table = table.with_times(times)
-    return table
+    return table_of(CHANNELS, milliseconds, PAIRS)
 
 
 def test_times_that_depend_on_two_groups_at_most_are_predicted_exactly() -> None:

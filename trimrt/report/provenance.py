@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.card import Card
+from models.promise import Promise
 from runtime.manifest import Calibration, Candidate, Compatibility, EngineError, Manifest
 from runtime.tensorrt.layers import LAYERS_NAME, read_layers, summarise
 from trimrt.report.results import Fact
@@ -18,6 +19,7 @@ def facts_of_checkpoint(card: Card) -> list[Fact]:
         "made by": card.command,
         "trained on": f"{data.name}{part}: {data.train_images} training, {data.validation_images} "
         f"validation, {data.test_images} test images; {data.split}",
+        "pruned for": _promised(card.promise),
         "seed": str(card.seed),
         "made from": ", ".join(
             f"{ancestor.name} ({ancestor.architecture}, {ancestor.weights_sha256[:12]}…)"
@@ -42,6 +44,7 @@ def facts_of_package(folder: Path, manifest: Manifest) -> list[Fact]:
         "activation": "" if manifest.activation == "softmax" else "sigmoid: any number of labels may be true",
         "batch": f"{manifest.batch.min} to {manifest.batch.max}, best at {manifest.batch.opt}",
         "calibration": calibration_text(origin.calibration) if origin.calibration else "",
+        "pruned for": _promised(manifest.promise),
         "layers": _layers(folder),
         "chosen from": "; ".join(_candidate(candidate) for candidate in manifest.candidates),
         "checkpoint SHA-256": origin.checkpoint_sha256 or "none: an ONNX graph from elsewhere",
@@ -65,6 +68,10 @@ def calibration_text(calibration: Calibration) -> str:
     if calibration.left_out:
         text += f"; left out of INT8: {calibration.left_out}"
     return text
+
+
+def _promised(promise: Promise | None) -> str:
+    return "" if promise is None else "; ".join(promise.lines())
 
 
 def _layers(folder: Path) -> str:
