@@ -9,28 +9,27 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shlex
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from models.card import Ancestor, Card, CheckpointError, Metrics
+from models.card import Ancestor, Card, CheckpointError, Metrics, Role
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.datasets import OnDamaged, open_dataset
 from models.defaults import fit_recipe, pretrained_weights
-from models.estimate import in_words
+from models.estimate import RunProgress
 from models.evaluation import count_macs, count_parameters, evaluate
 from models.files import restore
 from models.inputs import typical_side
 from models.networks import NetworkError, build_network, draw_weights
 from models.pruning import Pruner, find_ratio
 from models.recipe import Pruning, Recipe, Training, as_options
-from models.rehearsal import estimate
+from models.rehearsal import Afterwards, estimate
 from models.setup import Setup, choose_device, fingerprint
 from models.suitability import require_prunable, require_trainable
 from models.teacher import ReadyTeacher, measure
@@ -41,8 +40,6 @@ LIVE_SHARE: Final = 0.95  # below this most parameters are dead weights
 
 _LIBRARIES: Final = ("trimrt", "torch", "torchvision", "torch-pruning")
 
-Role = Literal["teacher", "student", "pruned"]
-
 
 @dataclass(frozen=True)
 class CompressionRun:
@@ -51,10 +48,12 @@ class CompressionRun:
     Attributes:
         folder: it holds a checkpoint's folder for each card, named by the card's role.
         cards: of teacher, student and pruned student, or of those up to the last stage asked for.
+        progress: knows how long it was to take.
     """
 
     folder: Path
     cards: list[Card]
+    progress: RunProgress = field(repr=False, compare=False)
 
     @property
     def checkpoint(self) -> Path:
@@ -72,6 +71,7 @@ def compress(
     reuse: str | Path | None = None,
     on_damaged: OnDamaged = "stop",
     teacher: ReadyTeacher | None = None,
+    afterwards: Afterwards | None = None,
     console: Console | None = None,
     command: str | None = None,
 ) -> CompressionRun:
@@ -90,6 +90,8 @@ def compress(
         reuse: another run's folder, whose stages are copied where this run would make the same.
         teacher: a network that is there already, to distil from (`builder.open_teacher`); None: train one.
         on_damaged: what to do about images that cannot be read: stop and name all, or leave them out.
+        afterwards: foretells what the caller does with the last checkpoint, which the estimate then has; what
+            all of it took is left to the caller to say (`CompressionRun.progress`).
         console: for messages and progress; None: silent.
         command: recorded in the cards, with the settings that were chosen; None: the `trimrt compress`
             command that does the same.
@@ -125,7 +127,11 @@ def compress(
         setup.say(f"chosen for photographs on this machine: {shlex.join(chosen)}")
         if teacher is None and fitted.teacher.weights is None:
             setup.say(_without_pretraining(fitted))
-    return CompressionRun(folder, _Compression(setup, command, until).run())
+    cards = _Compression(setup, command, until, afterwards).run()
+    took = setup.progress.took()
+    if took is not None and afterwards is None:
+        setup.say(took)
+    return CompressionRun(folder, cards, setup.progress)
 
 
 def _without_pretraining(recipe: Recipe) -> str:
@@ -155,6 +161,7 @@ class _Compression:
     setup: Setup
     command: str
     until: Role
+    afterwards: Afterwards | None
 
     def run(self) -> list[Card]:
         """The cards of the checkpoints made, or taken where they are finished."""
@@ -179,10 +186,6 @@ class _Compression:
                     for state in setup.work.glob(f"{role}*.pt"):
                         state.unlink()
                 cards.append(card)
-        foretold = setup.progress.foretold_s
-        if foretold is not None:
-            took = in_words(time.monotonic() - setup.progress.told_at)
-            setup.say(f"this took {took}; about {in_words(foretold)} were estimated")
         return cards
 
     @property
@@ -195,7 +198,8 @@ class _Compression:
         """Estimate how long the stages from this one on will take, before the first of them begins."""
         progress = self.setup.progress
         if progress.estimate is None:
-            progress.estimate = estimate(self.setup, self._roles[self._roles.index(first) :])
+            roles = self._roles[self._roles.index(first) :]
+            progress.estimate = estimate(self.setup, roles, self.afterwards)
 
     def _measured_teacher(self, teacher: ReadyTeacher) -> Ancestor:
         measured = measure(teacher, self.setup.data, self.setup.device)

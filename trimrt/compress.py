@@ -31,7 +31,9 @@ from trimrt.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from models.compression import CompressionRun, Role
+    from models.card import Role
+    from models.compression import CompressionRun
+    from models.rehearsal import Afterwards
     from models.teacher import ReadyTeacher
 
 _EPILOG: Final = """\
@@ -154,7 +156,7 @@ def compress(
     val/) with a folder for each class, or the class folders themselves, which are then split into five
     folds. All files are looked at first; what is not used, and why, is printed.
 
-    Before training begins, the time that it will take is estimated. Finished stages are reused and an
+    Before training begins, the time that all of it will take is estimated. Finished stages are reused and an
     interrupted one continues where it stopped. With --build, photographs become an engine in one command.
     """
     from rich.console import Console
@@ -177,6 +179,9 @@ def compress(
         require_writable(ENGINES)
     from models import compress as run_compression
 
+    afterwards: Afterwards | None = None
+    if build:
+        from builder.rehearsal import foretell_build as afterwards
     console = Console()
     try:
         with _naming_own_options():
@@ -189,6 +194,7 @@ def compress(
                 on_damaged=on_damaged,
                 reuse=reuse,
                 teacher=None if teacher is None else _open(teacher, told, recipe.threads),
+                afterwards=afterwards,
                 console=console,
                 command=click.get_current_context().meta[_AS_TYPED],
             )
@@ -205,6 +211,9 @@ def compress(
 
         (package,) = run_build(run.checkpoint, ENGINES, BuildOptions())
         next_command = f"trimrt serve --engine {package.folder}"
+        took = run.progress.took()
+        if took is not None:
+            console.print(took, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Next:  {next_command}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -100,9 +100,7 @@ def layer_errors(
     """
     calibration = package.manifest.provenance.calibration
     if calibration is not None and {"equalised", "centred"} & set(calibration.changes):
-        raise ReportError(
-            "its tensors were scaled or moved, so its layers do not fit the checkpoint's graph"
-        )
+        raise ReportError("its tensors were scaled or moved, so its layers do not fit the checkpoint's graph")
     quantised = read_graph(package)
     chosen = np.linspace(0, len(data.train) - 1, min(SENSITIVITY_IMAGES, len(data.train))).astype(np.int64)
     pixels = data.train.subset(chosen, "sensitivity").load_pixels(package.manifest.preprocessing)
