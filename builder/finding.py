@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from builder.kit import is_kit
+from builder.prepare.other_formats import told_instead
 from models.card import CARD_NAME, CheckpointError
 from models.errors import TrimRTError
 from models.files import restore
@@ -45,6 +46,8 @@ def find_source(source: str | Path) -> str:
             return str(last)
         if is_package(path):
             raise MissingSourceError(f"{path} is an engine package; name what it was built from")
+        if instead := told_instead(path):
+            raise MissingSourceError(f"{path} {instead}")
     if path.is_file() and path.suffix.lower() == ".zip":
         raise MissingSourceError(
             f"{path} is no network; of photographs, `trimrt compress {path} --build` makes an engine"

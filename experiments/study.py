@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from models.card import WEIGHTS_NAME
-from models.compression import Role
+from models.card import WEIGHTS_NAME, Role
 from models.recipe import Recipe, Settings, as_options, make_recipe
 
 _HERE: Final = Path(__file__).parent

@@ -19,6 +19,8 @@ from models.promise import Promise
 CARD_NAME: Final = "card.json"
 WEIGHTS_NAME: Final = "student.safetensors"
 
+Role = Literal["teacher", "student", "pruned"]
+
 
 class CheckpointError(TrimRTError):
     """A checkpoint folder that cannot be used; the message says what is wrong and what to do."""
@@ -75,7 +77,7 @@ class Card(_Strict):
 
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=128, description="e.g. `digits-resnet18`")
-    role: Literal["teacher", "student", "pruned"]
+    role: Role
     architecture: str = Field(description="torchvision classifier, e.g. `resnet18`, or `timm:NAME`")
     stem: Literal["standard", "small"] = Field(
         description="`small`: the first convolution (7x7, stride 2) is replaced by 3x3, stride 1"

@@ -127,6 +127,13 @@ class RunProgress(Progress):
         """Of the whole run, in words."""
         return "" if self.estimate is None else f"about {in_words(self.estimate.seconds_left)} left"
 
+    def took(self) -> str | None:
+        """How long it has taken since the run's time was told, beside that; None: it was not told."""
+        if self.foretold_s is None:
+            return None
+        took = in_words(time.monotonic() - self.told_at)
+        return f"this took {took}; about {in_words(self.foretold_s)} were estimated"
+
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 

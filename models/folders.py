@@ -107,7 +107,7 @@ def read_contents(root: Path) -> Contents:
         contents.train = Part("", _read_classes(root, contents))
         return contents
     if held_out is None:
-        raise DatasetError(f"{root} has {shown(train.name)}/ but neither test/ nor val/ beside it; add one")
+        raise DatasetError(_nothing_held_out(root, train, folders))
     contents.train, contents.held_out = (
         Part(part.name, _read_classes(_unwrapped(part, contents, within_part=True), contents))
         for part in (train, held_out)
@@ -195,6 +195,17 @@ def _rank(name: str, spellings: tuple[str, ...]) -> tuple[bool, int] | None:
     words = re.findall(r"[a-z]+", name.lower())
     known = [(words != [word], spellings.index(word)) for word in words if word in spellings]
     return min(known, default=None)
+
+
+def _nothing_held_out(root: Path, train: Path, folders: list[Path]) -> str:
+    alone = f"name {shown(root / train.name)} alone, of which a fifth then tests"
+    for path in folders:
+        if _rank(path.name, _HELD_OUT) is not None:  # as competitions hand it out
+            return (
+                f"{root} has {shown(train.name)}/, but {shown(path.name)}/ has no folders of classes; sort "
+                f"its images by class, or {alone}"
+            )
+    return f"{root} has {shown(train.name)}/ but neither test/ nor val/ beside it; add one, or {alone}"
 
 
 def _chosen(root: Path, parts: list[Path], spellings: tuple[str, ...]) -> Path | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from models.card import Role
 from models.checkpoint import load_checkpoint
+from models.datasets import DataSplit
 from models.distillation import VIEWS_TASK, label_views
 from models.estimate import Estimate, Part
 from models.evaluation import images_at_once
@@ -20,25 +22,31 @@ from models.recipe import Training
 from models.setup import Setup
 from models.training import steps_of_epoch, time_step
 
+# The seconds of what follows a run, given a network like its last one, in no state to be used, and its data.
+Afterwards = Callable[[nn.Module, Preprocessing, DataSplit], float]
+
 _INFERENCE_SHARE: Final = 0.5  # of the time of a training step: a third of its work, but always in FP32
 
 
 def estimate(
     setup: Setup,
-    roles: Sequence[Literal["teacher", "student", "pruned"]],
+    roles: Sequence[Role],
     narrow: Callable[[nn.Module], None],
+    afterwards: Afterwards | None = None,
 ) -> Estimate:
-    """How long these stages will take, from a few steps of each. Their networks can be built and pruned.
+    """How long these stages will take, from a few steps of each, and what follows them.
+
+    Their networks can be built and pruned.
 
     Args:
         setup: of the run.
         roles: the stages.
         narrow: prunes a student as far as the run does.
+        afterwards: foretells what follows; None: nothing does.
     """
-    recipe, classes, stem = setup.recipe, len(setup.data.labels), setup.inputs[1]
-    parts: list[Part] = []
+    recipe, parts = setup.recipe, list[Part]()
     if "teacher" in roles:
-        teacher = build_network(recipe.teacher.architecture, classes, stem)
+        teacher = _untrained(setup, "teacher")
         seconds = _step_seconds(setup, teacher, recipe.teacher)
         parts.append(_training(setup, "teacher", "teacher", recipe.teacher, seconds))
         if "student" in roles:
@@ -50,18 +58,29 @@ def estimate(
         teacher = load_checkpoint(setup.out / "teacher")[0].to(setup.device)
         parts.append(_labelling(setup, teacher, setup.spec))
     if "student" in roles:
-        student = build_network(recipe.student.architecture, classes, stem)
-        seconds = _step_seconds(setup, student, recipe.student)
+        seconds = _step_seconds(setup, _untrained(setup, "student"), recipe.student)
         parts.append(_training(setup, "student", "student", recipe.student, seconds))
     if "pruned" in roles:
-        pruned = build_network(recipe.student.architecture, classes, stem).eval()
+        pruned = _untrained(setup, "pruned").eval()
         narrow(pruned)
         seconds = _step_seconds(setup, pruned, recipe.pruning)
         parts += [
             _training(setup, f"pruned-{step}", "pruned", recipe.pruning, seconds)
             for step in range(1, recipe.pruning_steps + 1)
         ]
+    if afterwards is not None:
+        last = _untrained(setup, roles[-1]).eval()
+        if roles[-1] == "pruned":
+            narrow(last)
+        seconds = afterwards(last, setup.spec, setup.data)
+        parts.append(Part("engine", "engine", steps=0, seconds=0, seconds_after=seconds))
     return Estimate(parts)
+
+
+def _untrained(setup: Setup, role: Role) -> nn.Module:
+    """The network that a stage begins with, of random weights."""
+    section = setup.recipe.teacher if role == "teacher" else setup.recipe.student
+    return build_network(section.architecture, len(setup.data.labels), setup.inputs[1])
 
 
 def _step_seconds(setup: Setup, network: nn.Module, settings: Training) -> float:

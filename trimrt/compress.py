@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from builder.fitting import FittingDevice
-    from models.compression import CompressionRun, Role
+    from models.card import Role
+    from models.compression import CompressionRun
+    from models.rehearsal import Afterwards
     from models.teacher import ReadyTeacher
 
 _EPILOG: Final = """\
@@ -166,7 +168,7 @@ def compress(
     --latency-ms, --size-mb and --macs ask for the best network within a budget, instead of a share of the
     channels: each group of channels gets the width that it needs. --front keeps networks on the way there.
 
-    Before training begins, the time that it will take is estimated. Finished stages are reused and an
+    Before training begins, the time that all of it will take is estimated. Finished stages are reused and an
     interrupted one continues where it stopped. With --build, photographs become an engine in one command.
     """
     from rich.console import Console
@@ -191,6 +193,9 @@ def compress(
         require_writable(ENGINES)
     from models import compress as run_compression
 
+    afterwards: Afterwards | None = None
+    if build:
+        from builder.rehearsal import foretell_build as afterwards
     console = Console()
     try:
         with _naming_own_options():
@@ -204,6 +209,7 @@ def compress(
                 reuse=reuse,
                 teacher=None if teacher is None else _open(teacher, told, recipe.threads),
                 device=_device(latency_table) if recipe.budget else None,
+                afterwards=afterwards,
                 console=console,
                 command=click.get_current_context().meta[_AS_TYPED],
             )
@@ -221,6 +227,9 @@ def compress(
         for checkpoint in run.pruned:
             (package,) = run_build(checkpoint, ENGINES, BuildOptions())
         next_command = f"trimrt serve --engine {package.folder}"
+        took = run.progress.took()
+        if took is not None:
+            console.print(took, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Next:  {next_command}", markup=False, highlight=False, soft_wrap=True)
 
 

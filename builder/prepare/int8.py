@@ -24,7 +24,7 @@ from models.preprocessing import Pixels
 Method = Literal["entropy", "max"]
 METHODS: Final[tuple[Method, ...]] = ("entropy", "max")
 
-_STEP: Final = 8  # images in one calibration step
+_STEP: Final = 8  # images in one calibration step, at most
 
 
 def convert_to_int8(
@@ -46,6 +46,7 @@ def convert_to_int8(
         rest: precision of what is not quantised; FP32 for CPUs, FP16 for TensorRT.
         exclude: names of nodes to keep in that precision.
     """
+    step = min(_STEP, len(pixels))
     with quiet(), tempfile.TemporaryDirectory() as folder:
         from modelopt.onnx.quantization import quantize
 
@@ -56,7 +57,7 @@ def convert_to_int8(
             quantize_mode="int8",
             calibration_data={INPUT: np.ascontiguousarray(pixels)},
             calibration_method=method,
-            calibration_shapes=f"{INPUT}:{_STEP}x{'x'.join(map(str, pixels.shape[1:]))}",
+            calibration_shapes=f"{INPUT}:{step}x{'x'.join(map(str, pixels.shape[1:]))}",
             calibration_eps=["cpu"],
             high_precision_dtype=rest,
             dq_only=True,  # else the weights are stored in floating point

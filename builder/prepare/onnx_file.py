@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.export import ExportError, open_session
+from builder.prepare.other_formats import told_instead
 
 if TYPE_CHECKING:
     import onnx
@@ -70,6 +71,8 @@ def read_model(path: Path) -> onnx.ModelProto:
     """
     import onnx
 
+    if instead := told_instead(path):
+        raise ExportError(f"{path} {instead}")
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf, the checker and the loader of weights raise types of their own
@@ -82,6 +85,7 @@ def read_model(path: Path) -> onnx.ModelProto:
         from onnx import inliner
 
         model = inliner.inline_local_functions(model)
+    _fill_sparse_weights(model)
     _weights_are_constants(model)
     _dequantise_weights(model)
     return model
@@ -248,6 +252,34 @@ def _channels_of_weights(model: onnx.ModelProto) -> int:
             channels = weights[node.input[1]].dims[1]
             return int(channels) if channels in (1, 3) else 3
     return 3
+
+
+def _fill_sparse_weights(model: onnx.ModelProto) -> None:
+    """Weights with all their zeros, where a file keeps only the others and their places."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    graph.initializer.extend(
+        numpy_helper.from_array(_dense(sparse), sparse.values.name) for sparse in graph.sparse_initializer
+    )
+    del graph.sparse_initializer[:]
+    for node in graph.node:
+        (attribute, *_) = node.attribute or (None,)
+        if node.op_type == "Constant" and attribute is not None and attribute.name == "sparse_value":
+            value = numpy_helper.from_array(_dense(attribute.sparse_tensor))
+            attribute.CopyFrom(helper.make_attribute("value", value))
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> NDArray[Any]:
+    """A tensor whose values lie at flat places, or at one place along each axis."""
+    from onnx import numpy_helper
+
+    values, places = (numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
+    shape = tuple(sparse.dims)
+    dense = np.zeros(shape, values.dtype)
+    flat = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), shape)
+    dense.ravel()[flat] = values
+    return dense
 
 
 def _weights_are_constants(model: onnx.ModelProto) -> None:

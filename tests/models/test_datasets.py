@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import struct
 from pathlib import Path
 
@@ -171,6 +172,11 @@ class TestFolders:
         write_images(tmp_path / "untested" / "train", {"cat": 10, "dog": 10})
         with pytest.raises(DatasetError, match="neither test/ nor val/"):
             open_dataset(str(tmp_path / "untested"))
+
+        write_images(tmp_path / "untested", {"test": 3})
+        with pytest.raises(DatasetError, match="test/ has no folders of classes; sort its images"):
+            open_dataset(str(tmp_path / "untested"))
+        shutil.rmtree(tmp_path / "untested" / "test")
 
         write_images(tmp_path / "untested" / "test", {"cat": 10, "cow": 10})
         with pytest.raises(DatasetError, match="different classes: cow, dog"):

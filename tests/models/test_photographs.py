@@ -78,7 +78,9 @@ def test_what_was_found_is_told_once(done: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_the_time_is_estimated_and_the_next_step_named(done: tuple[Path, str]) -> None:
     place, printed = done
-    assert re.search(r"this took .*; about .* were estimated", printed)
+    assert re.search(r"this will take about .*, pruned .*, engine \d+ ", printed)
+    (took,) = re.finditer(r"this took .*; about .* were estimated", printed)
+    assert took.start() > printed.index("Pruning took"), "the engine's time is part of it"
     command = re.search(r"Next:  trimrt serve --engine (\S+)", printed)
     assert command is not None
     assert (place / command[1] / "manifest.json").is_file()

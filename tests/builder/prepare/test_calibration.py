@@ -81,6 +81,16 @@ def test_the_choice_of_images_is_recorded(observed: Observed, data: DataSplit) -
     assert calibration.images_sha256 == data.train.subset(indices, "again").sha256
 
 
+@pytest.mark.parametrize("images", [1, 7])
+def test_a_handful_of_images_calibrates_too(checkpoint: Path, tmp_path: Path, images: int) -> None:
+    """Fewer than the calibrator takes at once."""
+    options = PrepareOptions(calibration_images=images, calibration="max")
+    preparation = prepare(open_checkpoint(checkpoint, data=None), tmp_path, options, lambda _: None)
+    graph, _ = next(preparation.graphs("int8", "fp32"))
+    assert graph.calibration is not None
+    assert graph.calibration.images == images
+
+
 def test_verification_images_are_the_validation_images(kit: Kit, data: DataSplit) -> None:
     """Shifted by a pixel this way and that, because 144 images could not tell half a point."""
     images = kit.verification

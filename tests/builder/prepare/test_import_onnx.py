@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from small_student import SPEC
 from torch import nn
 
+from builder.finding import MissingSourceError, find_source
 from builder.prepare.export import ExportError, quiet, run_onnx
 from builder.prepare.import_onnx import export_imported, import_onnx
 from builder.prepare.legality import require_legal
 from builder.prepare.normalisations import NORMALISATIONS
+from builder.prepare.onnx_file import read_model
 from builder.prepare.options import PrepareOptions
 from models.checkpoint import load_checkpoint
 from models.datasets import DataSplit
@@ -278,6 +281,83 @@ def test_a_damaged_file_is_refused_or_read_but_never_crashes(tmp_path, position,
         assert import_onnx(path, PrepareOptions(preprocess="imagenet")).preprocessing.height > 0
     except ExportError as error:
         assert str(path) in str(error)  # noqa: PT017  # refused is as good as read
+
+
+def _sparse(tensor: onnx.TensorProto, *, flat: bool) -> onnx.SparseTensorProto:
+    values = numpy_helper.to_array(tensor)
+    places = np.argwhere(values)
+    kept = numpy_helper.from_array(values[tuple(places.T)], tensor.name)
+    indices = np.ravel_multi_index(tuple(places.T), values.shape) if flat else places
+    return helper.make_sparse_tensor(
+        kept, numpy_helper.from_array(indices.astype(np.int64), f"{tensor.name}_places"), values.shape
+    )
+
+
+@pytest.mark.parametrize("form", ["among the weights, flat", "among the weights, by axis", "in a node"])
+def test_weights_that_are_kept_without_their_zeros_are_filled_up(save, tmp_path, form):
+    """As pruned networks are stored."""
+    model = classifier()
+    weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = numpy_helper.to_array(weights).copy()
+    values[np.abs(values) < np.median(np.abs(values))] = 0
+    weights.CopyFrom(numpy_helper.from_array(values, weights.name))
+    whole = save(model)
+    expected = run_onnx(onnx.load(whole), pixels(4).transpose(0, 3, 1, 2).astype(np.float32))
+    kept = _sparse(weights, flat="flat" in form)
+    if form == "in a node":
+        model.graph.node.insert(0, helper.make_node("Constant", [], [weights.name], sparse_value=kept))
+    else:
+        model.graph.sparse_initializer.append(kept)
+    model.graph.initializer.remove(weights)
+    read = read_model(save(model))
+    assert not read.graph.sparse_initializer
+    assert weights.name in {tensor.name for tensor in read.graph.initializer}
+    images = pixels(4).transpose(0, 3, 1, 2).astype(np.float32)
+    np.testing.assert_array_equal(run_onnx(read, images), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.onnx", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("model.onnx", b"<!DOCTYPE html><html></html>", "is a web page; download the file itself"),
+        ("model.tflite", b"\x1c\0\0\0TFL3" + bytes(64), r"tf2onnx.convert --tflite .*model.tflite --output"),
+        ("model.h5", b"\x89HDF\r\n\x1a\n" + bytes(64), r"Keras.*model.export"),
+        ("model.xml", b'<?xml version="1.0"?><net name="m"/>', "OpenVINO.*the network that it was made from"),
+        ("model.pb", b"\x08\x01\x12\x10\x01\x02", "is a TensorFlow graph"),
+        ("model.pdmodel", b"\x0a\x95\x01\x08", "paddle2onnx"),
+        ("model.engine", b"ftrt" + bytes(64), "is a TensorRT engine"),
+        ("model.onnx", b"PK\x03\x04" + bytes(64), "is a damaged archive"),
+    ],
+)
+def test_what_is_given_for_an_onnx_file_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=message):
+        read_model(path)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        ("archive/data.pkl", "is a file of PyTorch"),
+        ("model.weights.h5", "is a model of Keras"),
+        ("nets/best.onnx", "unpack it and name nets/best.onnx"),
+        ("notes.txt", "is an archive without an ONNX model"),
+    ],
+)
+def test_an_archive_given_for_an_onnx_file_is_told_by_what_is_in_it(tmp_path, inner, message):
+    path = tmp_path / "model.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(inner, b"")
+    with pytest.raises(ExportError, match=message):
+        read_model(path)
+
+
+def test_a_folder_of_tensorflows_is_named(tmp_path):
+    (tmp_path / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(MissingSourceError, match=r"SavedModel of TensorFlow; .* --saved-model"):
+        find_source(tmp_path)
 
 
 def test_scores_whose_sum_no_32_bits_hold_are_read(save):
