@@ -241,7 +241,7 @@ def _remedies(source: GraphSource, options: BuildOptions) -> Iterator[str]:
         )
     yield "What is left to try:"
     if not prepare.correction:
-        yield f"  --correction{where} equalises channels, centres tensors and corrects biases"
+        yield f"  --correction{where} equalises channels and corrects biases"
     if not prepare.rounding:
         yield f"  --rounding{where} rounds weights for the least error of each layer's output"
     if not prepare.sensitivity:

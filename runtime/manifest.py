@@ -30,7 +30,7 @@ Backend = Literal["tensorrt", "tensorrt-rtx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 Activation = Literal["softmax", "sigmoid"]
 CalibrationMethod = Literal["entropy", "max", "mse", "qat"]
-WeightChange = Literal["equalised", "centred", "bias", "rounded"]
+WeightChange = Literal["equalised", "bias", "rounded"]
 LeftOut = Literal["residual sums", "first layer"]
 
 
@@ -128,9 +128,8 @@ class Calibration(_Strict):
     )
     changes: list[WeightChange] = Field(
         default=[],
-        description="equalised: channels were scaled to one range; centred: tensors were moved about zero; "
-        "bias: biases make up for the mean error of rounding; rounded: weights were rounded for the least "
-        "error of each layer's output",
+        description="equalised: channels were scaled to one range; bias: biases make up for the mean error "
+        "of rounding; rounded: weights were rounded for the least error of each layer's output",
     )
     images: int
     images_sha256: str

@@ -1,8 +1,7 @@
 """The ways to a static INT8 graph, in the order of their cost.
 
     entropy, max, mse     activation ranges
-    equalised, centred    channels of one range, tensors about zero; both change nothing in FP32
-    bias                  biases make up for rounding
+    equalised, bias       channels of one range, biases that make up for rounding
     rounded               weights that are rounded for the least error of each layer's output
     mixed precision       more and more of the layers that INT8 hurts most stay in floating point, in the best
                           graph so far
@@ -24,7 +23,6 @@ import numpy as np
 
 from builder.comparison import Comparison
 from builder.kit import Report
-from builder.prepare.centre import centre
 from builder.prepare.equalise import equalise
 from builder.prepare.int8 import convert_to_int8
 from builder.prepare.options import PrepareOptions
@@ -38,8 +36,6 @@ from runtime.manifest import WeightChange
 
 if TYPE_CHECKING:
     import onnx
-
-Rewriting = Callable[["onnx.ModelProto", Pixels], "onnx.ModelProto | None"]
 
 IMAGES: Final = 64  # whose activations are all held in memory, layer by layer
 
@@ -114,7 +110,8 @@ class Ladder:
             yield self._make(method, ())
         changes: tuple[WeightChange, ...] = ()
         if self._options.correction:
-            changes = (*self._rewritten[1], "bias")
+            equalised = self._equalised is not self._master
+            changes = ("equalised", "bias") if equalised else ("bias",)
             yield self._make("mse", changes)
         if self._options.rounding:
             changes = (*changes, "rounded")
@@ -127,10 +124,8 @@ class Ladder:
 
     def _layer_costs(self, base: Candidate) -> list[LayerCost]:
         """What quantising each layer of a candidate alone costs, the costliest first."""
-        import onnx
-
-        _, master = self._before_changes(base.method, base.changes)
-        costs = rank_layers(master, onnx.load(str(base.path)), self._few, self._report)
+        quantised, master = self._before_changes(base.method, base.changes)
+        costs = rank_layers(master, quantised, self._few, self._report)
         self._ranked(costs)
         return costs
 
@@ -158,7 +153,7 @@ class Ladder:
     ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         """All layers quantised, before biases and weights change; and the FP32 graph that it is made of."""
         if changes:
-            return self._by_least_error, self._rewritten[0]
+            return self._by_least_error, self._equalised
         return self._calibrated(method), self._master
 
     def _calibrated(self, method: Ranges) -> onnx.ModelProto:
@@ -180,20 +175,15 @@ class Ladder:
         return onnx.load(str(self._path))
 
     @cached_property
-    def _rewritten(self) -> tuple[onnx.ModelProto, tuple[WeightChange, ...]]:
-        """The FP32 graph that all but plain calibration starts from, and what was changed in it."""
-        graph, changes = self._master, list[WeightChange]()
-        ways: dict[WeightChange, Rewriting] = {"equalised": equalise, "centred": centre}
-        for change, rewrite in ways.items() if self._options.correction else ():
-            changed = rewrite(graph, self._few)
-            if changed is not None:
-                graph = changed
-                changes.append(change)
-        return graph, tuple(changes)
+    def _equalised(self) -> onnx.ModelProto:
+        """The FP32 graph that all but plain calibration starts from."""
+        if not self._options.correction:
+            return self._master
+        return equalise(self._master, self._few) or self._master
 
     @cached_property
     def _by_least_error(self) -> onnx.ModelProto:
-        return self._with_least_error(self._rewritten[0])
+        return self._with_least_error(self._equalised)
 
     def _with_least_error(self, master: onnx.ModelProto) -> onnx.ModelProto:
         """Q and DQ where ModelOpt puts them, with other ranges."""

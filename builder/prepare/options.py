@@ -44,7 +44,7 @@ class PrepareOptions(BaseModel):
     )
     correction: bool = Field(
         default=True,
-        description="If INT8 fails the gate, equalise channels, centre tensors and correct biases.",
+        description="If INT8 fails the gate, equalise channels and correct biases.",
     )
     rounding: bool = Field(
         default=True,

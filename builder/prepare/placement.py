@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from builder.prepare.qdq import (
-    LAYERS,
-    QuantisedLayer,
-    constants_of,
-    copy_of,
-    quantised_layers,
-    rounded_weights,
-)
+from builder.prepare.qdq import LAYERS, QuantisedLayer, constants_of, copy_of, quantised_layers
 from runtime.manifest import LeftOut
 
 if TYPE_CHECKING:
@@ -60,12 +54,19 @@ def leave_out(quantised: onnx.ModelProto, part: LeftOut) -> onnx.ModelProto | No
         layer = quantised_layers(result).get(first)
         if layer is None:
             return None
-        weights = rounded_weights(layer, constants_of(result))
+        weights = _rounded(layer, constants_of(result))
         _unquantise_layer(result.graph, layer, f"{first}/weights", weights)
     elif not _unquantise_sums(result.graph, lambda _: True):
         return None
     _remove_unused(result.graph)
     return result
+
+
+def _rounded(layer: QuantisedLayer, constants: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """A layer's weights as its integers stand for them, in the type of their scales."""
+    integers, scale = constants[layer.weights], constants[layer.weights_scale]
+    shape = [-1 if axis == layer.axis else 1 for axis in range(integers.ndim)]
+    return (integers * scale.astype(np.float32).reshape(shape)).astype(scale.dtype)
 
 
 def _unquantise_layer(

@@ -70,13 +70,6 @@ def quantised_layers(model: onnx.ModelProto) -> dict[str, QuantisedLayer]:
     return found
 
 
-def rounded_weights(layer: QuantisedLayer, constants: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """A layer's weights as its integers stand for them, in the type of their scales."""
-    integers, scale = constants[layer.weights], constants[layer.weights_scale]
-    shape = [-1 if axis == layer.axis else 1 for axis in range(integers.ndim)]
-    return (integers * scale.astype(np.float32).reshape(shape)).astype(scale.dtype)
-
-
 def activation_scales(model: onnx.ModelProto) -> dict[str, str]:
     """The constants that tensors between layers are quantised with, by the tensors' names."""
     return {node.input[0]: node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
@@ -132,21 +125,10 @@ def quantise_again(
         weights = floats[source.input[1]]
         integers, scale = quantise(weights, axes=(layer.axis,), smallest_scale=SMALLEST_SCALE)
         new[layer.weights], new[layer.weights_scale] = integers, scale.ravel()
-    for node in result.graph.node:
-        if node.op_type in (*LAYERS, "Relu", "Clip"):
-            _take_constants(node, nodes[node.name])
-    used = {name for node in result.graph.node for name in node.input} - set(new)
-    new |= {name: value for name, value in floats.items() if name in used}
+    kept = {tensor.name for tensor in result.graph.initializer} - set(new)
+    new |= {name: value for name, value in floats.items() if name in kept}
     replace_constants(result, new)
     return result
-
-
-def _take_constants(node: onnx.NodeProto, source: onnx.NodeProto) -> None:
-    """Give an activation the operator and bounds of another graph's, and a layer its bias, in place."""
-    first = 2 if node.op_type in LAYERS else 1
-    node.op_type = source.op_type
-    del node.input[first:]
-    node.input.extend(source.input[first:])
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -165,8 +147,6 @@ def watch(
     from onnx import ValueInfoProto
 
     names = list(dict.fromkeys(tensors))
-    if not names:  # which ONNX Runtime would take for all outputs
-        return
     watched = copy_of(model)
     known = {value.name for value in watched.graph.output}
     watched.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)

@@ -21,16 +21,13 @@ _BINS: Final = 2048
 _SHARES: Final = np.linspace(0.2, 1, 81)  # of the largest magnitude, which are tried as range
 
 
-def least_error_scales(
-    model: onnx.ModelProto, tensors: Sequence[str], pixels: Pixels, *, levels: int = LEVELS
-) -> dict[str, float]:
+def least_error_scales(model: onnx.ModelProto, tensors: Sequence[str], pixels: Pixels) -> dict[str, float]:
     """The scale of each tensor with which INT8 is nearest to its values, in mean square.
 
     Args:
         model: an FP32 graph.
         tensors: within it.
         pixels: training images, uint8 NHWC.
-        levels: steps from zero to the largest magnitude.
     """
     largest = dict.fromkeys(tensors, 0.0)
     for values in watch(model, tensors, pixels):
@@ -41,15 +38,15 @@ def least_error_scales(
         for name, value in values.items():
             if largest[name] > 0:
                 counts[name] += np.histogram(np.abs(value), _BINS, (0, largest[name]))[0]
-    return {name: _scale(counts[name], largest[name], levels) for name in tensors}
+    return {name: _scale(counts[name], largest[name]) for name in tensors}
 
 
-def _scale(counts: NDArray[np.float64], largest: float, levels: int) -> float:
+def _scale(counts: NDArray[np.float64], largest: float) -> float:
     """The best scale for magnitudes that are counted in equal bins from 0 to `largest`."""
     if not largest > 0:
-        return 1 / levels
+        return 1 / LEVELS
     magnitudes = (np.arange(_BINS) + 0.5) / _BINS * largest
-    scales = _SHARES * largest / levels
-    rounded = np.minimum(np.rint(magnitudes / scales[:, None]), levels) * scales[:, None]
+    scales = _SHARES * largest / LEVELS
+    rounded = np.minimum(np.rint(magnitudes / scales[:, None]), LEVELS) * scales[:, None]
     errors = (counts * np.square(magnitudes - rounded)).sum(axis=1)
     return float(scales[errors.argmin()])

@@ -1,28 +1,22 @@
 """Which layers cost accuracy when they are quantised, and which to keep in higher precision.
 
-Each layer is quantised alone, with the scales, weights and bias that it has in the INT8 graph, and the
-network's logits are compared with the FP32 ones on calibration images (the ranking of Wu et al. 2020,
+Each layer is quantised alone, with the scales that calibration found for it, and the network's
+logits are compared with the FP32 ones on calibration images (the ranking of Wu et al. 2020,
 https://arxiv.org/abs/2004.09602, section 5.3, by output error instead of accuracy).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from builder.prepare.mac_share import layer_macs
-from builder.prepare.qdq import (
-    QuantisedLayer,
-    constants_of,
-    copy_of,
-    exact_logits,
-    quantised_layers,
-    rounded_weights,
-)
+from builder.prepare.qdq import constants_of, exact_logits, quantised_layers
+from builder.weights import round_to_scale
 from models.preprocessing import Pixels
 
 if TYPE_CHECKING:
@@ -54,10 +48,12 @@ class LayerScales:
     Attributes:
         activation: of its input.
         weights: of each channel, shape (channels,).
+        axis: of the weights that the channels lie on.
     """
 
     activation: float
     weights: NDArray[np.float32]
+    axis: int
 
 
 def rank_layers(
@@ -70,20 +66,20 @@ def rank_layers(
 
     Args:
         model: the FP32 graph.
-        quantised: the static INT8 graph made from it, with FP32 or FP16 between the quantised layers.
+        quantised: the static INT8 graph made from it.
         pixels: calibration images, uint8 NHWC.
         report: takes lines of progress.
     """
-    layers, constants = quantised_layers(quantised), constants_of(quantised)
+    scales = layer_scales(quantised)
     macs = layer_macs(model)
     total = max(sum(macs.values()), 1)
     reference = exact_logits(model, pixels)
     norm = float(np.sqrt(np.mean(reference**2)))
     costs = []
-    for done, (name, layer) in enumerate(layers.items()):
-        report(f"quantising one layer at a time: {done} of {len(layers)}")
-        change = exact_logits(_with_one_quantised(model, layer, constants), pixels) - reference
-        costs.append(LayerCost(name, float(np.sqrt(np.mean(change**2))) / norm, macs.get(name, 0) / total))
+    for done, (layer, found) in enumerate(scales.items()):
+        report(f"quantising one layer at a time: {done} of {len(scales)}")
+        change = exact_logits(_with_one_layer_quantised(model, layer, found), pixels) - reference
+        costs.append(LayerCost(layer, float(np.sqrt(np.mean(change**2))) / norm, macs.get(layer, 0) / total))
     return sorted(costs, key=lambda cost: -cost.error)
 
 
@@ -113,42 +109,40 @@ def layer_scales(model: onnx.ModelProto) -> dict[str, LayerScales]:
         name: LayerScales(
             activation=float(constants[layer.activation_scale].astype(np.float32)),
             weights=constants[layer.weights_scale].astype(np.float32),
+            axis=layer.axis,
         )
         for name, layer in quantised_layers(model).items()
     }
 
 
-def _with_one_quantised(
-    master: onnx.ModelProto, layer: QuantisedLayer, constants: Mapping[str, NDArray[Any]]
-) -> onnx.ModelProto:
-    """A copy of the FP32 graph in which one layer computes what it would in INT8.
-
-    Args:
-        master: the FP32 graph.
-        layer: of the INT8 graph.
-        constants: of the INT8 graph.
-    """
+def _with_one_layer_quantised(master: onnx.ModelProto, layer: str, scales: LayerScales) -> onnx.ModelProto:
+    """A copy of the FP32 graph in which one layer sees what it would see in INT8."""
+    import onnx
     from onnx import helper, numpy_helper
 
-    model = copy_of(master)
-    graph, prefix = model.graph, "sensitivity/"
-    position, node = next((i, node) for i, node in enumerate(graph.node) if node.name == layer.node.name)
-    new = {
-        "weights": rounded_weights(layer, constants),
-        "scale": constants[layer.activation_scale],
-        "zero": np.array(0, np.int8),
-        **{f"{place}": constants[name] for place, name in enumerate(layer.node.input[2:], 2) if name},
-    }
-    for key, value in new.items():
-        floats = value if value.dtype == np.int8 else value.astype(np.float32)
-        graph.initializer.append(numpy_helper.from_array(np.asarray(floats, order="C"), prefix + key))
+    model = onnx.ModelProto()
+    model.CopyFrom(master)
+    graph = model.graph
+    position, node = next((i, node) for i, node in enumerate(graph.node) if node.name == layer)
+    weights = next(tensor for tensor in graph.initializer if tensor.name == node.input[1])
+    values = numpy_helper.to_array(weights)
+    steps = scales.weights.reshape([-1 if axis == scales.axis else 1 for axis in range(values.ndim)])
+    integers, scale = round_to_scale(values, steps)
+    rounded = integers * scale
+    prefix = "sensitivity/"
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(rounded.astype(np.float32), prefix + "weights"),
+            numpy_helper.from_array(np.array(scales.activation, np.float32), prefix + "scale"),
+            numpy_helper.from_array(np.array(0, np.int8), prefix + "zero"),
+        ]
+    )
     scale_and_zero = [prefix + "scale", prefix + "zero"]
     pair = [
         helper.make_node("QuantizeLinear", [node.input[0], *scale_and_zero], [prefix + "q"]),
         helper.make_node("DequantizeLinear", [prefix + "q", *scale_and_zero], [prefix + "dq"]),
     ]
-    biases = [prefix + str(place) for place in range(2, len(layer.node.input))]
-    node.input[:] = [prefix + "dq", prefix + "weights", *biases]
+    node.input[0], node.input[1] = prefix + "dq", prefix + "weights"
     nodes = [*graph.node[:position], *pair, *graph.node[position:]]
     del graph.node[:]
     graph.node.extend(nodes)

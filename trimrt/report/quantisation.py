@@ -94,13 +94,13 @@ def layer_errors(
         report: takes lines of progress.
 
     Raises:
-        ReportError: a graph is missing or does not fit the other, or its tensors were scaled or moved.
+        ReportError: a graph is missing or does not fit the other.
         CheckpointError, ExportError: there is no FP32 package, and the checkpoint cannot be exported.
         DatasetError: an image cannot be read.
     """
     calibration = package.manifest.provenance.calibration
-    if calibration is not None and {"equalised", "centred"} & set(calibration.changes):
-        raise ReportError("its tensors were scaled or moved, so its layers do not fit the checkpoint's graph")
+    if calibration is not None and "equalised" in calibration.changes:
+        raise ReportError("its weights were equalised, so its layers do not fit the checkpoint's graph")
     quantised = read_graph(package)
     chosen = np.linspace(0, len(data.train) - 1, min(SENSITIVITY_IMAGES, len(data.train))).astype(np.int64)
     pixels = data.train.subset(chosen, "sensitivity").load_pixels(package.manifest.preprocessing)
