@@ -50,7 +50,10 @@ def _deserialise(
 ) -> Any:
     trt = library.trt
     with library.log.capture() as lines:
-        runtime = trt.Runtime(library.logger)
+        runtime: trt.Runtime | None = library.runtime()
+        if runtime is None:
+            reason = errors_in(lines) or "it gave no reason"
+            raise EngineError(f"{library.backend} {library.version} does not start: {reason}")
         runtime.engine_host_code_allowed = host_code
         if manifest.compatibility.dla_core is not None:
             runtime.DLA_core = manifest.compatibility.dla_core  # else core 0, whatever it was built for

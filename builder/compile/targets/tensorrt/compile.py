@@ -103,11 +103,11 @@ def build_engine(
 def _inspected(library: TensorRTLibrary, plan: bytes) -> str:
     """What the engine inspector lists, for a builder that does not say; nothing without a GPU."""
     with library.log.capture():
-        runtime = library.trt.Runtime(library.logger)
-        engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
+        runtime: trt.Runtime | None = library.runtime()
+        engine: trt.ICudaEngine | None = None if runtime is None else runtime.deserialize_cuda_engine(plan)
+        inspector: trt.EngineInspector | None = None if engine is None else engine.create_engine_inspector()
+        if inspector is None:
             return ""
-        inspector = engine.create_engine_inspector()
         return str(inspector.get_engine_information(library.trt.LayerInformationFormat.ONELINE))
 
 
@@ -119,7 +119,9 @@ def _build(
     monitoring: Monitoring,
 ) -> bytes | None:
     trt = library.trt
-    builder = trt.Builder(library.logger)
+    builder: trt.Builder | None = library.builder()
+    if builder is None:
+        return None
     # TensorRT 11 knows no other kind and ignores the flag; 10 needs it. Its number differs between them.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     config = builder.create_builder_config()
