@@ -58,5 +58,5 @@ def slim(root: Path) -> None:
     """Leave out what the official slim image leaves out."""
     for folder in ("var/lib/apt/lists", "var/cache/apt", *_LEFT_OUT):
         for path in (root / folder).iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (root / "etc/apt/apt.conf.d/docker-clean").write_text(_APT, "utf-8")
