@@ -48,15 +48,17 @@ def load(folder: Path, manifest: Manifest, options: Options) -> TensorRTEngine:
 def _deserialise(
     folder: Path, manifest: Manifest, library: TensorRTLibrary, plan: bytes, *, host_code: bool
 ) -> Any:
-    trt = library.trt
     with library.log.capture() as lines:
-        runtime = trt.Runtime(library.logger)
+        runtime: trt.Runtime | None = library.runtime()
+        if runtime is None:
+            reason = errors_in(lines) or "it gave no reason"
+            raise EngineError(f"{library.backend} {library.version} does not start: {reason}")
         runtime.engine_host_code_allowed = host_code
         if manifest.compatibility.dla_core is not None:
             runtime.DLA_core = manifest.compatibility.dla_core  # else core 0, whatever it was built for
-        if hasattr(runtime, "get_engine_validity") and hasattr(trt, "EngineValidity"):
+        if hasattr(runtime, "get_engine_validity") and hasattr(library.trt, "EngineValidity"):
             validity, diagnostics = runtime.get_engine_validity(plan)
-            if validity == trt.EngineValidity.INVALID:
+            if validity == library.trt.EngineValidity.INVALID:
                 raise EngineError(
                     f"{folder}: {library.backend} {library.version} finds the plan invalid (diagnostics "
                     f"{diagnostics}) {errors_in(lines)}; rebuild it: {manifest.build_command}"

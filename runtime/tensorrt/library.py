@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from runtime.manifest import EngineError
 from runtime.tensorrt.layers import LIST_BEGINS
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -101,6 +104,20 @@ class TensorRTLibrary:
     version: str
     log: TensorRTLog
     logger: Any
+
+    def builder(self) -> trt.Builder | None:
+        """What compiles graphs; None where TensorRT makes none, as without a GPU: its messages tell why."""
+        try:
+            return self.trt.Builder(self.logger)
+        except TypeError:  # what the bindings make of a null pointer
+            return None
+
+    def runtime(self) -> trt.Runtime | None:
+        """What loads plans; None where TensorRT makes none, as with too old a driver."""
+        try:
+            return self.trt.Runtime(self.logger)
+        except TypeError:  # as above
+            return None
 
 
 @cache

@@ -43,8 +43,11 @@ def _bootstrap(architecture: str, archive: Path) -> None:
     with tempfile.TemporaryDirectory(dir=BUILD) as name:
         root = Path(name) / "root"
         # Without a mirror it takes Debian's own.
-        command = ["debootstrap", "--variant=minbase", f"--arch={architecture}", SUITE, str(root)]
-        subprocess.run(command, check=True)
+        options = ["--foreign", "--variant=minbase", f"--arch={architecture}"]
+        subprocess.run(["debootstrap", *options, SUITE, str(root)], check=True)
+        # Before the second stage, which is dpkg's; it would wait for the disk at every file.
+        (root / "etc/dpkg/dpkg.cfg.d/slim").write_text(_DPKG, "utf-8")
+        subprocess.run(["chroot", str(root), "/debootstrap/debootstrap", "--second-stage"], check=True)
         slim(root)
         partial = Path(name) / archive.name
         subprocess.run(["tar", "--directory", str(root), "--create", "--file", str(partial), "."], check=True)
@@ -52,9 +55,8 @@ def _bootstrap(architecture: str, archive: Path) -> None:
 
 
 def slim(root: Path) -> None:
-    """Make a bootstrapped system what the official slim image is."""
+    """Leave out what the official slim image leaves out."""
     for folder in ("var/lib/apt/lists", "var/cache/apt", *_LEFT_OUT):
         for path in (root / folder).iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (root / "etc/apt/apt.conf.d/docker-clean").write_text(_APT, "utf-8")
-    (root / "etc/dpkg/dpkg.cfg.d/slim").write_text(_DPKG, "utf-8")

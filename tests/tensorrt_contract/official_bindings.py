@@ -43,7 +43,8 @@ class Bindings:
         """Standard output of a Python script run in a process where `import <module>` works."""
         environment = dict(os.environ)
         if self.folder:
-            environment["PYTHONPATH"] = str(self.folder)
+            inherited = os.environ.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(self.folder), inherited)))
         if self.stubs:
             environment["LD_LIBRARY_PATH"] = str(self.stubs)
         command = [sys.executable, str(code_file), self.module, *arguments]

@@ -124,3 +124,13 @@ def test_options_are_refused_by_the_version_that_lacks_them_and_by_no_other(vers
     refused = {option: message for option, message in said.items() if message is not None}
     assert refused.keys() == REFUSED[version]
     assert all(version in message for message in refused.values()), "the message names the version at hand"
+
+
+@pytest.mark.parametrize("version", [version for version in VERSIONS if version != RTX])
+def test_where_tensorrt_makes_no_builder_and_no_runtime_it_is_said_in_words(version):
+    """The stub libraries return null, of which the bindings make a TypeError about a factory function."""
+    said = json.loads(bindings(version).run(Path(__file__).with_name("nothing_made.py"), "graph.onnx"))
+    assert said == {
+        "builder": f"tensorrt {version} did not build the engine:\nTensorRT gave no reason",
+        "runtime": None,
+    }

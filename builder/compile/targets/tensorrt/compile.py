@@ -103,11 +103,11 @@ def build_engine(
 def _inspected(library: TensorRTLibrary, plan: bytes) -> str:
     """What the engine inspector lists, for a builder that does not say; nothing without a GPU."""
     with library.log.capture():
-        runtime = library.trt.Runtime(library.logger)
-        engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
+        runtime: trt.Runtime | None = library.runtime()
+        engine: trt.ICudaEngine | None = None if runtime is None else runtime.deserialize_cuda_engine(plan)
+        inspector: trt.EngineInspector | None = None if engine is None else engine.create_engine_inspector()
+        if inspector is None:
             return ""
-        inspector = engine.create_engine_inspector()
         return str(inspector.get_engine_information(library.trt.LayerInformationFormat.ONELINE))
 
 
@@ -118,12 +118,13 @@ def _build(
     resources: BuildResources,
     monitoring: Monitoring,
 ) -> bytes | None:
-    trt = library.trt
-    builder = trt.Builder(library.logger)
+    builder: trt.Builder | None = library.builder()
+    if builder is None:
+        return None
     # TensorRT 11 knows no other kind and ignores the flag; 10 needs it. Its number differs between them.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     config = builder.create_builder_config()
-    parser = trt.OnnxParser(network, library.logger)
+    parser = library.trt.OnnxParser(network, library.logger)
     if options.dla_core is not None:
         _use_dla(library, builder, config, parser, options)
     if not parser.parse_from_file(str(onnx_path)):
@@ -131,7 +132,7 @@ def _build(
 
     _configure(library, config, options, resources)
     _add_profiles(builder, network, config, options.profiles)
-    config.progress_monitor = monitoring.monitor(trt)
+    config.progress_monitor = monitoring.monitor(library.trt)
     cache = attach_timing_cache(config, resources.timing_cache) if resources.timing_cache else None
     plan = builder.build_serialized_network(network, config)
     if plan is not None and cache is not None and resources.timing_cache is not None:

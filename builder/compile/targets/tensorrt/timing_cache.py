@@ -65,10 +65,11 @@ def _warn(reason: str) -> None:
     )
 
 
-def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
+def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache | None:
     """Give a builder configuration the cache in `path`, or an empty one; keep it until the build ends.
 
-    A cache of another version or GPU is not used: TensorRT could then pick wrong or slow kernels.
+    A cache of another version or GPU is not used: TensorRT could then pick wrong or slow kernels. None, and
+    a warning, where TensorRT makes none.
     """
     try:
         stored = path.read_bytes() if path.is_file() else b""
@@ -78,7 +79,9 @@ def attach_timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCa
     cache = config.create_timing_cache(stored)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            logger.warning("building without the timing cache %s: TensorRT made none", path)
+            return None
     return cache
 
 
@@ -87,8 +90,13 @@ def save_timing_cache(config: trt.IBuilderConfig, path: Path) -> None:
 
     What cannot be stored is a warning: the engine is finished.
     """
+    cache: trt.ITimingCache | None = config.get_timing_cache()
+    learned: trt.IHostMemory | None = None if cache is None else cache.serialize()
+    if learned is None:
+        logger.warning("the timing cache %s was not kept: TensorRT did not give it", path)
+        return
     try:
         with replace_file(path) as new:
-            new.write_bytes(bytes(config.get_timing_cache().serialize()))
+            new.write_bytes(bytes(learned))
     except OSError as error:
         logger.warning("the timing cache %s was not kept: %s", path, error.strerror)

@@ -6,12 +6,14 @@ import logging
 import pwd
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
 from recording_cuda import AGX_ORIN, DESKTOP, ORIN
 from small_kit import small_graph
 
+from builder.compile.targets.tensorrt import compile as compiling
 from builder.compile.targets.tensorrt.compile import BuildResources, build_engine
 from builder.compile.targets.tensorrt.options import TensorRTOptions
 from builder.compile.targets.tensorrt.timing_cache import (
@@ -108,16 +110,48 @@ def test_the_user_may_name_the_place(monkeypatch, tmp_path):
     assert timing_cache_folder() == tmp_path / "trimrt" / "timing"
 
 
-def test_a_cache_that_cannot_be_kept_after_all_costs_a_warning_and_no_engine(
-    rtx, tmp_path, obstructed, caplog
-):
-    onnx.save(small_graph(), tmp_path / "small.onnx")
-    options = TensorRTOptions(profiles=[BatchSizes(min=1, opt=2, max=4)])
-    resources = BuildResources(workspace=64 << 20, timing_cache=obstructed)
-    plan = build_engine(rtx, tmp_path / "small.onnx", options, resources)
-    assert plan.startswith(b"vtrt")
-    (warning,) = [record.message for record in caplog.records if "timing cache" in record.message]
+@pytest.fixture
+def build(rtx, tmp_path):
+    """A real build with the timing cache in that file."""
+
+    def compile_small(timing_cache: Path) -> bytes:
+        onnx.save(small_graph(), tmp_path / "small.onnx")
+        options = TensorRTOptions(profiles=[BatchSizes(min=1, opt=2, max=4)])
+        resources = BuildResources(workspace=64 << 20, timing_cache=timing_cache)
+        return build_engine(rtx, tmp_path / "small.onnx", options, resources)
+
+    return compile_small
+
+
+def timing_cache_warnings(caplog) -> list[str]:
+    return [record.message for record in caplog.records if "timing cache" in record.message]
+
+
+def test_a_cache_that_cannot_be_kept_after_all_costs_a_warning_and_no_engine(build, obstructed, caplog):
+    assert build(obstructed).startswith(b"vtrt")
+    (warning,) = timing_cache_warnings(caplog)
     assert str(obstructed) in warning
+
+
+@pytest.mark.parametrize(
+    "cache", [None, SimpleNamespace(serialize=lambda: None)], ids=["no cache", "no bytes"]
+)
+def test_a_cache_that_tensorrt_does_not_give_costs_a_warning_and_no_engine(
+    build, cache, tmp_path, monkeypatch, caplog
+):
+    """The build is real; where it saves what it learned, a stand-in for its configuration gives nothing."""
+    silent = SimpleNamespace(get_timing_cache=lambda: cache)
+    monkeypatch.setattr(compiling, "save_timing_cache", lambda _config, path: save_timing_cache(silent, path))
+    assert build(tmp_path / "orin.timing").startswith(b"vtrt")
+    assert timing_cache_warnings(caplog) == [
+        f"the timing cache {tmp_path / 'orin.timing'} was not kept: TensorRT did not give it"
+    ]
+
+
+def test_where_tensorrt_makes_no_cache_the_build_goes_on_without(tmp_path, caplog):
+    silent = SimpleNamespace(create_timing_cache=lambda _stored: None)
+    assert attach_timing_cache(silent, tmp_path / "orin.timing") is None
+    assert "TensorRT made none" in caplog.text
 
 
 def test_a_cache_that_cannot_be_read_is_replaced_by_an_empty_one(rtx, config, tmp_path, monkeypatch, caplog):
