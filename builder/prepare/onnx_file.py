@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 OLDEST_OPSET: Final = 7
 _IR_VERSION: Final = 10  # the newest that TensorRT 10.3 reads
+_LARGEST_WEIGHTS: Final = 1 << 31  # bytes that a file can have
 _IMAGE_DIMENSIONS: Final = (3, 4)  # of a batch; grey images may have no dimension for channels
 
 Layout = Literal["NCHW", "NHWC", "NHW"]
@@ -276,6 +278,8 @@ def _dense(sparse: onnx.SparseTensorProto) -> NDArray[Any]:
 
     values, places = (numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
     shape = tuple(sparse.dims)
+    if (size := math.prod(shape) * values.itemsize) > _LARGEST_WEIGHTS:
+        raise ExportError(f"the weights {sparse.values.name} take {size:,} bytes with all their zeros")
     dense = np.zeros(shape, values.dtype)
     flat = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), shape)
     dense.ravel()[flat] = values

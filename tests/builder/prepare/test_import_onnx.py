@@ -316,6 +316,15 @@ def test_weights_that_are_kept_without_their_zeros_are_filled_up(save, tmp_path,
     np.testing.assert_array_equal(run_onnx(read, images), expected)
 
 
+def test_weights_that_grow_beyond_what_a_file_can_hold_are_refused(save):
+    model = classifier()
+    bomb = _sparse(numpy_helper.from_array(np.ones((1, 1), np.float32), "bomb"), flat=True)
+    bomb.dims[:] = [1 << 20, 1 << 20]
+    model.graph.sparse_initializer.append(bomb)
+    with pytest.raises(ExportError, match=r"bomb take 4,398,046,511,104 bytes"):
+        read_model(save(model))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
