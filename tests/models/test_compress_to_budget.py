@@ -141,6 +141,7 @@ def test_kit_and_manifest_carry_the_promise_and_an_engine_that_misses_it_is_told
     assert "0.001 ms asked" in trimrt("inspect", package).output
 
 
+@pytest.mark.slow
 def test_size_and_work_need_no_table(
     trimrt: Trimrt, few_digits: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -35,7 +35,9 @@ FOREIGN = {
     "--model-repository": "tritonserver",
     "--rm": "docker run",
     "--runtime": "docker run",
+    "--saved-model": "python -m tf2onnx.convert",
     "--system-site-packages": "python -m venv",
+    "--tflite": "python -m tf2onnx.convert",
 }
 """Options of other programs that our texts name."""
 

@@ -151,7 +151,9 @@ def test_of_a_compression(capsys: pytest.CaptureFixture[str]) -> None:
         def cards(self) -> Iterator[Card]:
             card = read_card(DIGITS_STUDENT)
             metrics = card.metrics.model_copy(update={"parameters": 632_045_800, "macs": 167_295_000_000})
-            return [card.model_copy(update={"name": LONG, "metrics": metrics})] * 3  # type: ignore[return-value]
+            card = card.model_copy(update={"name": LONG, "metrics": metrics})
+            roles = ("teacher", "student", "pruned")
+            return [card.model_copy(update={"role": role}) for role in roles]  # type: ignore[return-value]
 
     _print_table(Console(), Run())  # type: ignore[arg-type]
     assert "632.046 M" in fits(capsys.readouterr().out)
