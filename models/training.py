@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from models.preprocessing import Pixels, Preprocessing
 from models.recipe import Augmentation, Training, TrainingPrecision
 from models.state import SAVE_INTERVAL_S, StateSaver, load_state, save_state
 
+# Limits that oneDNN, which computes the convolutions, can be given.
+_ISAS_WITHOUT_BF16: Final = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 _WARM_UP_SHARE: Final = 0.2
 _TIMING_S: Final = 1.0
 _MOST_TIMED_STEPS: Final = 5
@@ -97,8 +100,9 @@ def supported_precision(device: torch.device) -> TrainingPrecision:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        features = torch.cpu.get_capabilities()
+        features, limit = torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
         native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        native = native and limit.upper() not in _ISAS_WITHOUT_BF16
     return "bf16" if native else "fp32"
 
 

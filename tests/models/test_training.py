@@ -19,7 +19,7 @@ from models.networks import build_network
 from models.preprocessing import Preprocessing
 from models.recipe import Augmentation, Training
 from models.state import StateSaver
-from models.training import Images, TrueLabels, derive_seed, reproducible, train
+from models.training import Images, TrueLabels, derive_seed, reproducible, supported_precision, train
 
 SETTINGS = Training(epochs=4, learning_rate=2e-3, batch_size=16)
 
@@ -235,3 +235,13 @@ def test_it_may_have_very_few_steps(
     trainer = Trainer(train_images, validation_images, spec)
     network = trainer.run(tmp_path / "state.pt", settings=settings)
     assert all(torch.isfinite(weights).all() for weights in network.parameters())
+
+
+@pytest.mark.parametrize("limit", ["SSE41", "avx2", "AVX512_CORE_VNNI"])
+def test_bf16_is_not_chosen_where_onednn_is_kept_from_it(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """It would be emulated, which takes three times as long as FP32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert supported_precision(torch.device("cpu")) == "bf16"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert supported_precision(torch.device("cpu")) == "fp32"
