@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -98,5 +97,4 @@ def _timed(network: nn.Module, spec: Preprocessing, data: DataSplit, share: floa
 
 def _some(images: ImageSet, share: float, most: int) -> ImageSet:
     count = max(round(share * min(len(images), most)), 1)
-    chosen = np.linspace(0, len(images) - 1, count).astype(np.int64)
-    return images.subset(chosen, f"{images.name}-rehearsed")
+    return images.spread(count, f"{images.name}-rehearsed")

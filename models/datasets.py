@@ -92,6 +92,11 @@ class ImageSet:
             cache_dir=self.cache_dir,
         )
 
+    def spread(self, most: int, name: str) -> ImageSet:
+        """At most so many of the images, evenly over their order."""
+        places = np.linspace(0, len(self) - 1, min(most, len(self)))
+        return self.subset(places.astype(np.int64), name)
+
     def load_pixels(self, spec: Preprocessing, *, progress: bool = True) -> Pixels:
         """All images as the network gets them, through `models.preprocessing.load_pixels`.
 

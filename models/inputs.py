@@ -33,7 +33,7 @@ def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem
         DatasetError: an image cannot be read.
         CheckpointError: the weights are in a checkpoint whose card is not valid.
     """
-    sample = _sample(images)
+    sample = images.spread(_SAMPLE, images.name)
     if recipe.image.size is not None:
         size = recipe.image.size
     else:
@@ -58,12 +58,7 @@ def choose_inputs(images: ImageSet, recipe: Recipe) -> tuple[Preprocessing, Stem
 
 def typical_side(images: ImageSet) -> int:
     """The median of the lengths of the images' shorter sides, in pixels."""
-    return int(statistics.median(map(_shorter_side, _sample(images).paths)))
-
-
-def _sample(images: ImageSet) -> ImageSet:
-    places = np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64)
-    return images.subset(places, images.name)
+    return int(statistics.median(map(_shorter_side, images.spread(_SAMPLE, images.name).paths)))
 
 
 def _statistics(pixels: Pixels) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

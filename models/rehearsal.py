@@ -46,7 +46,7 @@ def estimate(
     """
     recipe, parts = setup.recipe, list[Part]()
     if "teacher" in roles:
-        teacher = _untrained(setup, "teacher")
+        teacher = _untrained(setup, "teacher", narrow)
         seconds = _step_seconds(setup, teacher, recipe.teacher)
         parts.append(_training(setup, "teacher", "teacher", recipe.teacher, seconds))
         if "student" in roles:
@@ -58,29 +58,28 @@ def estimate(
         teacher = load_checkpoint(setup.out / "teacher")[0].to(setup.device)
         parts.append(_labelling(setup, teacher, setup.spec))
     if "student" in roles:
-        seconds = _step_seconds(setup, _untrained(setup, "student"), recipe.student)
+        seconds = _step_seconds(setup, _untrained(setup, "student", narrow), recipe.student)
         parts.append(_training(setup, "student", "student", recipe.student, seconds))
     if "pruned" in roles:
-        pruned = _untrained(setup, "pruned").eval()
-        narrow(pruned)
-        seconds = _step_seconds(setup, pruned, recipe.pruning)
+        seconds = _step_seconds(setup, _untrained(setup, "pruned", narrow), recipe.pruning)
         parts += [
             _training(setup, f"pruned-{step}", "pruned", recipe.pruning, seconds)
             for step in range(1, recipe.pruning_steps + 1)
         ]
     if afterwards is not None:
-        last = _untrained(setup, roles[-1]).eval()
-        if roles[-1] == "pruned":
-            narrow(last)
-        seconds = afterwards(last, setup.spec, setup.data)
+        last = _untrained(setup, roles[-1], narrow)
+        seconds = afterwards(last.eval(), setup.spec, setup.data)
         parts.append(Part("engine", "engine", steps=0, seconds=0, seconds_after=seconds))
     return Estimate(parts)
 
 
-def _untrained(setup: Setup, role: Role) -> nn.Module:
-    """The network that a stage begins with, of random weights."""
+def _untrained(setup: Setup, role: Role, narrow: Callable[[nn.Module], None]) -> nn.Module:
+    """The network that a stage trains, of random weights."""
     section = setup.recipe.teacher if role == "teacher" else setup.recipe.student
-    return build_network(section.architecture, len(setup.data.labels), setup.inputs[1])
+    network = build_network(section.architecture, len(setup.data.labels), setup.inputs[1])
+    if role == "pruned":
+        narrow(network.eval())
+    return network
 
 
 def _step_seconds(setup: Setup, network: nn.Module, settings: Training) -> float:

@@ -102,8 +102,8 @@ def layer_errors(
     if calibration is not None and "equalised" in calibration.changes:
         raise ReportError("its weights were equalised, so its layers do not fit the checkpoint's graph")
     quantised = read_graph(package)
-    chosen = np.linspace(0, len(data.train) - 1, min(SENSITIVITY_IMAGES, len(data.train))).astype(np.int64)
-    pixels = data.train.subset(chosen, "sensitivity").load_pixels(package.manifest.preprocessing)
+    images = data.train.spread(SENSITIVITY_IMAGES, "sensitivity")
+    pixels = images.load_pixels(package.manifest.preprocessing)
     with tempfile.TemporaryDirectory(prefix="trimrt-") as folder:
         path = _master(package, checkpoint, siblings, Path(folder), report)
         import onnx
