@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,8 +21,10 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin
 from benchmarks import hostile_images as hostile
 from benchmarks.decoding_cost import files
 from benchmarks.hostile_images import chunk, noise, saved
+from models.images.decoding import decode
 from models.images.formats import FORMATS, read_header
 from models.images.metadata import orientation
+from models.images.png import PngHeader
 from models.preprocessing import (
     Cost,
     DamagedImageError,
@@ -365,6 +368,55 @@ def test_any_bytes_behind_a_formats_first_give_a_header_or_an_image_error(magic:
         return
     assert foretold.seconds >= 0
     assert foretold.memory >= 0
+
+
+@st.composite
+def _small_png(draw: st.DrawFn) -> bytes:
+    """A PNG of a few pixels, with anything for its pixels, that may be damaged in any of the likely ways."""
+    colour, depth = draw(st.sampled_from([(0, 1), (0, 8), (0, 16), (2, 8), (3, 2), (4, 8), (6, 8), (6, 16)]))
+    width, height = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    row = (width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] + 7) // 8
+    filters = st.integers(0, draw(st.sampled_from([4, 4, 5])))
+    rows = [bytes([draw(filters)]) + draw(st.binary(min_size=row, max_size=row)) for _ in range(height)]
+    pixels = zlib.compress(b"".join(rows[: draw(st.sampled_from([height, height, height - 1]))]))
+    pixels = pixels[: -draw(st.sampled_from([0, 0, 0, 1, 4])) or None] + draw(
+        st.sampled_from([b"", b"", b"x"])
+    )
+    method = draw(st.sampled_from([0, 0, 0, 1]))
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, method, 0, 0)
+    palette = chunk(b"PLTE", bytes(range(12))) if colour == 3 else b""
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + chunk(b"IDAT", pixels) + chunk(b"IEND")
+    for place in draw(st.lists(st.integers(33, len(file) - 1), max_size=1)):
+        file = file[:place] + bytes([draw(st.integers(0, 255))]) + file[place + 1 :]
+    return file
+
+
+def test_small_pngs_are_what_pillow_makes_of_them_and_nothing_is_written_to_standard_error(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    by_opencv = set[bool]()
+
+    @settings(deadline=None, max_examples=1000, derandomize=True)
+    @given(file=_small_png())
+    def check(file: bytes) -> None:
+        header = read_header(file)
+        assert isinstance(header, PngHeader)
+        by_opencv.add(header.plain and header.is_sound(file))
+        try:
+            with Image.open(io.BytesIO(file)) as image:
+                image.load()
+                deep = image.mode.startswith("I;16")
+                grey = (np.asarray(image) >> 8).astype(np.uint8) if deep else np.empty(0)
+                expected = np.repeat(grey[:, :, None], 3, 2) if deep else np.asarray(image.convert("RGB"))
+        except Exception:
+            with pytest.raises(DamagedImageError):
+                decode(file, header)
+        else:
+            assert np.array_equal(decode(file, header), expected)
+
+    check()
+    assert by_opencv == {True, False}
+    assert capfd.readouterr().err == ""
 
 
 def test_a_servers_decoders_write_nothing_to_standard_error() -> None:
