@@ -207,6 +207,8 @@ def load_pixels(
 
 
 def _resize_and_crop(image: Pixels, spec: Preprocessing) -> Pixels:
+    if image.shape[0] == image.shape[1] == spec.height == spec.width == spec.resize:
+        return image
     if spec.fit == "squash":
         return _crop(_resized(image, *spec.squashed, spec), spec.height, spec.width)
     if spec.fit == "letterbox":

@@ -2,9 +2,9 @@
 
 libjpeg-turbo (through simplejpeg) decodes a JPEG straight at a reduced scale. OpenCV decodes WebP, for which
 Pillow keeps the interpreter's lock and takes three times the memory, and run-length bitmaps, for which Pillow
-has no compiled code. Small and plain PNGs take it a fifth of Pillow's time; others could make libpng write of
-their faults to standard error. pillow-heif (the extra `heif`) decodes HEIC: as a part of Pillow it takes twice
-the memory. Pillow reads the rest.
+has no compiled code. Small and plain PNGs take it a fifth of Pillow's time; with others libpng could write of
+faults to standard error. pillow-heif (the extra `heif`) decodes HEIC: as a part of Pillow it takes twice the
+memory. Pillow reads the rest.
 """
 
 from __future__ import annotations

@@ -92,6 +92,6 @@ def read(data: bytes) -> PngHeader:
         + 5e-3 * inflated
     )
     memory = 7 * pixels + 4 * metadata + (3 << 20) * inflated
-    plain = pieces == 1 and compressed == len(data) - _PIXELS_AT - 16 and 0 < raw <= _SMALL
+    plain = compressed == len(data) - _PIXELS_AT - 16 and pieces == 1 and 0 < raw <= _SMALL
     plain = plain and not any(methods) and not interlaced and colour != _PALETTE
     return PngHeader("PNG", width, height, Cost(seconds, memory), raw, plain)

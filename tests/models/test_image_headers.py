@@ -403,8 +403,8 @@ def test_small_pngs_are_what_pillow_makes_of_them_and_nothing_is_written_to_stan
         assert isinstance(header, PngHeader)
         by_opencv.add(header.plain and header.is_sound(file))
         try:
-            with Image.open(io.BytesIO(file)) as image:
-                image.load()
+            with Image.open(io.BytesIO(file)) as opened:
+                image = opened.copy()
                 deep = image.mode.startswith("I;16")
                 grey = (np.asarray(image) >> 8).astype(np.uint8) if deep else np.empty(0)
                 expected = np.repeat(grey[:, :, None], 3, 2) if deep else np.asarray(image.convert("RGB"))
