@@ -75,9 +75,9 @@ class TestGivingWay:
 
     def test_the_interpreters_lock_changes_hands_soon_while_any_thread_is_inside(self, usual: float) -> None:
         with giving_way_in_a_thread() as leave_first, giving_way_in_a_thread() as leave_second:
-            assert sys.getswitchinterval() == pytest.approx(20e-6)
+            assert sys.getswitchinterval() == pytest.approx(1e-3)
             leave_first()
-            assert sys.getswitchinterval() == pytest.approx(20e-6)
+            assert sys.getswitchinterval() == pytest.approx(1e-3)
             leave_second()
             assert sys.getswitchinterval() == usual
 
@@ -165,7 +165,7 @@ class TestOfAServer:
     ) -> None:
         nice, _ = priority()
         seen = self.observed(engine_dir, encode(0))
-        assert seen == ((min(19, nice + 10), os.SCHED_BATCH), pytest.approx(20e-6))
+        assert seen == ((min(19, nice + 10), os.SCHED_BATCH), pytest.approx(1e-3))
         assert sys.getswitchinterval() == usual
 
     def test_one_setting_turns_it_off(

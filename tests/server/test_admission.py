@@ -433,6 +433,18 @@ def test_one_body_may_not_be_larger_than_its_limit(start: Start, gate: Gate, enc
     assert it.ask(encode(0).ljust(1000, b"\0")).error == it.error("body-too-large")
 
 
+@pytest.mark.parametrize("kind", [Grpc], ids=["v2-grpc"])
+def test_a_call_without_a_message_is_malformed(start: Start, kind: type[Grpc]) -> None:
+    it = start()
+    assert isinstance(it, kind)
+    answer = it.send_no_message().answer()
+    assert (answer.error, answer.detail) == (
+        it.error("malformed-request"),
+        "the call ended without a message",
+    )
+    wait_until(lambda: it.counted("invalid", "malformed-request") == 1)
+
+
 @over_http
 def test_a_body_announced_above_the_limit_is_refused_before_it_comes(start: Start, kind: type[Http]) -> None:
     it = start(max_body_bytes=1000)
@@ -533,6 +545,24 @@ def test_large_requests_whose_clients_leave_keep_nothing(
     body = large(encode(0))
     for sent in [it.send_body(body) for _ in range(10)]:
         sent.leave()
+    wait_until(lambda: nothing_is_left(it))
+
+
+def test_the_body_of_a_large_request_counts_as_long_as_the_thread_has_it(
+    start: Start, encode: Encode, large: Callable[..., bytes]
+) -> None:
+    it = start()
+    taken = threading.Event()
+    large_work, memory = it.server.service.large_work, it.server.service.body_memory
+    large_work.submit(taken.wait, 20)  # the thread has other work
+    wait_until(lambda: large_work._work_queue.qsize() == 0)  # type: ignore[attr-defined]
+    body = large(encode(0))
+    sent = it.send_body(body)
+    wait_until(lambda: large_work._work_queue.qsize() == 1)  # type: ignore[attr-defined]
+    sent.leave()
+    wait_until(lambda: it.counted("cancelled", "disconnected") == 1)
+    assert memory.held >= len(body)
+    taken.set()
     wait_until(lambda: nothing_is_left(it))
 
 

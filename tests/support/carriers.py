@@ -258,6 +258,10 @@ class Grpc(Carrier):
         timeout = None if timeout_ms is None else timeout_ms / 1000
         return _SentOverGrpc(self._infer.future(body, timeout=timeout, metadata=metadata))
 
+    def send_no_message(self) -> Sent:
+        infer = self._channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+        return _SentOverGrpc(infer.future(iter(()), timeout=20))
+
     def error(self, problem: str) -> str:
         return _GRPC_CODES[problem]
 
