@@ -21,6 +21,7 @@ from gated_engine import Gate, load_gated
 from pydantic import SecretStr
 from running import running, wait_until
 
+from server.admission import Admission
 from server.settings import Settings
 from server.telemetry import Ended
 from server.v2.grpc import address_of
@@ -232,6 +233,21 @@ def test_a_request_whose_deadline_passes_is_told_so_and_never_computed(
     wait_until(lambda: it.counted("expired", "deadline-exceeded") == 1)
     assert dropped(it) == {"expired": 1}
     assert pending(it) == 1
+    only_these_are_computed(gate, blocker, it.send(image))
+
+
+@pytest.mark.parametrize("kind", [Grpc], ids=["v2-grpc"])
+def test_a_call_that_grpc_cancels_at_its_deadline_is_expired(
+    start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Admission, "_expire", lambda self: None)  # gRPC comes before it
+    it = start()
+    image = encode(0)
+    blocker = it.send(image)
+    gate.wait_for_arrivals(1)
+    assert it.ask(image, timeout_ms=500).error == it.error("deadline-exceeded")
+    wait_until(lambda: it.counted("expired", "deadline-exceeded") == 1)
+    assert dropped(it) == {"expired": 1}
     only_these_are_computed(gate, blocker, it.send(image))
 
 
