@@ -30,9 +30,9 @@ def giving_way() -> Iterator[None]:
     Without it, the event loop and clients on this machine often wait for a core, and so does the thread that
     holds the interpreter's lock while others wait for that lock.
 
-    In return, every thread of the process hands the lock over after 1 ms instead of 5: the calling thread needs
-    it for moments only, and its core would idle until the event loop has answered a whole batch. After less,
-    threads of fast engines would take the lock from each other all the time.
+    In return, every thread of the process hands the lock over after 1 ms instead of 5: the calling thread
+    needs it for moments only, and its core would idle until the event loop has answered a whole batch. After
+    less, threads of fast engines would take the lock from each other all the time.
 
     The end of the block undoes everything, except that only a privileged process may raise a thread's
     priority again. On other systems than Linux nothing happens.
