@@ -73,7 +73,7 @@ AUGMENTATION: Final = {
 
 _ARCHITECTURE: Final = "resnet18"
 _SIDE: Final = 32
-_JUDGED: Final = {"validation": 2000, "test": 4000}  # images, of those that there are
+_JUDGED: Final = {"validation": 1000, "test": 3000}  # images, of those that there are
 _NANOSECONDS: Final = 1e6  # of a millisecond; ratios are found for whole numbers
 _GRADIENTS: Final = 32  # batches that Taylor's importance is measured on
 
@@ -252,7 +252,7 @@ class Trial:
         sums = {name: torch.zeros_like(weight) for name, weight in network.named_parameters()}
         shuffle = torch.Generator().manual_seed(derive_seed(self.seed, "gradients"))
         order = torch.randperm(len(self._images.targets), generator=shuffle)
-        for number, batch in enumerate(order.split(size)[:_GRADIENTS]):
+        for number, batch in enumerate(torch.split(order, size)[:_GRADIENTS]):
             affines = random_affines(len(batch), AUGMENTATION[self.data], number)
             views = transform(to_float(self._images.pixels[batch.numpy()], torch.device("cpu")), affines)
             targets = torch.from_numpy(self._images.targets[batch.numpy()])
@@ -323,7 +323,7 @@ def table(results: Results) -> str:
                 ours = [row for row in found if (row.share, row.way) == (share, way) and row.seed in uniform]
                 if ours:
                     beside = [uniform[row.seed] for row in ours] if way != "uniform" else []
-                    rows.append([f"{share:.0%}: {words}", *_cells(ours, beside)])
+                    rows.append([f"{100 * share:.0f} %: {words}", *_cells(ours, beside)])
     head = ["", "seeds", "predicted ms", "parameters", "wrong, validation", "wrong, test", "fewer", ""]
     return markdown_table(head, rows)
 
@@ -338,7 +338,7 @@ def _cells(rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[str]:
         spread([row.validation_wrong for row in rows], "{:.0f}".format),
         f"{spread([row.test_wrong for row in rows], '{:.0f}'.format)} of {rows[0].test_images}",
         spread(differences, "{:.0f}".format) if beside else "",
-        f"{fewer:.1%}" if beside else "",
+        f"{100 * fewer:.1f} %" if beside else "",
     ]
 
 
@@ -349,7 +349,7 @@ def _cells(rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[str]:
 )
 @click.option("--seeds", type=COUNT, default=3)
 @click.option(
-    "--share", "shares", type=float, multiple=True, default=(0.15, 0.25, 0.4), help="Of the latency."
+    "--share", "shares", type=float, multiple=True, default=(0.15, 0.2, 0.3), help="Of the latency."
 )
 @click.option("--way", "ways", type=click.Choice(list(WAYS)), multiple=True, default=("uniform", "magnitude"))
 @click.option("--images", type=COUNT, default=3000, help="To train on.")
