@@ -378,7 +378,7 @@ def main(
     latencies = read_latency_table(table_file)
     course = Course(images=images, epochs=epochs, fine_tuning=fine_tuning)
     results = Results(
-        **made_here(shlex.join(["python -m experiments.budgets", *sys.argv[1:]])),
+        **made_here(shlex.join(["python", "-m", "experiments.budgets", *sys.argv[1:]])),
         device=Device.model_validate(latencies.model_dump(include=set(Device.model_fields))),
         timed_networks=len(latencies.networks()),
         course=course,
