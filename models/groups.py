@@ -64,7 +64,7 @@ class ChannelGroups:
             PruningError: torch-pruning cannot trace this network.
         """
         example = torch.zeros(1, 3, spec.height, spec.width)
-        self._importance = {
+        self._importance: dict[Tensor, Tensor] = {
             weight: weight.detach().double().square() if importance is None else importance[name].double()
             for name, weight in network.named_parameters()
             if weight.ndim > 1
