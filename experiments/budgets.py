@@ -146,9 +146,13 @@ class Trial:
         table = fingerprint(self.table.model_dump(mode="json"))[:8]
         return way if way == UNPRUNED else f"{share:g}-{way}-{table}"
 
+    def file(self, share: float, way: str) -> Path:
+        """Where the row of a network is kept."""
+        return self.folder / f"{self._name(share, way)}.json"
+
     def row(self, share: float, way: str) -> Row:
         """A network of that share of the latency, made or kept."""
-        file = self.folder / f"{self._name(share, way)}.json"
+        file = self.file(share, way)
         if file.exists():
             return Row.model_validate_json(file.read_text(encoding="utf-8"))
         network = self._network if way == UNPRUNED else self._pruned(share, way)
@@ -391,8 +395,8 @@ def main(
             for data in names:
                 trial = Trial(data, seed, course, latencies, runs, progress)
                 for share, way in networks:
-                    if time.monotonic() > deadline:
-                        break
+                    if time.monotonic() > deadline and not trial.file(share, way).exists():
+                        continue
                     results.rows.append(trial.row(share, way))
                     results.write(out)
     click.echo(table(results))
