@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -49,13 +50,25 @@ class ChannelGroups:
         channels: how many each group has.
     """
 
-    def __init__(self, network: nn.Module, spec: Preprocessing) -> None:
+    def __init__(
+        self, network: nn.Module, spec: Preprocessing, importance: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Trace `network`, which must be in evaluation mode, contiguous and on the CPU.
+
+        Args:
+            network: not changed until `prune`.
+            spec: input size.
+            importance: of each weight, not negative, by the parameter's name; None: its square.
 
         Raises:
             PruningError: torch-pruning cannot trace this network.
         """
         example = torch.zeros(1, 3, spec.height, spec.width)
+        self._importance: dict[Tensor, Tensor] = {
+            weight: weight.detach().double().square() if importance is None else importance[name].double()
+            for name, weight in network.named_parameters()
+            if weight.ndim > 1
+        }
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Unwrapped parameters", UserWarning)
@@ -90,8 +103,9 @@ class ChannelGroups:
     def worth(self) -> Worth:
         """What each group's best channels are worth, by how many are kept: shape (channels + 1,).
 
-        That is the logarithm of the share of its weights' squares that a layer keeps, summed over the layers
-        that make or read the channels. So what is left of a group becomes the more precious the less it is.
+        That is the logarithm of the share of its weights' importance that a layer keeps, summed over the
+        layers that make or read the channels. So what is left of a group becomes the more precious the less
+        it is.
         """
         worth = {}
         for name, shares in self._shares.items():
@@ -153,17 +167,17 @@ class ChannelGroups:
         )
 
     def _shares_of(self, group: Any, channels: int) -> NDArray[np.float64]:
-        """The share of its weights' squares that each layer has in each channel, shape (layers, channels)."""
+        """The share of its weights' importance that a layer has in each channel, shape (layers, channels)."""
         shares = []
         for item in group:
             layer = item.dep.target.module
             if not isinstance(layer, _LAYERS):
                 continue
-            squares = layer.weight.detach().double().square()
-            squares = (squares if self._is_output(item.dep) else squares.transpose(0, 1)).flatten(1).sum(1)
+            weights = self._importance[layer.weight]
+            of_side = (weights if self._is_output(item.dep) else weights.transpose(0, 1)).flatten(1).sum(1)
             # Where maps are flattened, each channel has several inputs.
             of_channels = np.zeros(channels)
-            np.add.at(of_channels, item.root_idxs, squares.numpy()[item.idxs])
+            np.add.at(of_channels, item.root_idxs, of_side.numpy()[item.idxs])
             shares.append(of_channels / (of_channels.sum() or 1))
         return np.array(shares)
 

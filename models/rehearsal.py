@@ -22,6 +22,9 @@ from models.recipe import Training
 from models.setup import Setup
 from models.training import steps_of_epoch, time_step
 
+# Prunes a student as far as the run does, or to a share of the way to its budget.
+Narrow = Callable[[nn.Module, float], None]
+
 # The seconds of what follows a run, given a network like its last one, in no state to be used, and its data.
 Afterwards = Callable[[nn.Module, Preprocessing, DataSplit], float]
 
@@ -31,7 +34,7 @@ _INFERENCE_SHARE: Final = 0.5  # of the time of a training step: a third of its 
 def estimate(
     setup: Setup,
     roles: Sequence[Role],
-    narrow: Callable[[nn.Module], None],
+    narrow: Narrow,
     afterwards: Afterwards | None = None,
 ) -> Estimate:
     """How long these stages will take, from a few steps of each, and what follows them.
@@ -41,7 +44,7 @@ def estimate(
     Args:
         setup: of the run.
         roles: the stages.
-        narrow: prunes a student as far as the run does.
+        narrow: prunes a student; each network on the way is timed by itself.
         afterwards: foretells what follows; None: nothing does.
     """
     recipe, parts = setup.recipe, list[Part]()
@@ -61,11 +64,14 @@ def estimate(
         seconds = _step_seconds(setup, _untrained(setup, "student", narrow), recipe.student)
         parts.append(_training(setup, "student", "student", recipe.student, seconds))
     if "pruned" in roles:
-        seconds = _step_seconds(setup, _untrained(setup, "pruned", narrow), recipe.pruning)
-        parts += [
-            _training(setup, f"pruned-{step}", "pruned", recipe.pruning, seconds)
-            for step in range(1, recipe.pruning_steps + 1)
-        ]
+        for number in range(recipe.front):
+            network = _untrained(setup, "pruned", narrow, (number + 1) / recipe.front)
+            seconds = _step_seconds(setup, network, recipe.pruning)
+            first = number * recipe.pruning.steps + 1
+            parts += [
+                _training(setup, f"pruned-{step}", "pruned", recipe.pruning, seconds)
+                for step in range(first, first + recipe.pruning.steps)
+            ]
     if afterwards is not None:
         last = _untrained(setup, roles[-1], narrow)
         seconds = afterwards(last.eval(), setup.spec, setup.data)
@@ -73,12 +79,12 @@ def estimate(
     return Estimate(parts)
 
 
-def _untrained(setup: Setup, role: Role, narrow: Callable[[nn.Module], None]) -> nn.Module:
-    """The network that a stage trains, of random weights."""
+def _untrained(setup: Setup, role: Role, narrow: Narrow, share: float = 1.0) -> nn.Module:
+    """The network that a stage trains, of random weights; a pruned one at that share of the way."""
     section = setup.recipe.teacher if role == "teacher" else setup.recipe.student
     network = build_network(section.architecture, len(setup.data.labels), setup.inputs[1])
     if role == "pruned":
-        narrow(network.eval())
+        narrow(network.eval(), share)
     return network
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from models.card import Ancestor, Card, CheckpointError, Metrics, Role, read_card
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.evaluation import count_macs, count_parameters, evaluate
-from models.files import restore
+from models.files import replace_file, restore
 from models.finding import point_name, points_of
 from models.fitting import Fit, Fitter, TargetDevice, load_fit, save_fit
 from models.groups import ChannelGroups
@@ -169,10 +169,19 @@ class Stages:
             card = self._finished(place, stage)
             if card is not None:
                 if place != folder:
+                    if stage.role == "pruned":
+                        self._copy_points(place.parent)
                     copy_checkpoint(place, folder)
                 self.setup.say(f"{stage.role}: {card.name} is finished already, reused from {place}")
                 return card
         return None
+
+    def _copy_points(self, run: Path) -> None:
+        """Take over what another run made on the way to its pruned network."""
+        for point in points_of(self.setup.out):
+            shutil.rmtree(point)
+        for point in points_of(run):
+            copy_checkpoint(point, self.setup.out / point.name)
 
     def _finished(self, folder: Path, stage: _Stage) -> Card | None:
         """The card of the checkpoint in `folder` if `stage` would make just that one."""
@@ -309,8 +318,27 @@ class Stages:
         network = build_network(architecture, len(setup.data.labels), setup.inputs[1]).eval()
         table = None
         if "latency_ms" in recipe.budget and self.device is not None:
+            self._reuse_table()
             table = self.device.open_table(network, architecture, setup.spec, setup.out / LATENCY_TABLE)
         return Fitter(network, setup.spec, recipe.budget, recipe.pruning.round_to, table, self.device)
+
+    def _reuse_table(self) -> None:
+        """Copy the latency table of the run to reuse, if that run's networks are of this shape."""
+        setup, file = self.setup, self.setup.out / LATENCY_TABLE
+        if setup.reuse is None or file.exists() or not (setup.reuse / LATENCY_TABLE).exists():
+            return
+        try:
+            card = read_card(setup.reuse / "student")
+        except CheckpointError:
+            return
+        spec, stem = setup.inputs
+        there = (card.architecture, card.stem, len(card.labels))
+        sizes = [(each.height, each.width) for each in (card.preprocessing, spec)]
+        here = (setup.recipe.student.architecture, stem, len(setup.data.labels))
+        if there == here and sizes[0] == sizes[1]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(file) as new:
+                shutil.copyfile(setup.reuse / LATENCY_TABLE, new)
 
     def _fit_widths(self, network: nn.Module, stage: _Stage, step: int) -> Fit:
         """Those that a step prunes to; an interrupted run finds them again."""
@@ -327,11 +355,11 @@ class Stages:
         save_fit(file, mark, fit)
         return fit
 
-    def _narrow(self, network: nn.Module) -> None:
-        """Prune as far as all steps do, with the network's own weights."""
+    def _narrow(self, network: nn.Module, share: float) -> None:
+        """Prune to that share of the way to the budget, or as far as all steps do."""
         recipe, spec = self.setup.recipe, self.setup.spec
         if recipe.budget:
-            fit = self._fitter.fit(network, recipe.budget, tried=False)
+            fit = self._fitter.fit(network, self._fitter.on_the_way(share), tried=False)
             ChannelGroups(network, spec).prune(fit.widths)
         else:
             settings = recipe.pruning.model_copy(update={"steps": 1})

@@ -115,6 +115,50 @@ def test_a_finished_front_is_reused(
     assert (front[0] / "pruned" / "card.json").read_bytes() == before
 
 
+def test_another_run_takes_over_the_whole_front_and_the_latency_table(
+    trimrt: Trimrt, few_digits: Path, front: tuple[Path, str], table_file: Path, tmp_path: Path
+) -> None:
+    """The table that a run measured is in its folder; here it is the device's, as if it had been."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(front[0], old)
+    shutil.copy(table_file, old / "latency.json")
+    result = trimrt(
+        "compress", few_digits, "--out", new, "--reuse", old, *SHORT, "--latency-ms", ASKED_MS, "--front", 2
+    )
+    assert result.output.count(f"reused from {old}") == 3
+    for point in ("front-1", "pruned"):
+        assert read_card(new / point) == read_card(old / point)
+    assert (new / "latency.json").read_bytes() == table_file.read_bytes()
+
+
+def test_the_table_of_a_run_with_other_inputs_is_not_taken_over(
+    trimrt: Trimrt, few_digits: Path, finished: tuple[Path, str], table_file: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(finished[0], old)
+    shutil.copy(table_file, old / "latency.json")
+    budget = ["--latency-ms", 0.01, "--latency-table", table_file]  # refused before anything is trained
+    for size, taken in (("32", False), ("24", True)):
+        trimrt(
+            "compress", few_digits, "--out", new, "--reuse", old, *SHORT, *budget, "--image-size", size,
+            code=1,
+        )  # fmt: skip
+        assert (new / "latency.json").exists() == taken
+
+
+def test_the_report_joins_the_networks_of_a_front(
+    trimrt: Trimrt, front: tuple[Path, str], tmp_path: Path
+) -> None:
+    page, figures = tmp_path / "report.html", tmp_path / "report.json"
+    trimrt("report", front[0], "--out", page, "--json", figures, "--seconds", 0.5)
+    models = json.loads(figures.read_text())["models"]
+    fronts = {Path(model["path"]).name: model["front"] for model in models}
+    student = read_card(front[0] / "student").weights_sha256
+    assert fronts == {"teacher": None, "student": None, "front-1": student, "pruned": student}
+    joined = ", ".join(f"#{model['number']}" for model in models if model["front"])
+    assert f"Solid: one student pruned to several budgets ({joined})." in page.read_text()
+
+
 def test_kit_and_manifest_carry_the_promise_and_an_engine_that_misses_it_is_told(
     trimrt: Trimrt, front: tuple[Path, str], tmp_path: Path
 ) -> None:

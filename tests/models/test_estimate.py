@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch import nn
 
+from models.datasets import DataSplit
 from models.estimate import Estimate, Part, RunProgress, in_words
+from models.pruning import Pruner
+from models.recipe import Pruning, make_recipe
+from models.rehearsal import estimate
+from models.setup import Setup
 
 PARTS = (
     Part("teacher", "teacher", steps=10, seconds=600, seconds_after=60),
@@ -105,3 +112,20 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
 
 def test_on_a_terminal_the_bar_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, terminal=True).splitlines() == ["this will take about 3 min"]
+
+
+def test_each_network_on_the_way_to_a_budget_is_timed_by_itself(split: DataSplit, tmp_path: Path) -> None:
+    recipe = make_recipe(overrides={"macs": 1e6, "front": 2, "threads": 1, "pruning": {"steps": 2}})
+    setup = Setup(split, recipe, tmp_path, None, None, Console(quiet=True))
+    shares = []
+
+    def narrow(network: nn.Module, share: float) -> None:
+        shares.append(share)
+        if share == 1:
+            Pruner(network, setup.spec, Pruning(steps=1), ratio=0.9).step()
+
+    whole = estimate(setup, ["pruned"], narrow)
+    assert shares == [0.5, 1]
+    all_steps = whole.seconds_left
+    whole.begin("pruned-3", done=0)
+    assert whole.seconds_left < all_steps / 3

@@ -94,6 +94,17 @@ def test_channels_without_weight_are_worth_nothing_and_go_first(chain: nn.Module
     assert torch.equal(chain.get_parameter("0.weight"), kept)
 
 
+def test_another_importance_than_the_weights_squares_decides_what_goes(chain: nn.Module) -> None:
+    importance = {name: torch.ones_like(weight) for name, weight in chain.named_parameters()}
+    for side in (importance["0.weight"], importance["3.weight"].transpose(0, 1)):
+        side[:60] = 0
+    kept = chain.get_parameter("0.weight")[60:].clone()
+    groups = ChannelGroups(chain, SPEC, importance)
+    assert groups.worth()["0"][4:] == pytest.approx(0, abs=1e-9)
+    groups.prune({"0": 4})
+    assert torch.equal(chain.get_parameter("0.weight"), kept)
+
+
 def test_what_is_left_of_a_group_becomes_more_precious(chain: nn.Module) -> None:
     for worth in ChannelGroups(chain, SPEC).worth().values():
         assert worth[-1] == pytest.approx(0, abs=1e-9)

@@ -117,6 +117,7 @@ def _model(entry: Entry, label: str, group: int) -> Model:
         "missing": {what: reason for what, reason in entry.missing.items() if what not in measured},
         "notes": [entry.choice.caution] if entry.choice.caution else [],
         "architecture": entry.choice.card.architecture if entry.choice.card else None,
+        "front": _front(entry),
     }
     common.update(measured)
     if isinstance(item, Checkpoint):
@@ -157,6 +158,17 @@ def _model(entry: Entry, label: str, group: int) -> Model:
         provenance=facts_of_package(item.folder, manifest),
         **common,
     )
+
+
+def _front(entry: Entry) -> str | None:
+    """What a network that was pruned to a budget has in common with others of its student."""
+    item, card = entry.item, entry.choice.card
+    promise = item.card.promise if isinstance(item, Checkpoint) else item.manifest.promise
+    if promise is None:
+        return None
+    if card is not None and card.lineage:
+        return card.lineage[-1].weights_sha256
+    return entry.name.replace(f"-{promise.suffix}", "")  # where the engine's checkpoint is not here
 
 
 def _size(path: Path) -> int:

@@ -251,11 +251,17 @@ def _trade_offs(index: int, models: list[Model]) -> list[Figure]:
             "Up is more accurate, left is "
             + ("smaller" if cost == "size" else "faster")
             + f". Dashed: the Pareto front; no model is better in both than {names} (filled). "
-            "Vertical lines: 95 % intervals"
+            + _budgets_in_words(shown)
+            + "Vertical lines: 95 % intervals"
             + ("; horizontal: 10th to 90th percentile." if cost == "latency" else ".")
         )
         figures.append(Figure(Markup(svg), f"Accuracy against {cost}", caption))
     return figures
+
+
+def _budgets_in_words(models: list[Model]) -> str:
+    fronts = [", ".join(f"#{model.number}" for model in front) for front in plots.budget_fronts(models)]
+    return f"Solid: one student pruned to several budgets ({'; '.join(fronts)}). " if fronts else ""
 
 
 def _confusions(index: int, group: Group, scored: list[tuple[Model, Accuracy]]) -> tuple[list[Figure], str]:

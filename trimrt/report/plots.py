@@ -11,6 +11,7 @@ import io
 import math
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -133,6 +134,15 @@ def trade_off(models: Sequence[Model], cost: Cost, key: str) -> tuple[str, list[
         axes.set_xscale("log")
         axes.set_yscale("function", functions=error_scale(images))
         _draw_front(axes, [costs[index] for index in front], [accuracies[index].top1 for index in front])
+        for fitted in budget_fronts(models):
+            fitted.sort(key=lambda model: cost_of(model, cost))
+            axes.plot(
+                [cost_of(model, cost) for model in fitted],
+                [_accuracy(model).top1 for model in fitted],
+                color=style_of(fitted[0])[0],
+                linewidth=1.3,
+                zorder=2,
+            )
         for index, (model, accuracy) in enumerate(zip(models, accuracies, strict=True)):
             colour, marker = style_of(model)
             x = costs[index]
@@ -156,6 +166,15 @@ def trade_off(models: Sequence[Model], cost: Cost, key: str) -> tuple[str, list[
         _number(figure, axes, models, costs, accuracies)
         alternative = f"Accuracy of {len(models)} models against {cost}, with the Pareto front."
         return _svg(figure, key, alternative), [models[index] for index in front]
+
+
+def budget_fronts(models: Sequence[Model]) -> list[list[Model]]:
+    """Networks that one student was pruned to by budgets, of one kind and precision; two or more."""
+    fronts = defaultdict[Any, list[Model]](list)
+    for model in models:
+        if model.front is not None:
+            fronts[model.front, model.kind, model.backend, model.precision].append(model)
+    return [front for front in fronts.values() if len(front) > 1]
 
 
 def _accuracy(model: Model) -> Accuracy:

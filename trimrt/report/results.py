@@ -107,6 +107,9 @@ class Model(_Strict):
     precision: Precision
     parameters: int | None = None
     macs: int | None = None
+    front: str | None = Field(
+        default=None, description="the same of all networks that one student was pruned to by budgets"
+    )
     size_bytes: int = Field(description="the weights file, or the compiled artefact")
     group: int = Field(description="index of its data set in `groups`")
     accuracy: Accuracy | None = None

@@ -59,6 +59,18 @@ def test_an_accuracy_axis_tells_apart_what_is_nearly_right() -> None:
     assert min(map(float, ticks)) >= 99.5
 
 
+def test_networks_that_one_student_was_pruned_to_by_budgets_are_joined() -> None:
+    preset, int8 = model(4), model(5, precision="int8", front="a student's hash")
+    joined, scattered = (
+        parse(render(report([*(model(number, front=front) for number in (1, 2, 3)), preset, int8])))
+        for front in ("a student's hash", None)
+    )
+    for with_line, without in zip(joined.find("figure")[:2], scattered.find("figure")[:2], strict=True):
+        assert "Solid: one student pruned to several budgets (#1, #2, #3)." in with_line.words
+        assert "Solid" not in without.words
+        assert len(with_line.find("path")) == len(without.find("path")) + 1
+
+
 def test_many_classes_are_cut_to_those_that_are_mistaken() -> None:
     classes = group(classes=100, images=1000, labels=[f"class-{index}" for index in range(100)])
     better, worse = accuracy(30, 1000, 100), accuracy(60, 1000, 100)
