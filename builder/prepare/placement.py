@@ -20,8 +20,8 @@ def keep_in_float(
 ) -> onnx.ModelProto:
     """A Q/DQ graph in which some layers are not quantised any more, nor the operands of any residual sum.
 
-    Sums cost no multiply-accumulates, and what they lose is lost for all layers behind them: with a quarter of
-    EfficientNet-Lite0 in floating point the logits are 3.2 % off with quantised sums, and 2.8 % without.
+    Sums cost no multiply-accumulates, and what they lose is lost for all layers behind them: with a quarter
+    of EfficientNet-Lite0 in floating point the logits are 3.2 % off with quantised sums, and 2.8 % without.
 
     Args:
         quantised: with FP32 between the quantised layers.
