@@ -235,7 +235,7 @@ def _fix_paddings(model: onnx.ModelProto, signature: Signature) -> None:
     """
     from onnx import numpy_helper
 
-    constant = {tensor.name for tensor in model.graph.initializer}
+    constant = _constants(model)
     pads = [node for node in model.graph.node if node.op_type == "Pad" and node.input[1] not in constant]
     found = _values(model, signature, [node.input[1] for node in pads])
     for node in pads:
