@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,7 @@ def _with_one_layer_quantised(
     steps = scales.weights.reshape([-1 if axis == scales.axis else 1 for axis in range(values.ndim)])
     integers, scale = round_to_scale(values, steps)
     prefix = "sensitivity/"
-    constants = {
+    constants: dict[str, NDArray[Any]] = {
         "weights": (integers * scale).astype(np.float32),
         "scale": np.array(scales.activation, np.float32),
         "zero": np.array(0, np.int8),
