@@ -24,15 +24,39 @@ _MOST_FILES: Final = 1_000_000
 _HARMLESS_BYTES: Final = 1 << 30  # pictures of drawings shrink a hundredfold; so much of them is no harm
 _MOST_GROWTH: Final = 20
 _CHUNK: Final = 1 << 20
+# By what their files begin with; a tar file says so further in.
+_OTHERS: Final = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"7z\xbc\xaf": "7-Zip",
+    b"Rar!": "RAR",
+}
+_TAR: Final = slice(257, 262)
 
 
 def unpacked(path: Path, cache_dir: Path) -> Path:
     """The folder that a ZIP file unpacks to; anything else as it is.
 
     Raises:
-        DatasetError: a ZIP file that is damaged, encrypted, or no archive of photographs.
+        DatasetError: a ZIP file that is damaged, encrypted, or no archive of photographs; another archive.
     """
-    return _unpack(path, cache_dir) if path.is_file() and zipfile.is_zipfile(path) else path
+    if not path.is_file():
+        return path
+    if zipfile.is_zipfile(path):
+        return _unpack(path, cache_dir)
+    if kind := _other_kind(path):
+        raise DatasetError(f"{path} is a {kind} archive, not a ZIP file; unpack it and name the folder")
+    return path
+
+
+def _other_kind(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(_TAR.stop)
+    if start[_TAR] == b"ustar":
+        return "tar"
+    return next((kind for mark, kind in _OTHERS.items() if start.startswith(mark)), None)
 
 
 def _unpack(archive: Path, cache_dir: Path) -> Path:

@@ -75,12 +75,14 @@ class Contents:
         held_out: the part that comes with the data to test on.
         skipped: what is not used, by the reason.
         renamed: labels of the class folders whose names are not UTF-8.
+        inner: folders in class folders that hold nothing else, whose images are of the class all the same.
     """
 
     train: Part = field(default_factory=lambda: Part("", {}))
     held_out: Part | None = None
     skipped: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
     renamed: list[str] = field(default_factory=list)
+    inner: list[Path] = field(default_factory=list)
 
 
 def read_contents(root: Path) -> Contents:
@@ -228,6 +230,9 @@ def _read_classes(folder: Path, contents: Contents) -> dict[str, list[Path]]:
                 contents.renamed.append(label)
             if files:
                 classes.setdefault(label, []).extend(files)
+                inner = sorted({path / file.relative_to(path).parts[0] for file in files})
+                if len(inner) > 1 and not set(inner) & set(files):
+                    contents.inner += inner
             else:
                 contents.skipped[EMPTY_FOLDERS].append(path)
         else:

@@ -8,9 +8,10 @@ an eighth of their size.
 from __future__ import annotations
 
 import hashlib
+import re
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -237,9 +238,25 @@ def _summary(
     if faults and on_damaged == "skip":
         yield f"not used: files that cannot be read ({len(faults):,}):"
         yield from listed(faults, root, _FEW)
+    if contents.inner:
+        names = [_name(path, root) for path in contents.inner]
+        text = "folders within a class folder are no classes; their images count as its own"
+        yield from _wrapped(f"{text} ({len(names):,}): {few(names, _FEW)}")
+    for alike in _alike(counts):
+        yield from _wrapped(f"WARNING: classes whose names are nearly the same: {alike}")
     for label in contents.renamed:
         yield from _wrapped(f"the name of a class folder is not UTF-8; read as {shown(label)}")
     yield from _duplicates(root, train, held_out)
+
+
+def _alike(labels: Iterable[str]) -> Iterator[str]:
+    """Words that differ in case and in what parts them, as in folders that two people put together."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for label in sorted(labels):
+        groups[re.sub(r"[\s_-]+", " ", label.casefold()).strip()].append(label)
+    for name, group in groups.items():
+        if len(group) > 1 and len(name) > 1:  # a and A are letters
+            yield ", ".join(f"{shown(label)!r}" for label in group)
 
 
 def _duplicates(root: Path, train: list[Image], held_out: list[Image]) -> Iterator[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SCORES: Final = "normal/scores"  # the output of the normal form, shape (N, classes)
 _SMALLEST_PROBABILITY: Final = 1e-7  # whose logarithm FP16 still holds
 _TOLERANCE: Final = 1e-3
+_SURE: Final = 20.0  # a logit beyond it says yes to one in half a billion
 # They change a tensor's shape or type, or nothing.
 _PASSING: Final = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Transpose"}
 # Behind them nobody knows any more which class had which score.
@@ -106,6 +107,17 @@ def possible_heads(
     by_value, total = _by_value(outputs)
     if classes == 1 and by_value == "probabilities":
         raise ExportError("its one output is always 1; export the network without its softmax")
+    if classes == 1 and asked is None and max(outputs.min(), -outputs.max()) > _SURE:
+        raise ExportError(
+            f"its one score is from {outputs.min():.3g} to {outputs.max():.3g} for every image tried: as a "
+            "logit it would always say the same. A network that measures something, such as an age, is no "
+            "classifier; if it is a logit all the same, say so with --activation softmax"
+        )
+    if by_value == "probabilities" and (first := _first_of_several(outputs, total)):
+        raise ExportError(
+            f"its scores answer more than one question: the first {first} of {classes} add up to the same "
+            "for every image, and so do the rest. Name the scores of one question with --output-name"
+        )
     found: list[Found] = []
     by_structure = _activation_of(model)
     if by_structure is not None:
@@ -139,6 +151,18 @@ def _by_value(outputs: NDArray[np.float32]) -> tuple[Found, float]:
     if ((outputs >= 0) & (outputs <= 1)).all():
         return "shares", 1.0
     return "scores", 1.0
+
+
+def _first_of_several(outputs: NDArray[np.float32], total: float) -> int | None:
+    """How many columns the first softmax has, if several stand side by side; rows add up to `total`."""
+    for count in range(1, outputs.shape[1]):
+        parts = outputs[:, :count], outputs[:, count:]
+        sums = [part.sum(axis=1, dtype=np.float64) for part in parts]
+        alike = all(np.ptp(each) <= _TOLERANCE * total and each.min() > 0.05 * total for each in sums)
+        # A network that says nearly the same of all images tells nothing.
+        if alike and all(np.ptp(part, axis=0).max() > 10 * _TOLERANCE * total for part in parts):
+            return count
+    return None
 
 
 def _last_node(model: onnx.ModelProto) -> onnx.NodeProto | None:

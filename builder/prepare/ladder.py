@@ -125,7 +125,8 @@ class Ladder:
     def _layer_costs(self, base: Candidate) -> list[LayerCost]:
         """What quantising each layer of a candidate alone costs, the costliest first."""
         quantised, master = self._before_changes(base.method, base.changes)
-        costs = rank_layers(master, quantised, self._few, self._report)
+        corrected = "bias" in base.changes
+        costs = rank_layers(master, quantised, self._few, self._report, corrected=corrected)
         self._ranked(costs)
         return costs
 

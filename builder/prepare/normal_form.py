@@ -45,6 +45,7 @@ def normalise(
     model = copy.deepcopy(model)
     _to_float32(model)
     model = _with_opset(path, model)
+    _fix_paddings(model, signature)
     if fold_first:
         model = slim(_with_sizes(model, signature, signature.batch or 1))
     if signature.batch is not None:
@@ -222,19 +223,42 @@ def _free_strides(model: onnx.ModelProto, batch: int) -> None:
 
 def _sizes_of_reshapes(model: onnx.ModelProto, signature: Signature) -> dict[str, tuple[int, ...]]:
     """The shapes that Reshape nodes give for the batch size of the export, by the names of their outputs."""
+    names = [node.output[0] for node in model.graph.node if node.op_type == "Reshape"]
+    return {name: array.shape for name, array in _values(model, signature, names).items()}
+
+
+def _fix_paddings(model: onnx.ModelProto, signature: Signature) -> None:
+    """Constants for paddings that a graph computes from the size of its images, which is fixed here.
+
+    onnxslim's shape inference turns them round where they differ from side to side, as TensorFlow's `same`
+    has them.
+    """
+    from onnx import numpy_helper
+
+    constant = _constants(model)
+    pads = [node for node in model.graph.node if node.op_type == "Pad" and node.input[1] not in constant]
+    found = _values(model, signature, [node.input[1] for node in pads])
+    for node in pads:
+        name = f"normal/padding_{node.output[0]}"
+        model.graph.initializer.append(numpy_helper.from_array(found[node.input[1]], name))
+        node.input[1] = name
+
+
+def _values(model: onnx.ModelProto, signature: Signature, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """What tensors within a graph are for black images, as many as the export had."""
     from onnx import ModelProto, ValueInfoProto
 
-    names = [node.output[0] for node in model.graph.node if node.op_type == "Reshape"]
     if not names:
         return {}
     watched = ModelProto()
     watched.CopyFrom(model)
-    known = {value.name for value in model.graph.output}
+    known = {value.name for value in watched.graph.output}
+    names = list(dict.fromkeys(names))
     watched.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)
     sizes = signature.batch or 1, signature.channels, signature.height, signature.width
     images = signature.arrange(np.zeros(sizes, np.float32)).astype(np.float32)
     found = open_session(watched.SerializeToString()).run(names, {signature.input: images})
-    return {name: array.shape for name, array in zip(names, found, strict=True)}
+    return dict(zip(names, found, strict=True))
 
 
 def _free_reshapes(model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> None:

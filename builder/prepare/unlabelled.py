@@ -37,7 +37,11 @@ def open_unlabelled(source: str, on_damaged: OnDamaged = "stop") -> DataSplit:
     path = Path(source).expanduser().resolve()
     root = unpacked(path, default_cache_dir())
     if not root.is_dir():
-        raise DatasetError(f"no folder {source!r}")
+        raise DatasetError(
+            f"{source} is a file; give a folder or a ZIP file of one"
+            if path.exists()
+            else f"no folder {source!r}"
+        )
     found = scan_unlabelled(root, on_damaged=on_damaged)
     images = sorted(found.train)
     paths, digests = tuple(image.path for image in images), tuple(image.digest for image in images)

@@ -28,6 +28,7 @@ from experiments.onnx_forms.small_networks import (
     Windows,
     export,
     network,
+    padded,
 )
 from runtime.manifest import Activation
 
@@ -102,7 +103,7 @@ def grey_of_three_dimensions(path: Path) -> None:
     export(module, path, example=torch.zeros(1, SIDE, SIDE))
 
 
-def padded(path: Path) -> None:
+def grey_padded(path: Path) -> None:
     """Padding of its own before a convolution of one channel, as Keras' `same` becomes."""
     inner = network(channels=1)
     inner.first.padding = (0, 0)
@@ -272,7 +273,12 @@ FORMS: Final[Mapping[str, Form]] = {
     "NHWC throughout": Form(channels_last, plain, "TensorFlow; normalised by Sub, Mul, Add"),
     "grey": Form(grey, luma, "one channel"),
     "grey, three dimensions": Form(grey_of_three_dimensions, luma, "Keras' tutorials: (N, H, W)"),
-    "grey, padded": Form(padded, luma, "Keras' `same`: Pad before the convolution"),
+    "grey, padded": Form(grey_padded, luma, "Keras' `same`: Pad before the convolution"),
+    "padded by size": Form(
+        lambda path: export(padded(), path),
+        lambda x: padded()(x),
+        "TensorFlow's `same` in PyTorch: computed from Shape",
+    ),
     "BGR": Form(_plainly(), _swapped, "Caffe, OpenCV", PrepareOptions(preprocess="caffe")),
     "BGR, NHWC": Form(nhwc, _swapped, "Keras' ResNet and VGG", PrepareOptions(preprocess="caffe")),
     "float16": Form(half, plain, "`model.half()`", tolerance=0.02),

@@ -133,6 +133,30 @@ class Pooled(Network):
         return result
 
 
+class Padded(Network):
+    """A stride of 2 that is padded as TensorFlow does, by what the size of its input leaves over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.stride, self.second.padding = (2, 2), (0, 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        x = torch.relu(self.norm(self.first(x)))
+        height, width = (((side + 1) // 2 - 1) * 2 + 3 - side for side in x.shape[2:])
+        before_and_after = (width // 2, width - width // 2, height // 2, height - height // 2)
+        x = torch.relu(self.second(nn.functional.pad(x, before_and_after)))
+        result: torch.Tensor = self.last(x.mean((2, 3)))
+        return result
+
+
+def padded() -> Padded:
+    """With the weights of `network`."""
+    made = Padded()
+    made.load_state_dict(network().state_dict())
+    return made.eval()
+
+
 class Token(nn.Module):
     """Patches with a class token and attention, whose sizes are those of the export."""
 

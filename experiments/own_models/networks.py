@@ -40,6 +40,7 @@ class OwnNetwork:
         original: an RGB picture as the package's own code gives it to the network, without a batch.
         options: of `trimrt build`, as docs/your-model.md has them.
         preprocess: written to a file for `--preprocess`, if given.
+        labels: of its outputs, in their order, written to a file for `--labels`, if given.
     """
 
     name: str
@@ -49,6 +50,7 @@ class OwnNetwork:
     original: Callable[[Picture], Input]
     options: tuple[str, ...] = ()
     preprocess: Mapping[str, Any] | None = None
+    labels: Sequence[str] | None = None
     exporter: str | None = None
 
 
@@ -264,6 +266,7 @@ NETWORKS: Final = (
         pictures="pages",
         original=_letterboxed,
         preprocess={"fit": "letterbox", "fill": [255, 255, 255], "interpolation": "bilinear"},
+        labels=("0", "90", "180", "270"),
     ),
     OwnNetwork(
         name="line-direction",

@@ -96,6 +96,9 @@ def try_network(network: OwnNetwork, place: Place, precisions: Sequence[Precisio
     if network.preprocess is not None:
         (folder / "preprocess.json").write_text(json.dumps(network.preprocess), encoding="utf-8")
         options += ["--preprocess", str(folder / "preprocess.json")]
+    if network.labels is not None:
+        (folder / "labels.txt").write_text("\n".join(network.labels), encoding="utf-8")
+        options += ["--labels", str(folder / "labels.txt")]
     data = place.pictures / network.pictures
     if not data.exists():
         place.fetch(pictures.PACKAGES)

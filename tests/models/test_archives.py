@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -197,6 +198,17 @@ class TestHostile:
         archive.write_bytes(data)
         assert "cannot be unpacked here" in refusal(archive)
         assert not list(cache.rglob("*.jpg"))
+
+    @pytest.mark.parametrize("kind", ["tar", "gz", "bz2", "xz"])
+    def test_of_another_kind_are_named(self, kind: str, tmp_path: Path) -> None:
+        path = tmp_path / f"photos.{kind}"
+        with tarfile.open(path, "w" if kind == "tar" else f"w:{kind}") as new:
+            new.add(__file__, "cat/IMG_1.jpg")
+        told = {"tar": "tar", "gz": "gzip", "bz2": "bzip2", "xz": "xz"}[kind]
+        message = f"photos.{kind} is a {told} archive, not a ZIP file; unpack it and name the folder"
+        assert message in refusal(path)
+        with pytest.raises(DatasetError, match=message):
+            open_unlabelled(str(path))
 
     def test_an_archive_without_classes_says_so(self, tmp_path: Path) -> None:
         archive = write(tmp_path / "photos.zip", {"readme.txt": b"nothing"})

@@ -247,6 +247,28 @@ class TestNames:
         write(tmp_path / "test", classes=(unicodedata.normalize("NFD", "café"), "dog"), images=3)
         assert opened(tmp_path).labels == ("café", "dog")
 
+    def test_of_classes_that_only_a_computer_tells_apart_are_told(self, tmp_path: Path) -> None:
+        """Two people's folders, put together: a network would learn who took the photograph."""
+        cats, signs = ("cat", "Cat"), ("stop_sign", "stop sign ")
+        data = opened(write(tmp_path, classes=(*cats, *signs, "a", "A", "dog"), images=5))
+        text = told(data)
+        assert "WARNING: classes whose names are nearly the same: 'Cat', 'cat'" in text
+        assert "nearly the same: 'stop sign ', 'stop_sign'" in text
+        assert text.count("nearly the same") == 2
+        assert len(data.labels) == 7
+
+    def test_of_folders_by_year_around_the_classes_are_told_to_be_the_classes(self, tmp_path: Path) -> None:
+        for year in ("2023", "2024"):
+            write(tmp_path / year)
+        data = opened(tmp_path)
+        assert data.labels == ("2023", "2024")
+        told_of = "folders within a class folder are no classes; their images count as its own (4): "
+        assert told_of + "2023/cat, 2023/dog, 2024/cat" in told(data)
+
+    def test_of_one_folder_in_a_class_folder_are_not_worth_a_line(self, tmp_path: Path) -> None:
+        write(tmp_path, classes=("cat/photos", "dog/photos"))
+        assert "folders within" not in told(opened(tmp_path))
+
     def test_of_the_whole_folder_has_to_be_text_for_the_card_says_it(self, tmp_path: Path) -> None:
         folder = write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
         assert "café: the name of this folder is not UTF-8; rename it" in refusal(folder)

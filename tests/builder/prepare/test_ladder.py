@@ -30,6 +30,7 @@ from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from builder.prepare.qdq import constants_of, exact_logits, quantised_layers, watch
 from builder.prepare.ranges import least_error_scales
 from builder.prepare.reconstruction import reconstruct
+from builder.prepare.sensitivity import rank_layers
 from builder.weights import LEVELS
 from experiments.qat import write_outliers
 from models.datasets import DataSplit, ImageSet
@@ -97,6 +98,23 @@ def test_nothing_is_made_twice(preparation: Preparation, graphs: dict[str, tuple
     before = {path: path.stat().st_mtime_ns for _, path in graphs.values()}
     again = [path for _, path in itertools.islice(preparation.graphs("int8", "fp32"), 3)]
     assert {path: path.stat().st_mtime_ns for path in again} == before
+
+
+def test_what_each_layer_costs_adds_up_to_the_error_of_all_once_biases_are_corrected(
+    inverted: tuple[onnx.ModelProto, onnx.ModelProto], pixels: Pixels
+) -> None:
+    """Mean errors do not add up as squares, and a bias takes them away."""
+    master, calibrated = inverted
+
+    def sum_of_costs(*, corrected: bool) -> float:
+        costs = rank_layers(master, calibrated, pixels, lambda _: None, corrected=corrected)
+        return float(np.sqrt(sum(cost.error**2 for cost in costs)))
+
+    reference = exact_logits(master, pixels)
+    whole = exact_logits(reconstruct(calibrated, master, pixels, weights=False), pixels) - reference
+    error = float(np.sqrt(np.mean(whole**2) / np.mean(reference**2)))
+    assert sum_of_costs(corrected=True) == pytest.approx(error, rel=0.3)
+    assert sum_of_costs(corrected=False) > 1.5 * error
 
 
 @pytest.mark.slow

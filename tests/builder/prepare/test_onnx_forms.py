@@ -124,6 +124,24 @@ def test_scores_of_a_sequence_are_no_classes(tmp_path: Path) -> None:
         import_onnx(tmp_path / "model.onnx", WANTED)
 
 
+def test_two_questions_side_by_side_are_not_taken_for_one(tmp_path: Path) -> None:
+    """Five probabilities that add up to two would be served as one label of five, each half as likely."""
+    export(
+        Tail(network(), lambda y: torch.cat([(y[:, :2] / 9).softmax(1), (y[:, 2:] / 9).softmax(1)], 1)),
+        tmp_path / "model.onnx",
+    )
+    with pytest.raises(ExportError, match=r"more than one question: the first 2 of 5 .* --output-name"):
+        import_onnx(tmp_path / "model.onnx", WANTED)
+
+
+def test_a_measurement_is_not_taken_for_a_logit(tmp_path: Path) -> None:
+    export(Tail(network(classes=1), lambda y: 40 + 30 * y.sigmoid()), tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=r"its one score is from \d+\.?\d* to \d+\.?\d* for every image"):
+        import_onnx(tmp_path / "model.onnx", WANTED)
+    asked = WANTED.model_copy(update={"activation": "softmax"})
+    assert import_onnx(tmp_path / "model.onnx", asked).single
+
+
 def test_sizes_that_are_open_are_asked_for(tmp_path: Path) -> None:
     open_sizes(tmp_path / "model.onnx")
     with pytest.raises(ExportError, match=r"any size, \(batch_size, .*say which with --image-size"):

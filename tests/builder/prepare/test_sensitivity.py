@@ -99,6 +99,8 @@ def test_layers_are_kept_whole_and_nothing_quantises_their_inputs_any_more(prepa
             source = next(node for node in _nodes(preparation.master) if node.name == layer)
             assert producers.get(nodes[layer].input[0]) != "DequantizeLinear"
             assert constants[nodes[layer].input[1]].raw_data == floats[source.input[1]].raw_data
+        added = {name for node in nodes.values() if node.op_type == "Add" for name in node.input}
+        assert "DequantizeLinear" not in {producers.get(name) for name in added}, "sums cost next to nothing"
         shares.append(graph.int8_share)
         assert graph.int8_share >= 1 - BUDGETS[len(shares) - 2] - 1e-3
     assert shares == sorted(shares, reverse=True)
