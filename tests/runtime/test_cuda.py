@@ -65,7 +65,7 @@ def test_an_error_that_lasts_is_told_from_one_that_passes(status, kind):
 def orin(monkeypatch) -> bindings.BindingsCuda:
     """`cuda-bindings` whose calls that need a driver answer as they do on an Orin Nano."""
     properties = runtime.cudaDeviceProp()
-    properties.name, properties.major, properties.minor = b"Orin", 8, 7
+    properties.name, properties.major, properties.minor = b"Orin".ljust(256, b"\0"), 8, 7
     properties.integrated, properties.multiProcessorCount, properties.totalGlobalMem = 1, 8, 8 << 30
 
     def answer(name, value):
