@@ -394,6 +394,7 @@ def refused(machine, package, reason: str, options: Options | None = None) -> No
     ("changes", "reason"),
     [
         ({"backend_version": "10.7.0"}, r"built by tensorrt 10\.7\.0; here is tensorrt 10\.3\.0"),
+        ({"backend_version": "10.3.1"}, r"built by tensorrt 10\.3\.1; here is tensorrt 10\.3\.0"),
         ({"compatibility": {"gpu_name": "NVIDIA A2"}}, r"for NVIDIA A2 .*; this is NVIDIA GeForce RTX 3060"),
         ({"compatibility": {"compute_capability": "8.9"}}, r"compute capability 8\.9.*\(8\.6\)"),
         ({"compatibility": {"l4t": "36.4.3"}}, r"for Jetson Linux 36\.4\.3; this is no Jetson"),
