@@ -30,7 +30,7 @@ from recording_cuda import (
 )
 from running import running
 
-from runtime.cuda import Cuda
+from runtime.cuda import Cuda, DeviceLostError
 from runtime.engine import Options
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, EngineError
@@ -310,6 +310,26 @@ def test_a_refused_batch_is_an_error_and_the_next_one_is_right(machine, package)
     machine.trt.refuse = lambda: False
     for seed in range(1, 4):
         check_batch(slot, 4, seed)
+
+
+def test_a_batch_that_tensorrt_refuses_since_its_gpu_is_gone_says_so(machine, package):
+    slot = load_engine(package, Options(cuda_graphs=False)).open_slot()
+
+    def lose() -> bool:
+        machine.cuda.lost = True
+        return True
+
+    machine.trt.refuse = lose
+    fill(slot, 4, 0)
+    with pytest.raises(DeviceLostError, match="synchronize: cudaErrorIllegalAddress"):
+        slot.infer(4)
+
+
+def test_a_slot_of_a_gpu_that_is_gone_is_closed_all_the_same(machine, package, caplog):
+    slot = load_engine(package).open_slot()
+    machine.cuda.lost = True
+    slot.close()
+    assert "while a slot was closed" in caplog.text
 
 
 def test_what_cannot_be_captured_runs_without_graphs(machine, package, caplog):
