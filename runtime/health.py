@@ -29,6 +29,7 @@ class Health:
 
     Attributes:
         away: why no process runs the engine for now; None if one does.
+        is_lost_for_good: whether no later batch of this process can succeed.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Health:
         self._on_lost = on_lost
         self._failures = 0
         self._reason: str | None = None
-        self._for_good = False
+        self.is_lost_for_good = False
 
     @property
     def lost(self) -> str | None:
@@ -50,17 +51,17 @@ class Health:
     def succeeded(self) -> None:
         """A batch was computed: an engine that only failed for a while is back."""
         self._failures = 0
-        if self._reason is not None and not self._for_good:
+        if self._reason is not None and not self.is_lost_for_good:
             log.warning("%s works again", self._name)
             self._reason = None
 
     def failed(self, error: EngineError) -> None:
         """A batch was not, for that reason."""
         self._failures += 1
-        self._for_good = self._for_good or isinstance(error, DeviceLostError)
-        if self._reason is not None or not (self._for_good or self._failures >= self._patience):
+        self.is_lost_for_good = self.is_lost_for_good or isinstance(error, DeviceLostError)
+        if self._reason is not None or not (self.is_lost_for_good or self._failures >= self._patience):
             return
-        if self._for_good:
+        if self.is_lost_for_good:
             self._reason = f"{self._name} lost its GPU, which only a restart of the server gets back: {error}"
         else:
             self._reason = f"{self._name} failed on {self._failures} batches in a row, at last: {error}"

@@ -29,7 +29,8 @@ LASTING: Final = frozenset(
         *("cudaErrorIllegalInstruction", "cudaErrorInvalidPc", "cudaErrorHardwareStackError"),
         *("cudaErrorLaunchFailure", "cudaErrorLaunchTimeout", "cudaErrorAssert"),
         *("cudaErrorECCUncorrectable", "cudaErrorNvlinkUncorrectable", "cudaErrorContextIsDestroyed"),
-        *("cudaErrorExternalDevice", "cudaErrorContained", "cudaErrorTensorMemoryLeak"),
+        *("cudaErrorMpsClientTerminated", "cudaErrorExternalDevice", "cudaErrorContained"),
+        *("cudaErrorTensorMemoryLeak",),
     )
 )
 

@@ -58,6 +58,28 @@ def test_the_loader_looks_where_the_file_says(tmp_path: Path, absent: Path, kind
     assert missing(asking.parent) == {ABSENT: [str(asking)]}
 
 
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("--disable-new-dtags", True), ("--enable-new-dtags", False)],
+    ids=["rpath", "runpath"],
+)
+def test_what_is_loaded_because_of_a_file_is_looked_for_as_the_loader_does(
+    tmp_path: Path, absent: Path, kind: str, found: bool
+) -> None:
+    """As in wheels for Arm: of libraries that ask for each other, only what loads the first says where."""
+    inner = absent.with_name("libinner-trimrt.so")
+    compile_library(inner, f"-Wl,-soname,{inner.name}", "-Wl,--no-as-needed", str(absent))
+    options = ("-Wl,--no-as-needed", str(inner), f"-Wl,{kind}", "-Wl,-rpath,$ORIGIN/../elsewhere")
+    outer = compile_library(tmp_path / "package/core.so", *options)
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(outer)!r})"],
+        capture_output=True,
+        check=False,
+    )
+    assert (loaded.returncode == 0) == found
+    assert missing(tmp_path) == ({} if found else {ABSENT: [str(inner)]})
+
+
 def test_libraries_of_the_system_are_found(tmp_path: Path) -> None:
     asking = compile_library(tmp_path / "core.so", "-Wl,--no-as-needed", "-lm")
     assert "libm.so.6" in libraries.needed(asking.read_bytes())[0]

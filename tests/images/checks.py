@@ -30,6 +30,11 @@ SCRATCH: Final = BUILD / "scratch"
 IMAGES: Final = BUILD / "golden"
 TORCH: Final = {"torch", "torchvision", "triton", "nvidia-modelopt", "torch-pruning", "onnx", "onnxruntime"}
 
+# Emulated, and beside other work, a start takes minutes; what works waits no longer for it.
+PATIENCE_S: Final = 1200.0
+# Long enough to be asked while it drains, however slow the asking is.
+DRAINING: Final = ("--env", "TRIMRT_DRAIN_DELAY_S=15")
+
 Facts = dict[str, Any]
 
 
@@ -67,7 +72,7 @@ def ask(url: str, data: bytes | None = None, media_type: str = "image/png") -> t
     """Status and JSON of an answer; status 0 where nothing listens yet."""
     request = urllib.request.Request(url, data, {"Content-Type": media_type} if data else {})
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             status, body = response.status, response.read()
     except urllib.error.HTTPError as error:
         status, body = error.code, error.read()
@@ -77,9 +82,7 @@ def ask(url: str, data: bytes | None = None, media_type: str = "image/png") -> t
 
 
 @contextmanager
-def serving(
-    image: str, *options: str, status: int = 200, seconds: float = 60
-) -> Iterator[tuple[Container, str]]:
+def serving(image: str, *options: str, status: int = 200) -> Iterator[tuple[Container, str]]:
     """A confined server whose `/health/ready` has that status, and its address."""
     port = str(free_port())
     url = f"http://127.0.0.1:{port}"
@@ -88,7 +91,7 @@ def serving(
         return ask(f"{url}/health/ready")[0] == status
 
     with started(image, options=("--env", f"TRIMRT_PORT={port}", *options)) as container:
-        wait_for(ready, container, seconds)
+        wait_for(ready, container, PATIENCE_S)
         yield container, url
 
 
@@ -144,7 +147,7 @@ def check_stop(container: Container, url: str, image: bytes | None) -> Facts:
     def draining() -> bool:
         return ask(f"{url}/health/ready")[0] == 503
 
-    wait_for(draining, container, 10)
+    wait_for(draining, container, PATIENCE_S)
     expect(ask(f"{url}/health/live")[0] == 200, "to be live while it drains")
     if image is not None:
         expect(ask(f"{url}/predict", image)[0] == 200, "to serve while it drains")
@@ -222,7 +225,7 @@ def check_cpu(image: str) -> Facts:
     expect(built.returncode == 0 and (ENGINES / ENGINE).is_dir(), f"an engine from the kit:\n{built.stderr}")
 
     digit = (ROOT / "docs/images/7.png").read_bytes()
-    options = (*mount(ENGINES, "/engines"), "--env", "TRIMRT_DRAIN_DELAY_S=1")
+    options = (*mount(ENGINES, "/engines"), *DRAINING)
     with serving(image, *options) as (container, url):
         expect(container.is_healthy(), "the health check to succeed")
         expect(container.execute("touch", "/etc/written").returncode != 0, "a read-only root")
@@ -249,7 +252,7 @@ def check_ray(image: str) -> Facts:
         return ask(f"{url}/health/ready")[0] == 200
 
     with started(image, "-lc", script, options=options, confined=False) as container:
-        wait_for(ready, container, 240)
+        wait_for(ready, container, PATIENCE_S)
         health = "wget -T 4 -q -O- http://127.0.0.1:52365/api/local_raylet_healthz"
         expect("success" in container.execute("bash", "-lc", health).stdout, "KubeRay's probe to succeed")
         status, answer = ask(f"{url}/predict", (ROOT / "docs/images/7.png").read_bytes())
@@ -282,8 +285,8 @@ def without_tensorrt(image: str, builder: str) -> Facts:
     check_selftest_without_tensorrt(image)
 
     engines = emptied(SCRATCH)
-    options = (*mount(engines, "/engines"), "--env", "TRIMRT_WATCH=1", "--env", "TRIMRT_DRAIN_DELAY_S=1")
-    with serving(image, *options, status=503, seconds=180) as (container, url):
+    options = (*mount(engines, "/engines"), "--env", "TRIMRT_WATCH=1", *DRAINING)
+    with serving(image, *options, status=503) as (container, url):
         expect(ask(f"{url}/health/live")[0] == 200, "to be live")
         expect(not container.is_healthy(), "the health check to fail where the server is not ready")
 
@@ -293,7 +296,7 @@ def without_tensorrt(image: str, builder: str) -> Facts:
         def no_engine() -> bool:
             return why() == "no engine is loaded yet"
 
-        wait_for(no_engine, container, 60)
+        wait_for(no_engine, container, PATIENCE_S)
         facts["ready"] = [why()]
         digit = (ROOT / "docs/images/7.png").read_bytes()
         expect(ask(f"{url}/predict", digit)[0] == 503, "no prediction without engine")
@@ -304,7 +307,7 @@ def without_tensorrt(image: str, builder: str) -> Facts:
         def no_tensorrt() -> bool:
             return remedy in why()
 
-        wait_for(no_tensorrt, container, 60)
+        wait_for(no_tensorrt, container, PATIENCE_S)
         facts["ready"].append(why())
         facts |= check_stop(container, url, None)
     return facts

@@ -36,8 +36,16 @@ class Segment(NamedTuple):
     size: int
 
 
-def needed(content: bytes) -> tuple[list[str], list[str]]:
-    """Names of the libraries that an ELF file asks for, and the folders that it says to look into."""
+class Asked(NamedTuple):
+    """Names of the libraries that a file asks for, and the folders that it says to look into."""
+
+    libraries: list[str]
+    rpath: list[str]
+    runpath: list[str]
+
+
+def needed(content: bytes) -> Asked:
+    """What an ELF file asks for."""
     (headers,) = struct.unpack_from("<Q", content, 32)
     size, count = struct.unpack_from("<HH", content, 54)
     segments = []
@@ -46,7 +54,7 @@ def needed(content: bytes) -> tuple[list[str], list[str]]:
         segments.append(Segment(kind, offset, address, length))
     dynamic = next((segment for segment in segments if segment.kind == _DYNAMIC), None)
     if dynamic is None:
-        return [], []
+        return Asked([], [], [])
     entries = list(
         struct.iter_unpack("<qQ", content[dynamic.offset : dynamic.offset + dynamic.size // 16 * 16])
     )
@@ -57,9 +65,11 @@ def needed(content: bytes) -> tuple[list[str], list[str]]:
         start = names - holder.address + holder.offset + value
         return content[start : content.index(b"\0", start)].decode()
 
-    libraries = [text(value) for tag, value in entries if tag == _NEEDED]
-    folders = [text(value) for tag, value in entries if tag in (_RPATH, _RUNPATH)]
-    return libraries, [folder for listed in folders for folder in listed.split(":")]
+    def texts(wanted: int) -> list[str]:
+        return [text(value) for tag, value in entries if tag == wanted]
+
+    rpath, runpath = (":".join(texts(tag)).split(":") for tag in (_RPATH, _RUNPATH))
+    return Asked(texts(_NEEDED), [*filter(None, rpath)], [*filter(None, runpath)])
 
 
 def loader_folders(environment: Mapping[str, str]) -> list[Path]:
@@ -74,18 +84,45 @@ def loader_folders(environment: Mapping[str, str]) -> list[Path]:
     return [Path(folder) for folder in (*listed, *configured, "/lib", "/usr/lib", "/lib64") if folder]
 
 
+def is_elf(path: Path) -> bool:
+    """Whether it is a file that this module can read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def missing(folders: list[Path], everywhere: list[Path]) -> Iterator[tuple[str, Path]]:
-    """The libraries that files below the folders ask for and that are nowhere, each with the file."""
-    files = [path for folder in folders for path in sorted(folder.rglob("*.so*")) if path.is_file()]
-    for path in files:
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                continue
-        libraries, own = needed(path.read_bytes())
-        places = [Path(folder.replace("$ORIGIN", str(path.resolve().parent))) for folder in own]
-        for name in libraries:
-            if not any((place / name).exists() for place in (*places, *everywhere)):
-                yield name, path
+    """The libraries that files below the folders ask for and that are nowhere, each with the file.
+
+    A file's RPATH holds for whatever is loaded because of it, its RUNPATH for itself alone.
+    """
+    files = {path.resolve() for folder in folders for path in folder.rglob("*.so*") if is_elf(path)}
+    asked = {path: needed(path.read_bytes()) for path in sorted(files)}
+    inherited: dict[Path, set[Path]] = {path: set() for path in asked}
+
+    def resolved(path: Path, listed: list[str]) -> set[Path]:
+        return {Path(folder.replace("$ORIGIN", str(path.parent))) for folder in listed}
+
+    def found(name: str, path: Path) -> Path | None:
+        asks = asked[path]
+        own = resolved(path, asks.runpath) if asks.runpath else resolved(path, asks.rpath) | inherited[path]
+        return next(
+            ((place / name).resolve() for place in (*own, *everywhere) if (place / name).exists()), None
+        )
+
+    waiting = list(asked)
+    while waiting:
+        path = waiting.pop()
+        asks = asked[path]
+        handed = inherited[path] | (set() if asks.runpath else resolved(path, asks.rpath))
+        for name in asks.libraries:
+            library = found(name, path)
+            if library in inherited and not handed <= inherited[library]:
+                inherited[library] |= handed
+                waiting.append(library)
+    for path, asks in asked.items():
+        yield from ((name, path) for name in asks.libraries if found(name, path) is None)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from runtime.cuda import (
     CudaError,
     CudaUnavailableError,
     Device,
+    DeviceLostError,
     open_cuda,
     version_text,
 )
@@ -45,6 +46,51 @@ def test_device_files_that_may_not_be_opened_are_part_of_the_reason(monkeypatch)
 def test_an_error_of_cudas_names_the_call():
     with pytest.raises(CudaError, match=r"^cudaMalloc: cudaErrorInsufficientDriver: CUDA driver version"):
         bindings._call(runtime.cudaMalloc, 16)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [("cudaErrorIllegalAddress", DeviceLostError), ("cudaErrorMemoryAllocation", CudaError)],
+)
+def test_an_error_that_lasts_is_told_from_one_that_passes(status, kind):
+    def launch():
+        return (getattr(runtime.cudaError_t, status),)
+
+    with pytest.raises(CudaError, match=f"^launch: {status}: ") as caught:
+        bindings._call(launch)
+    assert type(caught.value) is kind
+
+
+@pytest.fixture
+def orin(monkeypatch) -> bindings.BindingsCuda:
+    """`cuda-bindings` whose calls that need a driver answer as they do on an Orin Nano."""
+    properties = runtime.cudaDeviceProp()
+    properties.name, properties.major, properties.minor = b"Orin".ljust(256, b"\0"), 8, 7
+    properties.integrated, properties.multiProcessorCount, properties.totalGlobalMem = 1, 8, 8 << 30
+
+    def answer(name, value):
+        monkeypatch.setattr(runtime, name, lambda *_: (runtime.cudaError_t.cudaSuccess, value))
+
+    answer("cudaGetDeviceCount", 1)
+    answer("cudaGetDeviceProperties", properties)
+    answer("cudaDriverGetVersion", 12060)
+    return bindings.BindingsCuda()
+
+
+def test_cuda_bindings_describe_the_device(orin):
+    assert orin.device() == Device("Orin", "8.7", True, "12.6", multiprocessors=8, memory=8 << 30)
+
+
+def test_who_waits_for_an_event_of_cuda_bindings_sleeps(orin, monkeypatch):
+    made = []
+
+    def create(flags):
+        made.append(flags)
+        return runtime.cudaError_t.cudaSuccess, object()
+
+    monkeypatch.setattr(runtime, "cudaEventCreateWithFlags", create)
+    orin.create_event()
+    assert made == [runtime.cudaEventBlockingSync]
 
 
 def test_what_is_not_installed_is_told(monkeypatch):
@@ -89,6 +135,8 @@ class RecordingDriver(ModuleType):
         self.device_attribute = SimpleNamespace(INTEGRATED="integrated", MULTIPROCESSOR_COUNT="sms")
         self.Context = SimpleNamespace(pop=self._pop)
         self.Device = self._device
+        self.event_flags = SimpleNamespace(BLOCKING_SYNC=1)
+        self.Event = lambda flags=0: self.note(f"Event({flags})")
         self.Stream = self._stream
 
     def note(self, name):
@@ -190,6 +238,13 @@ def test_pycudas_errors_become_ours(driver):
 def test_pycuda_describes_the_device(driver):
     device = open_cuda("pycuda").device()
     assert device == Device("Orin", "8.7", True, "12.6", multiprocessors=8, memory=8 << 30)
+
+
+def test_who_waits_for_an_event_of_pycudas_sleeps(driver):
+    cuda = open_cuda("pycuda")
+    cuda.attach_thread()
+    cuda.create_event()
+    assert driver.calls[-1] == "Event(1)"
 
 
 def test_pycuda_captures_no_graphs_and_says_what_does(driver):

@@ -46,6 +46,11 @@ def test_an_agx_orin_says_all(tmp_path: Path) -> None:
     )
 
 
+def test_the_device_tree_alone_tells_a_jetson(host: Path) -> None:
+    (host / "sys/devices/soc0/family").unlink()
+    assert jetson_model(host) == "NVIDIA Jetson Orin Nano Developer Kit"
+
+
 def test_a_container_knows_that_it_is_on_a_jetson_and_what_clocks_it_may_have(container: Path) -> None:
     assert jetson_model(container) == "NVIDIA Jetson"
     assert jetson_linux(container) is None

@@ -30,7 +30,7 @@ from recording_cuda import (
 )
 from running import running
 
-from runtime.cuda import Cuda
+from runtime.cuda import Cuda, DeviceLostError
 from runtime.engine import Options
 from runtime.loading import load_engine
 from runtime.manifest import BatchSizes, EngineError
@@ -312,6 +312,26 @@ def test_a_refused_batch_is_an_error_and_the_next_one_is_right(machine, package)
         check_batch(slot, 4, seed)
 
 
+def test_a_batch_that_tensorrt_refuses_since_its_gpu_is_gone_says_so(machine, package):
+    slot = load_engine(package, Options(cuda_graphs=False)).open_slot()
+
+    def lose() -> bool:
+        machine.cuda.lost = True
+        return True
+
+    machine.trt.refuse = lose
+    fill(slot, 4, 0)
+    with pytest.raises(DeviceLostError, match="synchronize: cudaErrorIllegalAddress"):
+        slot.infer(4)
+
+
+def test_a_slot_of_a_gpu_that_is_gone_is_closed_all_the_same(machine, package, caplog):
+    slot = load_engine(package).open_slot()
+    machine.cuda.lost = True
+    slot.close()
+    assert "while a slot was closed" in caplog.text
+
+
 def test_what_cannot_be_captured_runs_without_graphs(machine, package, caplog):
     enqueued = counter()
     machine.trt.refuse = lambda: next(enqueued) == 1  # the first run works, its capture does not
@@ -394,6 +414,7 @@ def refused(machine, package, reason: str, options: Options | None = None) -> No
     ("changes", "reason"),
     [
         ({"backend_version": "10.7.0"}, r"built by tensorrt 10\.7\.0; here is tensorrt 10\.3\.0"),
+        ({"backend_version": "10.3.1"}, r"built by tensorrt 10\.3\.1; here is tensorrt 10\.3\.0"),
         ({"compatibility": {"gpu_name": "NVIDIA A2"}}, r"for NVIDIA A2 .*; this is NVIDIA GeForce RTX 3060"),
         ({"compatibility": {"compute_capability": "8.9"}}, r"compute capability 8\.9.*\(8\.6\)"),
         ({"compatibility": {"l4t": "36.4.3"}}, r"for Jetson Linux 36\.4\.3; this is no Jetson"),

@@ -112,6 +112,19 @@ def test_the_first_engine_on_a_device_starts_its_owner_beside_workers_that_run_e
         assert {served.predict(encode(0), params={"engine": NAME}).status_code for _ in range(4)} == {404}
 
 
+def test_a_lost_gpu_ends_each_workers_readiness_at_its_first_batch(
+    gpu: Path, directory: Path, encode: Encode
+) -> None:
+    with together(Settings(engine=NAME, engine_dir=directory, port=0)) as served:
+        assert {answer["status"] for answer in served.ask_each("/health/ready")} == {"ready"}
+        (gpu / "lost").touch()
+        assert [served.predict(encode(0)).status_code for _ in served.pids] == [500, 500]
+        for answer in served.ask_each("/health/ready"):
+            assert answer["status"] == 503
+            assert "lost its GPU" in answer["detail"]
+        assert served.samples()[f'trimrt_engine_lost{{engine="{NAME}"}}'] == 1
+
+
 @pytest.mark.slow
 def test_a_lost_gpu_ends_all_with_its_own_code_where_that_is_asked_for(
     gpu: Path, directory: Path, tmp_path: Path, encode: Encode

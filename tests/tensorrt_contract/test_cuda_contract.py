@@ -76,6 +76,18 @@ def test_cuda_has_the_errors_that_last():
     assert {name for name in LASTING if f"cudaError_t.{name}" not in known} == set()
 
 
+def test_after_every_error_of_which_cuda_says_so_the_gpu_is_lost():
+    """From the descriptions in the bindings that are installed."""
+    errors = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed").cudaError_t
+    described = {error.name for error in errors if "must be terminated and relaunched" in _text(error)}
+    assert len(described) >= 10
+    assert described - LASTING == set()
+
+
+def _text(error) -> str:
+    return " ".join((error.__doc__ or "").split())
+
+
 def test_the_collection_sees_the_source():
     found = uses()
     assert found["cudaMemcpyAsync"] == 5

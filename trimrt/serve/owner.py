@@ -18,8 +18,9 @@ from typing import Final
 
 from uvicorn.loops.auto import auto_loop_factory
 
+from runtime.cuda import DeviceLostError
 from runtime.finite import NOT_FINITE
-from runtime.health import EngineLostError
+from runtime.health import EngineAwayError, EngineLostError
 from runtime.manifest import EngineError, read_manifest
 from server.jobs import Job, Result
 from server.lifecycle import settle_memory
@@ -219,7 +220,7 @@ class _LentSlot:
                 image = self._memory.pixels[row]
                 self._jobs[row] = self._scheduler.submit([image], math.inf, done, top=0)
         except Problem as problem:  # it is being unloaded; the worker's next batch finds what took its place
-            self._send(Answer(problem.detail, is_away=True))
+            self._send(Answer(problem.detail, EngineAwayError))
             self._close()
 
     def _receive(self, row: int, outcome: list[Result] | Problem) -> None:
@@ -233,7 +234,8 @@ class _LentSlot:
         elif outcome.detail == NOT_FINITE:
             self._memory.logits[row] = math.nan  # the worker tells whose image it is
         else:
-            self._answer = replace(self._answer, failure=outcome.detail)
+            kind = DeviceLostError if self._scheduler.health.is_lost_for_good else EngineError
+            self._answer = replace(self._answer, failure=outcome.detail, kind=kind)
         if not self._jobs:
             self._send(self._answer)
 

@@ -133,6 +133,7 @@ class RemoteSlot:
 
         Raises:
             EngineAwayError: the owner has ended; the next call tries the one in its place.
+            DeviceLostError: the owner has lost its GPU.
             EngineError: the engine failed.
         """
         if not 1 <= count <= len(self.pixels):
@@ -175,5 +176,5 @@ class RemoteSlot:
             raise EngineAwayError(AWAY)
         answer = Answer.of_bytes(data)
         if answer.failure:
-            raise (EngineAwayError if answer.is_away else EngineError)(answer.failure)
+            raise answer.kind(answer.failure)
         return answer

@@ -48,17 +48,17 @@ class Answer:
 
     Attributes:
         failure: why they have no outputs; empty if they have.
-        is_away: the engine is there no more.
+        kind: of the failure, as the worker raises it.
         timings_ms: see `runtime.engine.Outputs`.
     """
 
     failure: str = ""
-    is_away: bool = False
+    kind: type[EngineError] = EngineError
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As it is sent: one message."""
-        return pickle.dumps((self.failure[: MOST_BYTES // 8], self.is_away, dict(self.timings_ms)))
+        return pickle.dumps((self.failure[: MOST_BYTES // 8], self.kind, dict(self.timings_ms)))
 
     @classmethod
     def of_bytes(cls, data: bytes) -> Answer:

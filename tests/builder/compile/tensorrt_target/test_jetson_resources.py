@@ -28,12 +28,14 @@ MIB = 1 << 20
 def resources(rtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a build would get on a machine with that device, which `tmp_path/root` describes."""
 
-    def ask(device: Device, *, container: bool = False, artefact: bool = False):
+    def ask(device: Device, *, container: bool = False, artefact: bool = False, meminfo: bool = True):
         cuda, given = RecordingCuda(device), []
         cuda.memory = lambda: (316260 * 1024, 7802676 * 1024)  # CUDA leaves the page cache out
         root = tmp_path / "root"
         if device.integrated:
             write_orin_nano(root, container=container)
+        if not meminfo:
+            (root / "proc/meminfo").unlink()
         monkeypatch.setattr(targets, "load_tensorrt", lambda _backend: replace(rtx, backend="tensorrt"))
         monkeypatch.setattr(targets, "open_cuda", lambda: cuda)
         monkeypatch.setattr(targets, "available_memory", lambda: available_memory(root))
@@ -55,6 +57,10 @@ def resources(rtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_workspace_is_a_quarter_of_what_can_be_had_not_of_what_cuda_calls_free(resources) -> None:
     assert resources(ORIN).workspace == 4121316 * 1024 // 4
+
+
+def test_where_linux_does_not_say_what_can_be_had_cudas_figure_is_taken(resources) -> None:
+    assert resources(ORIN, meminfo=False).workspace == 316260 * 1024 // 4
 
 
 def test_a_graphics_card_has_its_own_memory(resources) -> None:
