@@ -84,6 +84,23 @@ def probabilities(logits: NDArray[np.float32], activation: Activation) -> NDArra
     return result
 
 
+def check_measures_nothing(logits: NDArray[np.float32]) -> None:
+    """Refuse a score that says the same of all images, where no labels would tell that it is no logit.
+
+    Args:
+        logits: the one score of each image, shape (N,).
+
+    Raises:
+        ExportError: it does.
+    """
+    if max(logits.min(), -logits.max()) > _SURE:
+        raise ExportError(
+            f"its one score is from {logits.min():.3g} to {logits.max():.3g} for every image tried: as a "
+            "logit it would always say the same. A network that measures something, such as an age, is no "
+            "classifier; if it is a logit all the same, say so with --activation softmax"
+        )
+
+
 def possible_heads(
     model: onnx.ModelProto, outputs: NDArray[np.float32], asked: Activation | None
 ) -> Iterator[Head]:
@@ -107,12 +124,6 @@ def possible_heads(
     by_value, total = _by_value(outputs)
     if classes == 1 and by_value == "probabilities":
         raise ExportError("its one output is always 1; export the network without its softmax")
-    if classes == 1 and asked is None and max(outputs.min(), -outputs.max()) > _SURE:
-        raise ExportError(
-            f"its one score is from {outputs.min():.3g} to {outputs.max():.3g} for every image tried: as a "
-            "logit it would always say the same. A network that measures something, such as an age, is no "
-            "classifier; if it is a logit all the same, say so with --activation softmax"
-        )
     if by_value == "probabilities" and (first := _first_of_several(outputs, total)):
         raise ExportError(
             f"its scores answer more than one question: the first {first} of {classes} add up to the same "

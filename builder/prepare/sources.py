@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from builder.kit import LONGEST_NAME, Student
 from builder.prepare.export import ExportError
+from builder.prepare.heads import check_measures_nothing
 from builder.prepare.import_onnx import export_imported, import_onnx
 from builder.prepare.labels import Labelling, labels_beside, match_labels, read_labels
 from builder.prepare.normalisations import NORMALISATIONS
@@ -37,11 +38,14 @@ def open_onnx(path: Path, options: PrepareOptions) -> Subject:
     opened: list[DataSplit] = []
 
     def sample(spec: Preprocessing) -> Pixels:
-        opened.append(open_data(options))  # only now: no data would mend a fault of the file
+        if not opened:
+            opened.append(open_data(options))  # only now: no data would mend a fault of the file
         return _some_of(opened[0].train).load_pixels(spec, progress=False)
 
     imported = import_onnx(path, options, sample)
     (data,) = opened
+    if imported.single and options.activation is None and not data.labels:
+        check_measures_nothing(imported.logits(sample(imported.preprocessing))[:, 1])
     labelling = find_labels(options, imported.labels, str(path), data, imported.classes, imported.single)
 
     def alternatives() -> Iterator[Alternative]:

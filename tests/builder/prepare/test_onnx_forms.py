@@ -12,11 +12,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from builder.prepare.export import ExportError
 from builder.prepare.import_onnx import export_imported, import_onnx
 from builder.prepare.mac_share import int8_share
 from builder.prepare.options import PrepareOptions
+from builder.prepare.sources import open_onnx
 from experiments.onnx_forms.forms import FORMS, WANTED, external, nhwc, open_sizes, pixels_in, plain
 from experiments.onnx_forms.small_networks import CLASSES, SIDE, WIDTH, Tail, export, network
 from experiments.onnx_forms.trial import normalised, pixels, run_engine, try_form
@@ -134,12 +136,15 @@ def test_two_questions_side_by_side_are_not_taken_for_one(tmp_path: Path) -> Non
         import_onnx(tmp_path / "model.onnx", WANTED)
 
 
-def test_a_measurement_is_not_taken_for_a_logit(tmp_path: Path) -> None:
+def test_a_measurement_is_not_taken_for_a_logit_where_no_labels_would_tell(tmp_path: Path) -> None:
     export(Tail(network(classes=1), lambda y: 40 + 30 * y.sigmoid()), tmp_path / "model.onnx")
+    for number in range(16):
+        Image.new("RGB", (32, 32), (16 * number,) * 3).save(tmp_path / f"{number}.png")
+    unlabelled = WANTED.model_copy(update={"data": str(tmp_path), "unlabelled": True})
     with pytest.raises(ExportError, match=r"its one score is from \d+\.?\d* to \d+\.?\d* for every image"):
-        import_onnx(tmp_path / "model.onnx", WANTED)
-    asked = WANTED.model_copy(update={"activation": "softmax"})
-    assert import_onnx(tmp_path / "model.onnx", asked).single
+        open_onnx(tmp_path / "model.onnx", unlabelled)
+    asked = unlabelled.model_copy(update={"activation": "softmax"})
+    assert len(open_onnx(tmp_path / "model.onnx", asked).student.labels) == 2
 
 
 def test_sizes_that_are_open_are_asked_for(tmp_path: Path) -> None:
