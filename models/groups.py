@@ -64,11 +64,9 @@ class ChannelGroups:
             PruningError: torch-pruning cannot trace this network.
         """
         example = torch.zeros(1, 3, spec.height, spec.width)
-        self._importance: dict[Tensor, Tensor] = {
-            weight: weight.detach().double().square() if importance is None else importance[name].double()
-            for name, weight in network.named_parameters()
-            if weight.ndim > 1
-        }
+        self._importance: dict[Tensor, Tensor] | None = None
+        if importance is not None:
+            self._importance = {weight: importance[name] for name, weight in network.named_parameters()}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Unwrapped parameters", UserWarning)
@@ -173,13 +171,18 @@ class ChannelGroups:
             layer = item.dep.target.module
             if not isinstance(layer, _LAYERS):
                 continue
-            weights = self._importance[layer.weight]
+            weights = self._importance_of(layer.weight)
             of_side = (weights if self._is_output(item.dep) else weights.transpose(0, 1)).flatten(1).sum(1)
             # Where maps are flattened, each channel has several inputs.
             of_channels = np.zeros(channels)
             np.add.at(of_channels, item.root_idxs, of_side.numpy()[item.idxs])
             shares.append(of_channels / (of_channels.sum() or 1))
         return np.array(shares)
+
+    def _importance_of(self, weight: Tensor) -> Tensor:
+        if self._importance is None:
+            return weight.detach().double().square()
+        return self._importance[weight].double()
 
     def _is_output(self, dep: Any) -> bool:
         return bool(self._graph.is_out_channel_pruning_fn(dep.handler))

@@ -166,13 +166,15 @@ def _by_value(outputs: NDArray[np.float32]) -> tuple[Found, float]:
 
 def _first_of_several(outputs: NDArray[np.float32], total: float) -> int | None:
     """How many columns the first softmax has, if several stand side by side; rows add up to `total`."""
-    for count in range(1, outputs.shape[1]):
-        parts = outputs[:, :count], outputs[:, count:]
-        sums = [part.sum(axis=1, dtype=np.float64) for part in parts]
-        alike = all(np.ptp(each) <= _TOLERANCE * total and each.min() > 0.05 * total for each in sums)
+    sums = np.cumsum(outputs, axis=1, dtype=np.float64)
+    alike = np.ones(outputs.shape[1] - 1, bool)
+    for parts in (sums[:, :-1], sums[:, -1:] - sums[:, :-1]):
+        alike &= (np.ptp(parts, axis=0) <= _TOLERANCE * total) & (parts.min(axis=0) > 0.05 * total)
+    changes = np.ptp(outputs, axis=0) > 10 * _TOLERANCE * total
+    for count in np.flatnonzero(alike) + 1:
         # A network that says nearly the same of all images tells nothing.
-        if alike and all(np.ptp(part, axis=0).max() > 10 * _TOLERANCE * total for part in parts):
-            return count
+        if changes[:count].any() and changes[count:].any():
+            return int(count)
     return None
 
 

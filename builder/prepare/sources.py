@@ -35,17 +35,18 @@ def open_onnx(path: Path, options: PrepareOptions) -> Subject:
         ExportError: not a classifier of images that TrimRT can take; the message says what to do.
         DatasetError: no data, or its classes are others.
     """
-    opened: list[DataSplit] = []
+    opened: list[tuple[DataSplit, Pixels]] = []
 
     def sample(spec: Preprocessing) -> Pixels:
-        if not opened:
-            opened.append(open_data(options))  # only now: no data would mend a fault of the file
-        return _some_of(opened[0].train).load_pixels(spec, progress=False)
+        data = open_data(options)  # only now: no data would mend a fault of the file
+        pixels = _some_of(data.train).load_pixels(spec, progress=False)
+        opened.append((data, pixels))
+        return pixels
 
     imported = import_onnx(path, options, sample)
-    (data,) = opened
+    ((data, pixels),) = opened
     if imported.single and options.activation is None and not data.labels:
-        check_measures_nothing(imported.logits(sample(imported.preprocessing))[:, 1])
+        check_measures_nothing(imported.logits(pixels)[:, 1])
     labelling = find_labels(options, imported.labels, str(path), data, imported.classes, imported.single)
 
     def alternatives() -> Iterator[Alternative]:

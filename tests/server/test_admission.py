@@ -221,11 +221,7 @@ def test_the_address_of_a_grpc_peer(peer: str, address: str) -> None:
 # --- the deadline ---------------------------------------------------------------------------------------
 
 
-def test_a_request_whose_deadline_passes_is_told_so_and_never_computed(
-    start: Start, gate: Gate, encode: Encode
-) -> None:
-    it = start()
-    image = encode(0)
+def a_late_request_is_told_so_and_never_computed(it: Carrier, gate: Gate, image: bytes) -> None:
     blocker = it.send(image)
     gate.wait_for_arrivals(1)
     # Long enough for a client that looks at the deadline itself to have sent its request before.
@@ -236,19 +232,18 @@ def test_a_request_whose_deadline_passes_is_told_so_and_never_computed(
     only_these_are_computed(gate, blocker, it.send(image))
 
 
+def test_a_request_whose_deadline_passes_is_told_so_and_never_computed(
+    start: Start, gate: Gate, encode: Encode
+) -> None:
+    a_late_request_is_told_so_and_never_computed(start(), gate, encode(0))
+
+
 @pytest.mark.parametrize("kind", [Grpc], ids=["v2-grpc"])
 def test_a_call_that_grpc_cancels_at_its_deadline_is_expired(
     start: Start, gate: Gate, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Admission, "_expire", lambda self: None)  # gRPC comes before it
-    it = start()
-    image = encode(0)
-    blocker = it.send(image)
-    gate.wait_for_arrivals(1)
-    assert it.ask(image, timeout_ms=500).error == it.error("deadline-exceeded")
-    wait_until(lambda: it.counted("expired", "deadline-exceeded") == 1)
-    assert dropped(it) == {"expired": 1}
-    only_these_are_computed(gate, blocker, it.send(image))
+    a_late_request_is_told_so_and_never_computed(start(), gate, encode(0))
 
 
 def test_no_client_may_wait_longer_than_the_server_allows(start: Start, gate: Gate, encode: Encode) -> None:
