@@ -32,6 +32,7 @@ from benchmarks.turns import take_turns
 from models.cores import cores
 from models.datasets import open_dataset
 from runtime.manifest import Manifest, read_manifest
+from runtime.tuning import Setting
 from trimrt.bench.loop import open_loop
 from trimrt.options import HELP
 from trimrt.predict.parts import Plan
@@ -89,7 +90,7 @@ class Scoring:
             engine_sha256="",
             images=len(source),
             images_sha256="",
-            top_k=_TOP_K,
+            top_k=min(_TOP_K, len(self.manifest.labels)),
             batch_size=self.batch,
             part_size=-(-_PART // self.batch) * self.batch,
         )
@@ -106,18 +107,15 @@ class Scoring:
         return Round(requests=images, seconds=taken, latencies=[], cpu_seconds=cpu)
 
 
-def measure(name: str, package: Path, files: Sequence[Path], seconds: float) -> Scored:
-    """The scorer and the loop in turns."""
+def measure(name: str, package: Path, files: Sequence[Path], best: Setting, seconds: float) -> Scored:
+    """The scorer, and the loop with its `best` setting, in turns."""
     encoded = [file.read_bytes() for file in files]
     manifest = read_manifest(package)
     batch = manifest.batch.max
-    workload = Workload(package, _TOP_K, batch, cores())
-    with (
-        open_loop(package, best_for_throughput(package, encoded), encoded) as loop,
-        open_scorer(workload) as scorer,
-    ):
+    workload = Workload(package, min(_TOP_K, len(manifest.labels)), batch, cores())
+    with open_loop(package, best, encoded) as loop, open_scorer(workload) as scorer:
         scoring = Scoring(scorer, manifest, files, batch)
-        scoring.turn(0)
+        scoring.turn(0)  # which finds the rate
         rounds = take_turns(scoring.turn, partial(work, loop), seconds)
     scored, alone = (Measurement.of(name, batch, done) for done in rounds)
     return Scored(scorer=scored, loop=alone)
@@ -153,15 +151,17 @@ def main(seconds: float, output: Path) -> None:
     cv2.setNumThreads(1)
     results = Results(machine=this_machine(), seconds=seconds)
     console = Console()
+    small = store(SMALL, photographs(), BUILD / "photographs")
+    digits = open_dataset("digits").test.paths
     with steps(console) as progress:
-        task = progress.add_task(SMALL, total=2)
-        small = store(SMALL, photographs(), BUILD / "photographs")
-        package = prepare(BUILD / "engine", lambda _step: None) / INT8
-        results.kinds.append(measure(SMALL, package, small, seconds))
-        progress.update(task, description=DIGIT, advance=1)
-        digits = open_dataset("digits").test.paths
-        results.kinds.append(measure(DIGIT, prepare_digits(BUILD / "engine"), digits, seconds))
-        progress.advance(task)
+        task = progress.add_task("building the engines", total=2)
+        slow = prepare(BUILD / "engine", lambda _step: None) / INT8
+        fast = prepare_digits(BUILD / "engine")
+        for name, package, files in ((SMALL, slow, small), (DIGIT, fast, digits)):
+            progress.update(task, description=name)
+            best = best_for_throughput(package, [file.read_bytes() for file in files])
+            results.kinds.append(measure(name, package, files, best, seconds))
+            progress.advance(task)
     write_report(results, markdown(results), output / "batch_scoring.json", console)
 
 
