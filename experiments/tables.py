@@ -11,7 +11,7 @@ from typing import Final, get_args
 import click
 from rich.console import Console
 
-from experiments import architectures, budget_results, calibration, ladder, predictions, qat
+from experiments import architectures, budget_results, calibration, ladder, predictions, qat, training_cost
 from experiments.markdown import megabytes, percent, percents, spread, table
 from experiments.onnx_forms import results as onnx_forms
 from experiments.own_models import results as own_models
@@ -278,6 +278,7 @@ _FILES: Final[dict[str, type[Made]]] = {
     "own-models": own_models.Results,
     "predictions": predictions.Results,
     "qat": qat.Results,
+    "training-cost": training_cost.Results,
 }
 _RENDERERS: Final[dict[str, Callable[..., str]]] = {
     "architectures": architectures.table,
@@ -289,6 +290,7 @@ _RENDERERS: Final[dict[str, Callable[..., str]]] = {
     "own-models": own_models.table,
     "predictions": predictions.table,
     "qat": qat.table,
+    "training-cost": training_cost.table,
     "abilities": architectures.summary,
     "training": training,
     "pruning": pruning,
