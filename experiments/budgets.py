@@ -42,7 +42,7 @@ from models.networks import build_network
 from models.preprocessing import Preprocessing
 from models.promise import Device
 from models.pruning import Pruner, find_ratio
-from models.recipe import Augmentation, Distillation, Pruning, Recipe, Training, make_recipe
+from models.recipe import Augmentation, Distillation, Image, Pruning, Recipe, Training, make_recipe
 from models.setup import Setup, fingerprint
 from models.training import Objective, TrueLabels, derive_seed, reproducible, supported_precision, train
 from models.widths import Budget, choose_widths
@@ -136,7 +136,8 @@ class Trial:
     @cached_property
     def _setup(self) -> Setup:
         """Some of the images, and how networks see them."""
-        data, recipe = open_dataset(self.data, fold=0), Recipe.model_validate({"image": {"size": _SIDE}})
+        data, limits = open_dataset(self.data, fold=0), AUGMENTATION[self.data]
+        recipe = Recipe(device="cpu", image=Image(size=_SIDE), augmentation=limits)
         parts = {
             part: getattr(data, part).spread(most, f"{self.data}-{part}-{most}")
             for part, most in ({"train": self.course.images} | _JUDGED).items()
@@ -157,31 +158,28 @@ class Trial:
         torch.manual_seed(derive_seed(self.seed, "weights"))
         network = build_network(_ARCHITECTURE, len(self._setup.data.labels), "small").eval()
         targets = torch.from_numpy(self._setup.train_images.targets)
-        objective = TrueLabels(targets, AUGMENTATION[self.data], derive_seed(self.seed, "labels"))
+        objective = TrueLabels(targets, self._setup.limits, derive_seed(self.seed, "labels"))
         self._train(network, UNPRUNED, objective, self.course.epochs)
         return network
 
     @cached_property
     def _views(self) -> TeacherViews:
         """What every fine-tuning learns from: the unpruned network's answers, and the true labels."""
-        seed, limits, images = (
-            derive_seed(self.seed, "views"),
-            AUGMENTATION[self.data],
-            self._setup.train_images,
-        )
+        setup, seed = self._setup, derive_seed(self.seed, "views")
         logits = label_views(
             self._network,
-            images.pixels,
-            self._spec,
-            limits,
+            setup.train_images.pixels,
+            setup.spec,
+            setup.limits,
             views=self.course.fine_tuning,
             seed=seed,
             progress=self.progress,
-            precision=supported_precision(torch.device("cpu")),
+            precision=setup.precision,
             kept=self.folder / "views.safetensors",
             fingerprint=self._fingerprint,
         )
-        return TeacherViews(logits, torch.from_numpy(images.targets), limits, Distillation(), seed)
+        targets = torch.from_numpy(setup.train_images.targets)
+        return TeacherViews(logits, targets, setup.limits, Distillation(), seed)
 
     @cached_property
     def _taylor(self) -> dict[str, Tensor]:
@@ -194,7 +192,7 @@ class Trial:
         shuffle = torch.Generator().manual_seed(derive_seed(self.seed, "gradients"))
         order = torch.randperm(len(images.targets), generator=shuffle)
         for number, batch in enumerate(torch.split(order, self.course.batch_size)[:_GRADIENTS]):
-            affines = random_affines(len(batch), AUGMENTATION[self.data], number)
+            affines = random_affines(len(batch), self._setup.limits, number)
             views = transform(to_float(images.pixels[batch.numpy()], torch.device("cpu")), affines)
             targets = torch.from_numpy(images.targets[batch.numpy()])
             network.zero_grad()
@@ -224,7 +222,7 @@ class Trial:
             state_file=self.folder / f"{name}.pt",
             fingerprint=self._fingerprint,
             progress=self.progress,
-            precision=supported_precision(torch.device("cpu")),
+            precision=self._setup.precision,
         )
 
     def _measured(self, network: nn.Module, share: float, way: str) -> Row:
