@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -93,6 +93,15 @@ def random_widths(table: LatencyTable) -> Iterator[dict[str, int]]:
         }
 
 
+def untimed(table: LatencyTable, networks: Iterable[Mapping[str, int]]) -> Iterator[dict[str, int]]:
+    """Those that the table has no time of."""
+    known = [timed.widths for timed in table.timed]
+    narrowest = {group.name: table.narrowest(group) for group in table.groups}
+    for widths in networks:
+        if {name: width for name, width in widths.items() if width > narrowest[name]} not in known:
+            yield dict(widths)
+
+
 def measure(side: int, table: LatencyTable, chosen: Sequence[Mapping[str, int]], console: Console) -> Input:
     """Predict and time networks of that input size.
 
@@ -100,7 +109,9 @@ def measure(side: int, table: LatencyTable, chosen: Sequence[Mapping[str, int]],
         click.ClickException: the table is of another machine, or of another network.
     """
     predictor, device, networks = LatencyPredictor(table), FittingDevice(), list[Network]()
-    for place, widths in enumerate([*chosen, *random_widths(table)]):
+    origins = [(True, widths) for widths in untimed(table, chosen)]
+    origins += [(False, widths) for widths in untimed(table, random_widths(table))]
+    for is_chosen, widths in origins:
         network, student = random_network(_ARCHITECTURE, _CLASSES, side, "auto")
         groups = ChannelGroups(network, student.preprocessing)
         if difference := table.difference(groups.channels, count_macs(network, side, side)):
@@ -111,8 +122,8 @@ def measure(side: int, table: LatencyTable, chosen: Sequence[Mapping[str, int]],
             raise click.ClickException(f"the latency table is of another machine: {table.machine}")
         networks.append(
             Network(
-                widths=dict(widths),
-                chosen=place < len(chosen),
+                widths=widths,
+                chosen=is_chosen,
                 predicted_ms=round(predictor.predict(widths), 5),
                 measured_ms=round(found.latency_ms, 5),
             )

@@ -7,7 +7,7 @@ from typing import Any
 from latency_tables import BLOCK, table_of
 
 from experiments.budget_results import Row
-from experiments.predictions import Input, Network, Results, chosen_widths, random_widths, table
+from experiments.predictions import Input, Network, Results, chosen_widths, random_widths, table, untimed
 from experiments.results import made_here
 from models.promise import Device
 
@@ -31,13 +31,20 @@ def row(way: str, width: int) -> Row:
     )
 
 
-def test_random_networks_are_none_of_those_that_the_table_is_made_of() -> None:
+def test_networks_that_the_table_has_a_time_of_are_left_out() -> None:
+    known = table_of(CHANNELS, lambda widths: 0.1 + sum(widths.values()) / 1000)
+    narrow = dict.fromkeys(CHANNELS, BLOCK)
+    timed = [narrow | widths for widths in (*known.networks(), *known.checks())]
+    other = narrow | {"third": 48, "first": 48}
+    assert list(untimed(known, [*timed, other])) == [other]
+
+
+def test_random_networks_are_always_the_same_and_in_whole_blocks() -> None:
     known = table_of(CHANNELS, lambda widths: 0.1 + sum(widths.values()) / 1000)
     networks = list(random_widths(known))
     assert networks == list(random_widths(known))
-    beyond = [{name: width for name, width in network.items() if width > BLOCK} for network in networks]
-    assert not [widths for widths in beyond if widths in [*known.networks(), *known.checks()]]
     assert all(width % BLOCK == 0 for network in networks for width in network.values())
+    assert sum(networks[0].values()) > 2 * sum(networks[-1].values())
 
 
 def test_chosen_widths_are_spread_over_all_that_were_chosen() -> None:
