@@ -151,7 +151,7 @@ constraints:  ## Pin the newest versions of all dependencies: constraints.txt, a
 	build/constraints/bin/pip install -q uv
 	$(JETSON_PINS) --python-version 3.10 --python-platform aarch64-manylinux_2_35 \
 		-c deploy/jetson/jetpack6.in -o deploy/jetson/jetpack6.txt
-	$(JETSON_PINS) --python-version 3.12 --python-platform aarch64-manylinux_2_39 \
+	$(JETSON_PINS) --extra nvml --python-version 3.12 --python-platform aarch64-manylinux_2_39 \
 		-c constraints.txt -o deploy/jetson/jetpack7.txt
 	@rm -rf build/constraints
 
