@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from runtime.cuda import Cuda, Device, attached, open_cuda
+from runtime.cuda import Cuda, CudaError, Device, attached, open_cuda
 from runtime.engine import Options
 from runtime.finite import check_finite
 from runtime.manifest import BatchSizes, EngineError, Manifest, read_artefact
@@ -212,5 +212,8 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Free the engine; all slots must be closed."""
-        with attached(self._cuda):
-            self._engine = None
+        try:
+            with attached(self._cuda):
+                self._engine = None
+        except CudaError as error:  # of a GPU that is gone; the end of the process frees what is left
+            logger.error("while %s was closed: %s", self._manifest.name, error)

@@ -332,6 +332,13 @@ def test_a_slot_of_a_gpu_that_is_gone_is_closed_all_the_same(machine, package, c
     assert "while a slot was closed" in caplog.text
 
 
+def test_an_engine_of_a_gpu_that_is_gone_is_closed_all_the_same(machine, package, caplog):
+    engine = load_engine(package)
+    machine.cuda.lost = True
+    engine.close()
+    assert f"while {engine.manifest.name} was closed: attach_thread" in caplog.text
+
+
 def test_what_cannot_be_captured_runs_without_graphs(machine, package, caplog):
     enqueued = counter()
     machine.trt.refuse = lambda: next(enqueued) == 1  # the first run works, its capture does not
