@@ -4,10 +4,10 @@ In this order: the drain, the key, the deadline, the engine and the room in its 
 and the memory that all bodies share, the number of images, the size of the answer. Then the outcome is
 counted, once.
 
-A carrier (the HTTP parser, ASGI, gRPC) hands the request over by plain calls on the event loop's thread, and
-a `Call` parses it and renders the answer. A task, futures and further timers for each request would cost the
-event loop more than all that is done here. Only what takes more than a few milliseconds, to take a large body
-apart or to render a large answer, goes to a thread, one request at a time.
+A carrier (the HTTP parser, ASGI, a WebSocket, gRPC) hands the request over by plain calls on the event loop's
+thread, and a `Call` parses it and renders the answer. A task, futures and further timers for each request
+would cost the event loop more than all that is done here. Only what takes more than a few milliseconds, to
+take a large body apart or to render a large answer, goes to a thread, one request at a time.
 """
 
 from __future__ import annotations
@@ -155,6 +155,10 @@ class Admission(Generic[Answer]):
         except Problem as problem:
             self._refuse(problem)
 
+    def arrive(self) -> None:
+        """All of the body has come; `complete` follows when it is its turn."""
+        self._whole = True
+
     def complete(self) -> None:
         """All of the body has come."""
         if self._over:
@@ -203,6 +207,11 @@ class Admission(Generic[Answer]):
             self._end("expired", "deadline-exceeded")
         else:
             self._end("cancelled", "disconnected")
+
+    def supersede(self) -> None:
+        """Something newer has come before its turn."""
+        if not self._over:
+            self._end("cancelled", "superseded")
 
     def _expire(self) -> None:
         if not self._whole:
