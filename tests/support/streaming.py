@@ -47,8 +47,8 @@ def stream(
     origin: str | None = None,
     **query: object,
 ) -> Iterator[Stream]:
-    """Opens a stream; `protocols` of the query are subprotocols."""
-    protocols = query.pop("protocols", None)
+    """Opens a stream; in the query, `protocols` are subprotocols and `ssl` says whom to trust."""
+    protocols, trust = query.pop("protocols", None), query.pop("ssl", None)
     url = server if isinstance(server, str) else server.url
     address = f"{url.replace('http', 'ws', 1)}/stream?{urlencode(query)}"
     with connect(
@@ -57,6 +57,7 @@ def stream(
         additional_headers=headers,
         subprotocols=protocols,
         proxy=None,
+        ssl=trust,
         compression="deflate",
         close_timeout=5,
     ) as socket:
