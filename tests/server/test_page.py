@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 from pydantic import SecretStr
 from running import Running, running, wait_until
 from serving import encoded
@@ -28,19 +28,24 @@ FRAMES = [encoded(seed, "JPEG", (320, 240), quality=90) for seed in (1, 3)]
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        film = tmp_path_factory.mktemp("film") / "film.mjpeg"
-        film.write_bytes(b"".join(FRAMES[number // 60] for number in range(120)))
-        flags = [
-            "--no-sandbox",
-            "--use-fake-device-for-media-stream",
-            f"--use-file-for-fake-video-capture={film}",
-            "--use-fake-ui-for-media-stream",
-        ]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    film = tmp_path_factory.mktemp("film") / "film.mjpeg"
+    film.write_bytes(b"".join(FRAMES[number // 60] for number in range(120)))
+    flags = [
+        "--no-sandbox",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-video-capture={film}",
+        "--use-fake-ui-for-media-stream",
+    ]
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
@@ -141,17 +146,14 @@ def test_live_labels_are_shown_over_the_cameras_picture(page: Page, served: Runn
     expect(page.locator("#view")).to_be_hidden()
 
 
-def test_one_of_several_cameras_is_chosen(served: Running) -> None:
+def test_one_of_several_cameras_is_chosen(playwright: Playwright, served: Running) -> None:
     chosen = "document.querySelector('video').srcObject.getVideoTracks()[0].getSettings().deviceId"
     flags = [
         "--no-sandbox",
         "--use-fake-device-for-media-stream=device-count=2",
         "--use-fake-ui-for-media-stream",
     ]
-    with (
-        sync_playwright() as playwright,
-        closing(playwright.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser,
-    ):
+    with closing(playwright.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser:
         page = browser.new_page(permissions=["camera"])
         page.goto(served.url)
         page.click("#camera")
