@@ -58,6 +58,10 @@ class Call(ABC, Generic[Answer]):
     def timeout(self) -> float | None:
         """Seconds that the client wants to wait at most; None if it does not say."""
 
+    def priority(self) -> str | None:
+        """What the client says of it, `normal` or `low`; None if it says nothing."""
+        return None
+
     def find_engine(self, registry: Registry) -> Scheduler | None:
         """The engine that the head names; None where only the body does."""
         return None
@@ -107,6 +111,7 @@ class Admission(Generic[Answer]):
         self._call = call
         self._respond = respond
         self._over = False
+        self._low = False  # of low priority
         self._pieces: list[bytes] = []  # of the body
         self._size = 0
         self._whole = False  # all of the body has come
@@ -131,8 +136,10 @@ class Admission(Generic[Answer]):
                 seconds = asked
             self._deadline = self._began + seconds
             scheduler = call.find_engine(service.registry)
+            if (priority := call.priority()) is not None:
+                self._low = _is_low(priority)
             if scheduler is not None:
-                scheduler.check_room(1)
+                scheduler.check_room(1, low=self._low)
             if call.announced_bytes() > settings.max_body_bytes:
                 raise body_too_large(settings.max_body_bytes)
             self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
@@ -189,7 +196,7 @@ class Admission(Generic[Answer]):
                 "invalid-parameter",
                 f"{self._top} classes of {len(images)} images; the limit is {_MOST_RANKED:,} in one answer",
             )
-        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top)
+        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top, low=self._low)
 
     def refuse(self, problem: Problem) -> None:
         """The body cannot be had."""
@@ -309,3 +316,9 @@ class Admission(Generic[Answer]):
         if service.telemetry.observers:
             headers = call.caller().headers
             service.telemetry.tell(Ended(key, headers, self._began, self._manifest, self._results))
+
+
+def _is_low(priority: str) -> bool:
+    if priority not in ("normal", "low"):
+        raise Problem("invalid-parameter", f"X-Priority must be normal or low, not {priority[:40]!r}")
+    return priority == "low"
