@@ -227,9 +227,10 @@ def test_requests_of_low_priority_let_others_go_first(start: Start, gate: Gate, 
     first = it.send(image)
     gate.wait_for_arrivals(1)
     low = [it.send(image, X_Priority="low") for _ in range(9)]  # one more than a batch
-    wait_until(lambda: pending(it) == 10)
+    backlog = it.server.service.registry.get("tiny")._backlog
+    wait_until(lambda: backlog.waiting == 9)
     others = [it.send(image, X_Priority="normal"), it.send(image)]
-    wait_until(lambda: pending(it) == 12)
+    wait_until(lambda: backlog.waiting == 11)
     gate.allow(2)
     for sent in (first, *others):
         assert sent.answer().error == ""
