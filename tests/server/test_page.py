@@ -162,7 +162,7 @@ def test_one_of_several_cameras_is_chosen(playwright: Playwright, served: Runnin
         first = page.evaluate(chosen)
         (other,) = {it.get_attribute("value") for it in page.locator("#device option").all()} - {first}
         page.select_option("#device", other)
-        page.wait_for_function(f"{chosen} === '{other}'")
+        wait_until(lambda: page.evaluate(chosen) == other)
         page.locator("#overlay").evaluate("(overlay) => overlay.replaceChildren()")
         expect(page.locator("#overlay li")).to_have_count(3)
 
