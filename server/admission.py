@@ -4,10 +4,10 @@ In this order: the drain, the key, the deadline, the engine and the room in its 
 and the memory that all bodies share, the number of images, the size of the answer. Then the outcome is
 counted, once.
 
-A carrier (the HTTP parser, ASGI, gRPC) hands the request over by plain calls on the event loop's thread, and
-a `Call` parses it and renders the answer. A task, futures and further timers for each request would cost the
-event loop more than all that is done here. Only what takes more than a few milliseconds, to take a large body
-apart or to render a large answer, goes to a thread, one request at a time.
+A carrier (the HTTP parser, ASGI, a WebSocket, gRPC) hands the request over by plain calls on the event loop's
+thread, and a `Call` parses it and renders the answer. A task, futures and further timers for each request
+would cost the event loop more than all that is done here. Only what takes more than a few milliseconds, to
+take a large body apart or to render a large answer, goes to a thread, one request at a time.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class Call(ABC, Generic[Answer]):
     def timeout(self) -> float | None:
         """Seconds that the client wants to wait at most; None if it does not say."""
 
+    def priority(self) -> str | None:
+        """What the client says of it, `normal` or `low`; None if it says nothing."""
+        return None
+
     def find_engine(self, registry: Registry) -> Scheduler | None:
         """The engine that the head names; None where only the body does."""
         return None
@@ -107,6 +111,7 @@ class Admission(Generic[Answer]):
         self._call = call
         self._respond = respond
         self._over = False
+        self._low = False  # of low priority
         self._pieces: list[bytes] = []  # of the body
         self._size = 0
         self._whole = False  # all of the body has come
@@ -131,8 +136,10 @@ class Admission(Generic[Answer]):
                 seconds = asked
             self._deadline = self._began + seconds
             scheduler = call.find_engine(service.registry)
+            if (priority := call.priority()) is not None:
+                self._low = _is_low(priority)
             if scheduler is not None:
-                scheduler.check_room(1)
+                scheduler.check_room(1, low=self._low)
             if call.announced_bytes() > settings.max_body_bytes:
                 raise body_too_large(settings.max_body_bytes)
             self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
@@ -154,6 +161,10 @@ class Admission(Generic[Answer]):
             self._pieces.append(chunk)
         except Problem as problem:
             self._refuse(problem)
+
+    def arrive(self) -> None:
+        """All of the body has come; `complete` follows when it is its turn."""
+        self._whole = True
 
     def complete(self) -> None:
         """All of the body has come."""
@@ -185,7 +196,7 @@ class Admission(Generic[Answer]):
                 "invalid-parameter",
                 f"{self._top} classes of {len(images)} images; the limit is {_MOST_RANKED:,} in one answer",
             )
-        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top)
+        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top, low=self._low)
 
     def refuse(self, problem: Problem) -> None:
         """The body cannot be had."""
@@ -203,6 +214,11 @@ class Admission(Generic[Answer]):
             self._end("expired", "deadline-exceeded")
         else:
             self._end("cancelled", "disconnected")
+
+    def supersede(self) -> None:
+        """Something newer has come before its turn."""
+        if not self._over:
+            self._end("cancelled", "superseded")
 
     def _expire(self) -> None:
         if not self._whole:
@@ -300,3 +316,9 @@ class Admission(Generic[Answer]):
         if service.telemetry.observers:
             headers = call.caller().headers
             service.telemetry.tell(Ended(key, headers, self._began, self._manifest, self._results))
+
+
+def _is_low(priority: str) -> bool:
+    if priority not in ("normal", "low"):
+        raise Problem("invalid-parameter", f"X-Priority must be normal or low, not {priority[:40]!r}")
+    return priority == "low"

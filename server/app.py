@@ -28,7 +28,7 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
 from server.registry import Load, LoadEngine, Registry, resolve_engines
-from server.routes import docs, engines, health, observability, page, predict
+from server.routes import docs, engines, health, observability, page, predict, stream
 from server.service import Service, service_of
 from server.settings import Settings
 from server.telemetry import RequestObserver, Telemetry
@@ -118,13 +118,13 @@ def create_app(
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=[origin.strip().rstrip("/") for origin in settings.cors_origin.split(",")],
+            allow_origins=sorted(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", HEADER_LENGTH],
         )
     app.add_middleware(RequestContext)
-    for module in (predict, engines, health, observability, rest, page, docs):
+    for module in (predict, stream, engines, health, observability, rest, page, docs):
         app.include_router(module.router)
     app.mount("/docs/assets", StaticFiles(directory=str(docs.ASSETS)))
     app.mount("/page", StaticFiles(directory=page.FOLDER))

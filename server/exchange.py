@@ -72,6 +72,11 @@ class HttpCall(Call[HttpAnswer]):
             )
         return milliseconds / 1000
 
+    def priority(self) -> str | None:
+        """See `Call`."""
+        header = self._headers.get(b"x-priority")
+        return None if header is None else header.decode("latin-1")
+
     def announced_bytes(self) -> int:
         """See `Call`."""
         encoding = self._headers.get(b"content-encoding", b"")

@@ -87,7 +87,8 @@ class Job:
         top: how many classes of each image to rank.
         turn: the round of the backlog in which its first image has its turn; each further image has its own
             in the round after.
-        small: has so few images that it need not share with large ones.
+        behind: rounds that it gives way to others: it is of low priority if there are any.
+        small: has so few images that it need not share with large ones; none of low priority is.
         results: by image; None for those still under way.
         remaining: how many are under way.
         over: answered or dropped; decoding and slot threads read it too.
@@ -95,19 +96,27 @@ class Job:
     """
 
     __slots__ = (
-        *("admitted", "deadline", "decoding_seconds", "done", "over"),
+        *("admitted", "behind", "deadline", "decoding_seconds", "done", "over"),
         *("remaining", "results", "small", "top", "turn"),
     )
 
     def __init__(
-        self, count: int, admitted: float, deadline: float, done: Done, top: int, turn: int = 0
+        self,
+        count: int,
+        admitted: float,
+        deadline: float,
+        done: Done,
+        top: int,
+        turn: int = 0,
+        behind: int = 0,
     ) -> None:
         self.admitted = admitted
         self.deadline = deadline
         self.done = done
         self.top = top
-        self.turn = turn
-        self.small = count <= SMALL
+        self.turn = turn + behind
+        self.behind = behind
+        self.small = count <= SMALL and not behind
         self.results: list[Result | None] = [None] * count
         self.remaining = count
         self.over = False

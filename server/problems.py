@@ -35,6 +35,7 @@ PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "too-many-images": (413, "Too many images in one request"),
     "unsupported-media-type": (415, "This type of content is not accepted"),
     "invalid-parameter": (422, "A parameter is missing or out of range"),
+    "upgrade-required": (426, "A WebSocket is wanted here"),
     "queue-full": (429, "The queue is full"),
     "head-too-large": (431, "The head is too large"),
     "internal-error": (500, "The server failed"),

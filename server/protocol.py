@@ -42,7 +42,8 @@ _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; i
 class HardenedProtocol(HttpToolsProtocol):
     """One client's connection; every request goes to the ASGI application.
 
-    Subclasses may answer a request themselves. While they do, `cycle.response_complete` is false.
+    Subclasses may answer a request themselves. While they do, `cycle.response_complete` is false. They may
+    hand the connection over to another protocol.
     """
 
     cycle: Any
@@ -59,6 +60,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self.ending = False  # no request follows those that are under way
         self._closing = False  # nothing is answered any more
         self._deaf = False  # nothing is parsed any more
+        self.handed_over = False  # the transport has another protocol, which tells of the connection's end
         self._eof = False  # the client sends nothing any more
         self._held = memoryview(b"")  # what came and is not parsed yet
         self._dropped = 0  # bytes of a request that was answered before its end
@@ -133,6 +135,8 @@ class HardenedProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
             offer = error.args[0]
+            if self._takes_up(early=offer < size):
+                return None
         except httptools.HttpParserError as error:
             self._reject(as_problem(error))
             return None
@@ -148,6 +152,26 @@ class HardenedProtocol(HttpToolsProtocol):
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
         self._parse_to_offer(head)
         return memoryview(data)[offer:]
+
+    def _takes_up(self, *, early: bool) -> bool:
+        """Take up the offer of the head that is there, or refuse it; whether either was done."""
+        if self._under_way() or self.ending:
+            return False
+        try:
+            check_size(self.url, self.headers)
+            check_version(self.parser.get_http_version(), host=self._host, chunked=self._chunked)
+            self._deaf = self.handed_over = self.take_up(early=early)
+        except Problem as problem:
+            self._reject(problem)
+            return True
+        return self.handed_over
+
+    def take_up(self, *, early: bool) -> bool:
+        """Give the transport another protocol, if the head that is there offers one that is spoken here.
+
+        `early`: something came before the offer was answered. Raises a `Problem` to refuse the request.
+        """
+        return False
 
     def _check_unfinished(self, size: int) -> None:
         """Refuse a head, or what surrounds a body's chunks, that takes too much already."""
@@ -357,6 +381,8 @@ class HardenedProtocol(HttpToolsProtocol):
         Args:
             size: bytes that have just come.
         """
+        if self.handed_over:
+            return
         now = self.loop.time()
         if self._phase == _IDLE and not self._closing:
             self._deadline.move(now + self.timeout_keep_alive)

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import Final, cast
 
 from models.preprocessing import Pixels
 from runtime.batching import Shares
@@ -31,6 +31,9 @@ from server.mailbox import Mailbox
 from server.problems import Problem
 from server.stats import EngineStats
 from server.workers import Worker
+
+LOW_ROUNDS: Final = 16
+"""How many rounds of the backlog a request of low priority gives way to others."""
 
 _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
@@ -99,6 +102,7 @@ class Scheduler:
         )
         self._service_time = ServiceTime()
         self._jobs: set[Job] = set()  # under way
+        self._low: set[Job] = set()  # those of low priority
         self._retired = False  # admits no more
         self._workers: list[Worker] = []
         self._runs: list[asyncio.Task[None]] = []  # the workers'
@@ -145,17 +149,21 @@ class Scheduler:
                 raise outcome
         self._brief = self._brief and self.engine.is_brief
 
-    def check_room(self, images: int) -> None:
+    def check_room(self, images: int, *, low: bool = False) -> None:
         """Make sure that a request of so many images fits the queue.
 
         Requests take turns, so it waits for at most as many images of each other request as it has itself.
-        Many images in few requests leave room for small requests.
+        Many images in few requests leave room for small requests. Those of `low` priority take no room from
+        the others.
 
         Raises:
             Problem: `queue-full`, with `Retry-After` from the measured service time.
         """
         one = images == 1  # the sum is the same then, but takes longer
-        ahead = len(self._jobs) if one else sum(min(job.remaining, images) for job in self._jobs)
+        if one:
+            ahead = len(self._jobs) if low else len(self._jobs) - len(self._low)
+        else:
+            ahead = sum(min(job.remaining, images) for job in self._jobs if low or not job.behind)
         if ahead + images > self.queue_limit:
             seconds = max(1, math.ceil(self.pending * self._service_time.per_image))
             raise Problem(
@@ -165,7 +173,15 @@ class Scheduler:
                 headers={"Retry-After": str(seconds)},
             )
 
-    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done, *, top: int) -> Job:
+    def submit(
+        self,
+        images: Sequence[bytes | Pixels],
+        deadline: float,
+        done: Done,
+        *,
+        top: int,
+        low: bool = False,
+    ) -> Job:
         """Admit `images`, to run them through the engine in as many batches as it takes.
 
         Args:
@@ -176,6 +192,7 @@ class Scheduler:
                 image in their order, or with the problem: `image-damaged`, `unsupported-media-type` or
                 `image-too-large` for an image that cannot be decoded, or `inference-failed`.
             top: how many classes of each image to rank.
+            low: let others go first.
 
         Raises:
             Problem: `queue-full` or `not-ready`; nothing was admitted.
@@ -184,9 +201,12 @@ class Scheduler:
             raise Problem(
                 "not-ready", "the engine is being unloaded; try again", headers={"Retry-After": "1"}
             )
-        self.check_room(len(images))
-        job = Job(len(images), time.monotonic(), deadline, done, top, self._backlog.round + 1)
+        self.check_room(len(images), low=low)
+        turn, behind = self._backlog.round + 1, LOW_ROUNDS if low else 0
+        job = Job(len(images), time.monotonic(), deadline, done, top, turn, behind)
         self._jobs.add(job)
+        if low:
+            self._low.add(job)
         self._backlog.expect(job)
         self._backlog.under_way += len(images)
         ready, encoded = list[Image](), list[Image]()
@@ -298,6 +318,7 @@ class Scheduler:
             if job.remaining == 0:
                 job.over = True
                 self._jobs.remove(job)
+                self._low.discard(job)
                 job.done(cast("list[Result]", job.results))
         self.health.succeeded()
         self.stats.batches[size] += 1
@@ -307,6 +328,7 @@ class Scheduler:
         """End `job` without results, and give back its room in the queue."""
         job.over = True
         self._jobs.remove(job)
+        self._low.discard(job)
         self._release(job.remaining)
 
     def _release(self, images: int) -> None:

@@ -177,6 +177,11 @@ class Settings(BaseSettings):
         """Whose engine packages are served; the keys are read once."""
         return trust_in(self.trusted_key)
 
+    @cached_property
+    def cors_origins(self) -> frozenset[str]:
+        """The sites of `cors_origin`."""
+        return frozenset(origin.strip().rstrip("/") for origin in self.cors_origin.split(",")) - {""}
+
     @field_validator("formats")
     @classmethod
     def _check_formats(cls, formats: str) -> str:

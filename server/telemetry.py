@@ -34,10 +34,10 @@ class RequestKey(NamedTuple):
     """How one inference request ended.
 
     Attributes:
-        protocol: `predict`, `v2-rest` or `v2-grpc`.
+        protocol: `predict`, `stream` (each frame), `v2-rest` or `v2-grpc`.
         outcome: `ok`, `invalid` (the client's fault), `rejected` (no room, or not ready), `expired`,
             `cancelled` or `failed` (the server's fault).
-        reason: the problem's name; empty when ok.
+        reason: the problem's name; `disconnected`, or `superseded` by a newer frame; empty when ok.
     """
 
     protocol: str

@@ -92,7 +92,7 @@ _REQUEST_BODY = {
 }
 
 
-_PARAMETERS = [
+PARAMETERS = [
     {
         "name": "engine",
         "in": "query",
@@ -126,7 +126,7 @@ router = APIRouter(tags=["inference"], route_class=_DirectRoute)
         200: {"model": PredictResponse},
         **documented(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
-    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": _PARAMETERS},
+    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": PARAMETERS},
 )
 async def predict(request: Request) -> Response:
     """Classify one image (a raw body) or several (multipart field `file`, repeated)."""

@@ -209,6 +209,9 @@ class _Infer(Call[_Answer]):
     def timeout(self) -> float | None:
         return cast("float | None", self._context.time_remaining())
 
+    def priority(self) -> str | None:
+        return self.caller().headers.get("x-priority")
+
     def is_slow_to_read(self, body: bytes) -> bool:
         return len(body) > _LARGE_REQUEST
 

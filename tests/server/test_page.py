@@ -9,9 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 from pydantic import SecretStr
-from running import Running, running
+from running import Running, running, wait_until
+from serving import encoded
 from tiny_engine import LABELS
 
 from server.settings import Settings
@@ -22,14 +23,29 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-
 
 Encode = Callable[..., bytes]
 
+FRAMES = [encoded(seed, "JPEG", (320, 240), quality=90) for seed in (1, 3)]
+"""What the camera sees, each for two seconds."""
+
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    film = tmp_path_factory.mktemp("film") / "film.mjpeg"
+    film.write_bytes(b"".join(FRAMES[number // 60] for number in range(120)))
+    flags = [
+        "--no-sandbox",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-video-capture={film}",
+        "--use-fake-ui-for-media-stream",
+    ]
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
@@ -107,6 +123,73 @@ def test_a_photograph_is_taken(page: Page) -> None:
     expect(page.locator("#video")).to_be_hidden()
 
 
+def _best(served: Running, frame: bytes, **params: str) -> str:
+    return served.predict(frame, params=params).json()["results"][0]["predictions"][0]["label"]
+
+
+def test_live_labels_are_shown_over_the_cameras_picture(page: Page, served: Running) -> None:
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#live")).to_have_text("Stop live")
+    for frame in FRAMES:
+        expect(page.locator("#overlay li").first).to_contain_text(_best(served, frame))
+        expect(page.locator("#spoken")).to_contain_text(_best(served, frame))
+    expect(page.locator("#figures")).to_have_text(
+        re.compile(r"^[1-9]\d* frames/s · [\d.]+ ms · \d+ left out$")
+    )
+    expect(page.locator("#labels li")).to_have_count(5)
+    page.click("#live")
+    expect(page.locator("#overlay")).to_be_hidden()
+    wait_until(lambda: served.service.telemetry.in_flight == 0)
+    assert not [key for key in served.service.telemetry.requests if key.outcome == "failed"]
+    page.click("#camera")
+    expect(page.locator("#view")).to_be_hidden()
+
+
+def test_one_of_several_cameras_is_chosen(playwright: Playwright, served: Running) -> None:
+    chosen = "document.querySelector('video').srcObject.getVideoTracks()[0].getSettings().deviceId"
+    flags = [
+        "--no-sandbox",
+        "--use-fake-device-for-media-stream=device-count=2",
+        "--use-fake-ui-for-media-stream",
+    ]
+    with closing(playwright.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser:
+        page = browser.new_page(permissions=["camera"])
+        page.goto(served.url)
+        page.click("#camera")
+        page.click("#live")
+        expect(page.locator("#overlay li")).to_have_count(3)
+        first = page.evaluate(chosen)
+        (other,) = {it.get_attribute("value") for it in page.locator("#device option").all()} - {first}
+        page.select_option("#device", other)
+        wait_until(lambda: page.evaluate(chosen) == other)
+        page.locator("#overlay").evaluate("(overlay) => overlay.replaceChildren()")
+        expect(page.locator("#overlay li")).to_have_count(3)
+
+
+def test_live_video_asks_the_chosen_engine(page: Page, served: Running) -> None:
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#answered-by")).to_contain_text("tiny")
+    page.select_option("#engine", "other")
+    expect(page.locator("#answered-by")).to_contain_text("other")
+    for frame in FRAMES:
+        expect(page.locator("#overlay li").first).to_contain_text(_best(served, frame, engine="other"))
+
+
+def test_a_stream_that_ends_says_why(page: Page, served: Running) -> None:
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#overlay li")).to_have_count(3)
+    served.service.lifecycle.refusing = True
+    expect(page.get_by_role("alert")).to_have_text("The stream has ended: the server is draining")
+    expect(page.locator("#live")).to_have_text("Start live")
+    served.service.lifecycle.refusing = False
+    page.click("#live")
+    expect(page.locator("#overlay li")).to_have_count(3)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_the_engine_is_switched_and_loaded_if_need_be(page: Page, photo: Path, served: Running) -> None:
     page.set_input_files("#file", photo)
     expect(page.locator("#answered-by")).to_contain_text("tiny")
@@ -144,6 +227,23 @@ def test_load_is_sent_and_the_pulse_drawn(page: Page, photo: Path) -> None:
     expect(page.locator("#p99")).to_contain_text("ms")
     expect(page.locator("#chart")).to_have_attribute("aria-label", re.compile(r"median [\d.]+ ms"))
     expect(page.locator("#chart path.p99")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
+
+
+def test_live_video_is_used_by_keyboard(page: Page) -> None:
+    page.focus("#camera")
+    page.keyboard.press("Enter")
+    expect(page.locator("#live")).to_be_visible()
+    for wanted in ("live", "shoot"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == wanted
+    page.focus("#live")
+    page.keyboard.press("Space")
+    expect(page.get_by_role("status").filter(has_text="%")).to_have_count(1)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert _contrast(page, "#overlay") >= 4.5
+    page.keyboard.press("Space")
+    expect(page.locator("#overlay")).to_be_hidden()
 
 
 def test_it_is_used_by_keyboard_and_named_for_screen_readers(page: Page) -> None:
@@ -203,7 +303,14 @@ def test_it_fits_a_telephone(page: Page) -> None:
     page.evaluate(
         "document.querySelector('#engine').options[0].text = 'a-rather-long-name-of-an-engine-int8-openvino'"
     )
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#overlay li")).to_have_count(3)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    picture, labels = page.locator("#video").bounding_box(), page.locator("#overlay").bounding_box()
+    assert picture is not None
+    assert labels is not None
+    assert picture["x"] <= labels["x"] <= labels["x"] + labels["width"] <= picture["x"] + picture["width"]
 
 
 def test_labels_cannot_inject_markup(page: Page) -> None:
@@ -233,4 +340,7 @@ def test_the_key_is_asked_for_where_there_is_one(browser: Browser, engine_dir: P
         expect(page.locator("#labels li")).to_have_count(5)
         page.select_option("#engine", "other")
         expect(page.locator("#answered-by")).to_contain_text("other")
+        page.click("#camera")
+        page.click("#live")
+        expect(page.locator("#overlay li")).to_have_count(3)
     assert next(given, None) is None

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from processes import TRIMRT, start_process
 from running import wait_until
+from streaming import stream
 from tiny_engine import write_package
 from together import OK, Together, is_right, is_running, load, states, together
 
@@ -89,6 +90,18 @@ def test_connections_that_stay_open_are_spread_evenly_also_after_some_were_close
             client = stack.enter_context(httpx.Client(base_url=served.url, verify=False))
             client.get("/health/live")
         assert spread() == [4, 4]
+
+
+def test_streams_are_spread_over_the_workers_and_counted_together(served: Together, encode: Encode) -> None:
+    wait_until(lambda: all(member.taker.open == 0 for member in served.supervisor.members))
+    ok = OK.replace("predict", "stream")
+    before = served.samples().get(ok, 0)
+    with stream(served.url) as one, stream(served.url) as two:
+        assert [member.taker.open for member in served.supervisor.members] == [1, 1]
+        right = [it["results"][0]["predictions"] for it in (one.ask(encode(0)), two.ask(encode(0)))]
+        assert right[0] == right[1]
+    wait_until(lambda: all(member.taker.open == 0 for member in served.supervisor.members))
+    assert served.samples()[ok] - before == 2
 
 
 def test_statistics_are_those_of_both_workers(served: Together, encode: Encode) -> None:

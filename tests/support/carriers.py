@@ -28,6 +28,7 @@ _GRPC_CODES = {
     "forbidden": "PERMISSION_DENIED",
     "image-damaged": "INVALID_ARGUMENT",
     "inference-failed": "INTERNAL",
+    "invalid-parameter": "INVALID_ARGUMENT",
     "internal-error": "INTERNAL",
     "malformed-request": "INVALID_ARGUMENT",
     "not-ready": "UNAVAILABLE",
