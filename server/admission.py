@@ -49,6 +49,7 @@ class Call(ABC, Generic[Answer]):
     """One request as its protocol has it. A `Problem` that a method raises ends the request."""
 
     protocol: str  # see `RequestKey`
+    fetched = 0  # bytes that `read` brought from elsewhere; they count as the body's
 
     @abstractmethod
     def caller(self) -> Caller:
@@ -177,6 +178,9 @@ class Admission(Generic[Answer]):
 
     def _submit(self, request: tuple[Scheduler, Sequence[bytes | Pixels], int]) -> None:
         self._scheduler, images, self._top = request
+        if fetched := self._call.fetched:
+            self._service.body_memory.reserve(fetched)
+            self._size += fetched
         self._manifest = self._scheduler.engine.manifest
         if len(images) > self._service.settings.max_images:
             raise too_many_images(self._service.settings.max_images)

@@ -40,6 +40,7 @@ PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "internal-error": (500, "The server failed"),
     "inference-failed": (500, "The engine failed"),
     "coding-not-supported": (501, "The transfer coding is not supported"),
+    "not-supported": (501, "Not supported"),
     "not-ready": (503, "The server is not ready"),
     "deadline-exceeded": (504, "The deadline passed"),
     "version-not-supported": (505, "The HTTP version is not supported"),

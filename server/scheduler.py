@@ -301,6 +301,7 @@ class Scheduler:
                 job.done(cast("list[Result]", job.results))
         self.health.succeeded()
         self.stats.batches[size] += 1
+        self.stats.inference[size] += batch.finished - batch.started
         self._service_time.measure(size, batch.started, now)
 
     def _end(self, job: Job) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.cores import cores
@@ -57,6 +57,12 @@ class Settings(BaseSettings):
         ge=0,
         le=65535,
         description="TCP port for the Open Inference Protocol over gRPC; off unless set.",
+    )
+
+    client_shared_memory: bool = Field(
+        default=False,
+        description="Let programs on this machine register shared memory for the Open Inference Protocol's "
+        "tensors; Linux, one worker.",
     )
 
     watch: bool = Field(
@@ -189,6 +195,14 @@ class Settings(BaseSettings):
     @classmethod
     def _one_for_every_core(cls, workers: object) -> object:
         return cores() if workers == "auto" else workers
+
+    @model_validator(mode="after")
+    def _one_process_knows_the_regions(self) -> Settings:
+        if self.client_shared_memory and self.workers > 1:
+            raise ValueError(
+                "client_shared_memory works with one worker: each process would know other regions"
+            )
+        return self
 
     @field_validator("api_key")
     @classmethod

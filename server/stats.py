@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -20,12 +20,16 @@ class EngineStats:
 
     Attributes:
         batches: how many there were of each size.
+        inference: seconds that the engine took for batches of each size, together.
+        last: when an image was answered last, to the second, by `time.time`; 0 before the first.
         dropped: images dropped before they were computed, by reason.
         failed: images that the engine failed on.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.batches: Counter[int] = Counter()
+        self.inference: dict[int, float] = defaultdict(float)
+        self.last = 0.0
         self.dropped: Counter[str] = Counter()
         self.failed = 0
         self._clock = clock
@@ -48,11 +52,15 @@ class EngineStats:
         if second != self._second or len(self._images) == _MOST_UNSORTED:
             self._sort()
             self._second = second
+            self.last = time.time()
         self._images.append((decode, queue, inference, total, device))
 
     def merge(self, other: EngineStats) -> None:
         """Count everything `other` counted."""
         self.batches.update(other.batches)
+        for size, seconds in other.inference.items():
+            self.inference[size] += seconds
+        self.last = max(self.last, other.last)
         self.dropped.update(other.dropped)
         self.failed += other.failed
         for stage, distribution in other.stages.items():

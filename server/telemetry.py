@@ -82,12 +82,38 @@ def outcome_of(problem: Problem) -> str:
     return "failed" if problem.status >= 500 else "invalid"
 
 
-class Telemetry:
-    """Counters that outlive the engines they count."""
+class Sampling:
+    """Which requests leave a trace.
 
-    def __init__(self, observers: Sequence[RequestObserver] = ()) -> None:
+    Attributes:
+        every: of so many requests one does; 0: none.
+    """
+
+    def __init__(self) -> None:
+        self.every = 1
+        self._passed = 0
+
+    def takes(self) -> bool:
+        """Whether the request that just ended does."""
+        self._passed += 1
+        if not self.every or self._passed < self.every:
+            return False
+        self._passed = 0
+        return True
+
+
+class Telemetry:
+    """Counters that outlive the engines they count.
+
+    Args:
+        observers: told of every request.
+        sampling: of the traces; None: there are none.
+    """
+
+    def __init__(self, observers: Sequence[RequestObserver] = (), sampling: Sampling | None = None) -> None:
         self.started = time.time()
         self.observers = observers
+        self.sampling = sampling
         self.engines: dict[EngineKey, EngineStats] = {}
         self.requests: Counter[RequestKey] = Counter()
         self.in_flight = 0
