@@ -52,6 +52,9 @@ class Alone:
 
 def counts_of(telemetry: Telemetry, registry: Registry) -> Counts:
     """The counts of this process; a view, not a copy."""
+    for stats in telemetry.engines.values():
+        if stats.predictions is not None:
+            stats.predictions.settle()
     queues = {
         EngineKey.of(scheduler.engine.manifest): Queue(
             scheduler.pending, scheduler.queue_limit, scheduler.health.lost is not None

@@ -302,6 +302,8 @@ class Scheduler:
         self.health.succeeded()
         self.stats.batches[size] += 1
         self.stats.inference[size] += batch.finished - batch.started
+        if self.stats.predictions is not None:
+            self.stats.predictions.add(batch.probabilities)
         self._service_time.measure(size, batch.started, now)
 
     def _end(self, job: Job) -> None:

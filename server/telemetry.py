@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from runtime.manifest import Manifest
 from server.jobs import Result
+from server.predictions import Predictions
 from server.problems import Problem
 from server.stats import EngineStats
 
@@ -120,7 +121,10 @@ class Telemetry:
 
     def engine(self, manifest: Manifest) -> EngineStats:
         """The statistics of an engine; a reloaded one goes on where it was."""
-        return self.engines.setdefault(EngineKey.of(manifest), EngineStats())
+        stats = self.engines.setdefault(EngineKey.of(manifest), EngineStats())
+        if stats.predictions is None or not stats.predictions.is_of(manifest):
+            stats.predictions = Predictions(manifest)
+        return stats
 
     def begin(self) -> float:
         """An inference request begins: now, by `time.monotonic`. It must `end`."""

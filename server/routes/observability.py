@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from runtime.histogram import WINDOW_S, Histogram
 from server.counts import Queue
+from server.predictions import Predictions
 from server.problems import documented
 from server.service import Served
 from server.stats import PERCENTILES, EngineStats
@@ -64,8 +65,19 @@ def _engine(stats: EngineStats, window_s: int) -> dict[str, Any]:
         "mean_batch_size": sum(size * n for size, n in stats.batches.items()) / batches if batches else None,
         "dropped": stats.dropped,
         "failed": stats.failed,
+        "predictions": stats.predictions and _predictions(stats.predictions),
         "since_start": _stages({stage: distribution.total for stage, distribution in stages}),
         "recent": _stages({stage: distribution.recent(window_s) for stage, distribution in stages}),
+    }
+
+
+def _predictions(predictions: Predictions) -> dict[str, Any]:
+    images = predictions.images
+    return {
+        "images": images,
+        "labels": predictions.by_label(),
+        "mean_confidence": round(predictions.sum / images, 6) if images else None,
+        "drift": {of: round(index, 4) for of, index in predictions.drift().items()},
     }
 
 
