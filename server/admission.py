@@ -117,6 +117,7 @@ class Admission(Generic[Answer]):
         self._job: Job | None = None
         self._manifest: Manifest | None = None
         self._results: Sequence[Result] = ()
+        self._images: Sequence[bytes | Pixels] = ()  # for observers
         self._began = service.telemetry.begin()
 
     def open(self) -> None:
@@ -189,6 +190,8 @@ class Admission(Generic[Answer]):
                 "invalid-parameter",
                 f"{self._top} classes of {len(images)} images; the limit is {_MOST_RANKED:,} in one answer",
             )
+        if self._service.telemetry.observers:
+            self._images = images
         self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top)
 
     def refuse(self, problem: Problem) -> None:
@@ -303,4 +306,6 @@ class Admission(Generic[Answer]):
         service.telemetry.end(key)
         if service.telemetry.observers:
             headers = call.caller().headers
-            service.telemetry.tell(Ended(key, headers, self._began, self._manifest, self._results))
+            ended = Ended(key, headers, self._began, self._manifest, self._results, self._images)
+            self._images = ()
+            service.telemetry.tell(ended)

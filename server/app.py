@@ -23,6 +23,7 @@ from runtime.manifest import EngineError
 from runtime.watching import Watcher
 from server.bodies import BodyMemory
 from server.fleet import Alone, Fleet
+from server.keeping import Keeper
 from server.lifecycle import Lifecycle, settle_memory
 from server.metrics import Metrics
 from server.middleware import RequestContext
@@ -72,7 +73,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sampling = Sampling() if settings.otlp_endpoint else None
-        telemetry = Telemetry([*observers, *_tracers(settings, sampling)], sampling)
+        telemetry = Telemetry([*observers, *_observers(settings, sampling)], sampling)
         registry = Registry(settings, telemetry, load, on_failure if settings.exit_when_lost else None)
         lifecycle = Lifecycle()
         large_work = ThreadPoolExecutor(1, "trimrt-large")
@@ -142,12 +143,17 @@ def create_app(
     return app
 
 
-def _tracers(settings: Settings, sampling: Sampling | None) -> list[RequestObserver]:
-    if sampling is None:
-        return []
-    from server.tracing import Tracer
+def _observers(settings: Settings, sampling: Sampling | None) -> list[RequestObserver]:
+    observers: list[RequestObserver] = []
+    if sampling is not None:
+        from server.tracing import Tracer
 
-    return [Tracer(settings.otlp_endpoint, sampling)]
+        observers.append(Tracer(settings.otlp_endpoint, sampling))
+    if settings.keep is not None:
+        below, share = settings.keep_below, settings.keep_share
+        most_bytes = (settings.keep_mib << 20) // settings.workers
+        observers.append(Keeper(settings.keep, below=below, share=share, most_bytes=most_bytes))
+    return observers
 
 
 async def _start_grpc(service: Service, on_failure: OnFailure | None) -> Any:

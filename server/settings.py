@@ -170,6 +170,16 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="auto is text on a terminal, else JSON."
     )
+    keep: Path | None = Field(
+        default=None,
+        description="Folder in which to keep images that an engine was unsure of, for the next training; "
+        "no image is stored unless this is set.",
+    )
+    keep_below: float = Field(
+        default=0.5, gt=0, le=1, description="Keep images whose likeliest label is less probable than this."
+    )
+    keep_share: float = Field(default=0.01, gt=0, le=1, description="Share of those images that is kept.")
+    keep_mib: int = Field(default=256, ge=1, description="Most that the folder of kept images may hold, MiB.")
     otlp_endpoint: str = Field(
         default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
         description="Where OpenTelemetry traces go, over OTLP/HTTP; OTEL_EXPORTER_OTLP_ENDPOINT works too.",

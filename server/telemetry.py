@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from models.preprocessing import Pixels
 from runtime.manifest import Manifest
 from server.jobs import Result
 from server.predictions import Predictions
@@ -55,6 +56,7 @@ class Ended(NamedTuple):
         began: when it began, by `time.monotonic`.
         manifest: of the engine that was asked; None if it did not come to that.
         results: its images' results; empty unless they were computed.
+        images: its images, as they came; empty if it did not come to that.
     """
 
     key: RequestKey
@@ -62,6 +64,7 @@ class Ended(NamedTuple):
     began: float
     manifest: Manifest | None
     results: Sequence[Result]
+    images: Sequence[bytes | Pixels]
 
 
 class RequestObserver(Protocol):
@@ -113,7 +116,7 @@ class Telemetry:
 
     def __init__(self, observers: Sequence[RequestObserver] = (), sampling: Sampling | None = None) -> None:
         self.started = time.time()
-        self.observers = observers
+        self.observers = list(observers)
         self.sampling = sampling
         self.engines: dict[EngineKey, EngineStats] = {}
         self.requests: Counter[RequestKey] = Counter()
