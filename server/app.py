@@ -29,7 +29,7 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
 from server.registry import Load, LoadEngine, Registry, resolve_engines
-from server.routes import docs, engines, health, observability, page, predict
+from server.routes import docs, engines, health, observability, page, predict, shadows
 from server.service import Service, service_of
 from server.settings import Settings
 from server.telemetry import RequestObserver, Sampling, Telemetry
@@ -131,7 +131,7 @@ def create_app(
         )
     app.add_middleware(RequestContext)
     # Before a path that has any model's name comes the one that has none.
-    for module in (predict, engines, health, observability, rest_extensions, rest, page, docs):
+    for module in (predict, engines, shadows, health, observability, rest_extensions, rest, page, docs):
         app.include_router(module.router)
     app.mount("/docs/assets", StaticFiles(directory=str(docs.ASSETS)))
     app.mount("/page", StaticFiles(directory=page.FOLDER))

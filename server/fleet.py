@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-from server.counts import Counts, Queue
+from server.counts import Compared, Counts, Queue
 from server.registry import Change, EngineRow, Registry
 from server.telemetry import EngineKey, Telemetry
 
@@ -69,4 +69,10 @@ def counts_of(telemetry: Telemetry, registry: Registry) -> Counts:
         engines=telemetry.engines,
         queues=queues,
         default=registry.default,
+        shadows={
+            EngineKey.of(it.candidate.engine.manifest): Compared(
+                it.primary.engine.manifest.name, it.share, it.counts
+            )
+            for it in registry.shadows.values()
+        },
     )

@@ -36,6 +36,7 @@ class _CountsCollector(Collector):
         yield from self._engines()
         yield from self._engine_stats()
         yield from self._predictions()
+        yield from self._shadows()
         yield from self._device_readings()
 
     def _processes(self) -> Iterator[Metric]:
@@ -71,6 +72,25 @@ class _CountsCollector(Collector):
             for of, index in predictions.drift().items():
                 drift.add_metric((*key, of), index)
         yield from (labels, confidence, drift)
+
+    def _shadows(self) -> Iterator[Metric]:
+        images = CounterMetricFamily(
+            "trimrt_shadow_images",
+            "Images of a shadow engine, by what became of them.",
+            labels=(*_ENGINE_LABELS, "of", "outcome"),
+        )
+        difference = CounterMetricFamily(
+            "trimrt_shadow_difference",
+            "Sum of the differences in the probability of the label that was answered.",
+            labels=(*_ENGINE_LABELS, "of"),
+        )
+        for key, (of, _, counts) in self._counts.shadows.items():
+            images.add_metric((*key, of, "agreed"), counts.agreed)
+            images.add_metric((*key, of, "disagreed"), counts.compared - counts.agreed)
+            images.add_metric((*key, of, "dropped"), counts.dropped)
+            images.add_metric((*key, of, "failed"), counts.failed)
+            difference.add_metric((*key, of), counts.difference)
+        yield from (images, difference)
 
     def _device_readings(self) -> Iterator[Metric]:
         families: dict[str, GaugeMetricFamily] = {}

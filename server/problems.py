@@ -30,6 +30,7 @@ PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "body-timeout": (408, "The body did not arrive in time"),
     "engine-refused": (409, "The engine package is refused"),
     "engine-in-use": (409, "The engine is in use"),
+    "engine-not-proven": (409, "The engine has not proved itself"),
     "body-too-large": (413, "The body is too large"),
     "image-too-large": (413, "The image is too large"),
     "too-many-images": (413, "Too many images in one request"),

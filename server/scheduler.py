@@ -165,7 +165,9 @@ class Scheduler:
                 headers={"Retry-After": str(seconds)},
             )
 
-    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done, *, top: int) -> Job:
+    def submit(
+        self, images: Sequence[bytes | Pixels], deadline: float, done: Done, *, top: int, aside: bool = False
+    ) -> Job:
         """Admit `images`, to run them through the engine in as many batches as it takes.
 
         Args:
@@ -176,6 +178,7 @@ class Scheduler:
                 image in their order, or with the problem: `image-damaged`, `unsupported-media-type` or
                 `image-too-large` for an image that cannot be decoded, or `inference-failed`.
             top: how many classes of each image to rank.
+            aside: never run it on the event loop's thread.
 
         Raises:
             Problem: `queue-full` or `not-ready`; nothing was admitted.
@@ -199,7 +202,7 @@ class Scheduler:
         to_decode = iter(encoded)
         for _ in encoded[: self._pool.threads]:
             self._pool.submit(partial(self._decode_next, to_decode))
-        if job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
+        if not aside and job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
             self._loop.call_soon(self._run_here, ready[0])
         else:
             self._backlog.put(ready)
