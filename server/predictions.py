@@ -16,6 +16,7 @@ OTHERS: Final = "(other)"  # all labels that are not told apart
 
 _RECENT: Final = 1000  # images; as many and up to twice as many are recent
 _MOST_UNCOUNTED: Final = 262_144  # probabilities: a megabyte, which is counted in a millisecond
+_MOST_BATCHES: Final = 1000  # as many small ones take as long
 
 
 class Predictions:
@@ -50,7 +51,7 @@ class Predictions:
         """Count a batch, shape `(images, classes)`; later, for that takes longer than an image's turn."""
         self._uncounted.append(probabilities)
         self._room -= probabilities.size
-        if self._room < 0:
+        if self._room < 0 or len(self._uncounted) == _MOST_BATCHES:
             self.settle()
 
     def settle(self) -> None:
