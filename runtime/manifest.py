@@ -170,6 +170,13 @@ class Provenance(_Strict):
     macs: int | None = None
 
 
+class Predictions(_Strict):
+    """What the engine said of the validation images that are as they are; live traffic is held against it."""
+
+    classes: list[int] = Field(description="images whose likeliest class it is, for each class")
+    confidence: list[int] = Field(description="images by its probability, in the bins of `runtime.drift`")
+
+
 class Evidence(_Strict):
     """What the accuracy gate and the timing after the build measured, on this machine."""
 
@@ -191,6 +198,7 @@ class Evidence(_Strict):
     throughput: float = Field(description="images per second at the largest batch")
     weights_bytes: int = Field(description="weights as stored in the ONNX graph")
     power: Power | None = Field(default=None, description="the Jetson's power mode and clocks meanwhile")
+    predictions: Predictions | None = Field(default=None, description="None: not recorded")
 
 
 class Candidate(_Strict):

@@ -49,6 +49,7 @@ class Call(ABC, Generic[Answer]):
     """One request as its protocol has it. A `Problem` that a method raises ends the request."""
 
     protocol: str  # see `RequestKey`
+    fetched = 0  # bytes that `read` brought from elsewhere; they count as the body's
 
     @abstractmethod
     def caller(self) -> Caller:
@@ -121,6 +122,7 @@ class Admission(Generic[Answer]):
         self._job: Job | None = None
         self._manifest: Manifest | None = None
         self._results: Sequence[Result] = ()
+        self._images: Sequence[bytes | Pixels] = ()  # for observers
         self._began = service.telemetry.begin()
 
     def open(self) -> None:
@@ -188,6 +190,9 @@ class Admission(Generic[Answer]):
 
     def _submit(self, request: tuple[Scheduler, Sequence[bytes | Pixels], int]) -> None:
         self._scheduler, images, self._top = request
+        if fetched := self._call.fetched:
+            self._service.body_memory.reserve(fetched)
+            self._size += fetched
         self._manifest = self._scheduler.engine.manifest
         if len(images) > self._service.settings.max_images:
             raise too_many_images(self._service.settings.max_images)
@@ -196,6 +201,8 @@ class Admission(Generic[Answer]):
                 "invalid-parameter",
                 f"{self._top} classes of {len(images)} images; the limit is {_MOST_RANKED:,} in one answer",
             )
+        if self._service.telemetry.observers:
+            self._images = images
         self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top, low=self._low)
 
     def refuse(self, problem: Problem) -> None:
@@ -315,7 +322,9 @@ class Admission(Generic[Answer]):
         service.telemetry.end(key)
         if service.telemetry.observers:
             headers = call.caller().headers
-            service.telemetry.tell(Ended(key, headers, self._began, self._manifest, self._results))
+            ended = Ended(key, headers, self._began, self._manifest, self._results, self._images)
+            self._images = ()
+            service.telemetry.tell(ended)
 
 
 def _is_low(priority: str) -> bool:

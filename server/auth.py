@@ -56,7 +56,7 @@ def require_key(caller: Caller, settings: Settings) -> None:
     """
     key = settings.api_key
     trusts_local = settings.trust_loopback if key is not None else is_loopback(settings.host)
-    if trusts_local and _is_local(caller):
+    if trusts_local and is_local(caller):
         return
     if key is None:
         raise Problem(
@@ -104,7 +104,7 @@ def _sent_key(headers: Mapping[str, str]) -> str:
     return headers.get("x-api-key", headers.get("x-api-key-bin", "")).strip(" \t")
 
 
-def _is_local(caller: Caller) -> bool:
+def is_local(caller: Caller) -> bool:
     """Whether a program on this machine calls for itself: no proxy's client, no other site's web page."""
     headers = caller.headers
     if caller.address is None or not is_loopback(caller.address):

@@ -72,7 +72,11 @@ class Connection(HardenedProtocol):
             return None
         scope = {"headers": self.headers, "query_string": query, "client": self.client, "scheme": self.scheme}
         self._request_id = request_id_of(self.headers)
-        return PredictCall(scope, self._request_id) if path == b"/predict" else infer_call(path, scope)
+        return (
+            PredictCall(scope, self._request_id)
+            if path == b"/predict"
+            else infer_call(path, scope, self.service.regions)
+        )
 
     def _begin(self, call: HttpCall) -> None:
         straight = self.cycle = self._straight

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from server.shadow import ShadowCounts
 from server.stats import EngineStats
 from server.telemetry import EngineKey, RequestKey
 
@@ -24,6 +26,14 @@ class Queue:
     lost: bool
 
 
+class Compared(NamedTuple):
+    """The name of the engine that a shadow runs beside, the share of its images, and what was counted."""
+
+    of: str
+    share: float
+    counts: ShadowCounts
+
+
 @dataclass
 class Counts:
     """The counts of one process, or of several.
@@ -37,6 +47,7 @@ class Counts:
         engines: statistics of every engine that was ever loaded.
         queues: of the engines now loaded.
         default: name of the engine for requests that name none.
+        shadows: engines that run beside another.
     """
 
     started: float
@@ -47,6 +58,7 @@ class Counts:
     engines: dict[EngineKey, EngineStats] = field(default_factory=dict)
     queues: dict[EngineKey, Queue] = field(default_factory=dict)
     default: str | None = None
+    shadows: dict[EngineKey, Compared] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         """Count everything `other` counted; what `other` holds stays its own."""
@@ -63,3 +75,4 @@ class Counts:
             ours.limit += queue.limit
             ours.lost |= queue.lost
         self.default = other.default or self.default
+        self.shadows.update(other.shadows)

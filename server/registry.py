@@ -24,6 +24,7 @@ from server.decoding_limits import DecodingLimits
 from server.problems import Problem
 from server.scheduler import Scheduler
 from server.settings import Settings
+from server.shadow import Shadow
 from server.telemetry import Telemetry
 
 log = logging.getLogger("trimrt.registry")
@@ -118,6 +119,7 @@ class Registry:
     ) -> None:
         self.loaded: dict[str, Scheduler] = {}
         self.default: str | None = None
+        self.shadows: dict[str, Shadow] = {}
         self._refusal = ""
         self._refusals: dict[Path, tuple[Stamp, str]] = {}  # why a package could not be loaded
         self._folders: dict[str, Path] = {}
@@ -158,6 +160,47 @@ class Registry:
         for scheduler in self.loaded.values():
             if scheduler.health.lost is not None:
                 raise Problem("not-ready", scheduler.health.lost)
+
+    def shadow(self, name: str) -> Shadow:
+        """The shadow that the engine `name` is.
+
+        Raises:
+            Problem: `engine-not-found`: it is none.
+        """
+        if name not in self.shadows:
+            raise Problem("engine-not-found", f"{name!r} is no engine's shadow")
+        return self.shadows[name]
+
+    def set_shadow(self, name: str, of: str, share: float) -> None:
+        """Run the loaded engine `name` on a share of the images that the engine `of` answers.
+
+        Raises:
+            Problem: `engine-not-found`, `invalid-parameter` or `not-supported`.
+        """
+        if self._settings.workers > 1:
+            raise Problem("not-supported", "shadows are for one worker; each would compare images of its own")
+        shadow = Shadow(self.get(name), self.get(of), share)
+        if name in self.shadows:
+            self.end_shadow(name)
+        self.shadows[name] = shadow
+        self._telemetry.observers.append(shadow)
+
+    def end_shadow(self, name: str) -> None:
+        """Let the engine `name` be no shadow any more.
+
+        Raises:
+            Problem: `engine-not-found`: it is none.
+        """
+        shadow = self.shadow(name)
+        del self.shadows[name]
+        self._telemetry.observers.remove(shadow)
+        shadow.close()
+
+    def _end_shadows(self, scheduler: Scheduler) -> None:
+        """End those that compare an engine which is about to go."""
+        for name, shadow in list(self.shadows.items()):
+            if scheduler in (shadow.candidate, shadow.primary):
+                self.end_shadow(name)
 
     async def find(self, name: str) -> Path:
         """The folder of the newest package of that name.
@@ -211,12 +254,14 @@ class Registry:
             self.default = manifest.name
         log.info("engine loaded", extra={"engine": manifest.name, "version": manifest.version})
         if replaced is not None:
+            self._end_shadows(replaced)
             await replaced.close()
         return self._row(manifest, "loaded")
 
     async def _remove(self, scheduler: Scheduler) -> EngineRow:
         manifest = scheduler.engine.manifest
         del self.loaded[manifest.name], self._folders[manifest.name]
+        self._end_shadows(scheduler)
         await scheduler.close()
         return self._row(manifest, "available")
 
@@ -269,6 +314,8 @@ class Registry:
     async def close(self) -> None:
         """Answer what was admitted, and free every engine."""
         async with self._changing:
+            for name in list(self.shadows):
+                self.end_shadow(name)
             schedulers = list(self.loaded.values())
             self.loaded.clear()
             self._folders.clear()

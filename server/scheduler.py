@@ -181,6 +181,7 @@ class Scheduler:
         *,
         top: int,
         low: bool = False,
+        aside: bool = False,
     ) -> Job:
         """Admit `images`, to run them through the engine in as many batches as it takes.
 
@@ -193,6 +194,7 @@ class Scheduler:
                 `image-too-large` for an image that cannot be decoded, or `inference-failed`.
             top: how many classes of each image to rank.
             low: let others go first.
+            aside: never run it on the event loop's thread.
 
         Raises:
             Problem: `queue-full` or `not-ready`; nothing was admitted.
@@ -219,7 +221,7 @@ class Scheduler:
         to_decode = iter(encoded)
         for _ in encoded[: self._pool.threads]:
             self._pool.submit(partial(self._decode_next, to_decode))
-        if job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
+        if not aside and job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
             self._loop.call_soon(self._run_here, ready[0])
         else:
             self._backlog.put(ready)
@@ -322,6 +324,9 @@ class Scheduler:
                 job.done(cast("list[Result]", job.results))
         self.health.succeeded()
         self.stats.batches[size] += 1
+        self.stats.inference[size] += batch.finished - batch.started
+        if self.stats.predictions is not None:
+            self.stats.predictions.add(batch.probabilities)
         self._service_time.measure(size, batch.started, now)
 
     def _end(self, job: Job) -> None:

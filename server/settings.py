@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.cores import cores
@@ -57,6 +57,12 @@ class Settings(BaseSettings):
         ge=0,
         le=65535,
         description="TCP port for the Open Inference Protocol over gRPC; off unless set.",
+    )
+
+    client_shared_memory: bool = Field(
+        default=False,
+        description="Let programs on this machine register shared memory for the Open Inference Protocol's "
+        "tensors; Linux, one worker.",
     )
 
     watch: bool = Field(
@@ -164,6 +170,16 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="auto is text on a terminal, else JSON."
     )
+    keep: Path | None = Field(
+        default=None,
+        description="Folder in which to keep images that an engine was unsure of, for the next training; "
+        "no image is stored unless this is set.",
+    )
+    keep_below: float = Field(
+        default=0.5, gt=0, le=1, description="Keep images whose likeliest label is less probable than this."
+    )
+    keep_share: float = Field(default=0.01, gt=0, le=1, description="Share of those images that is kept.")
+    keep_mib: int = Field(default=256, ge=1, description="Most that the folder of kept images may hold, MiB.")
     otlp_endpoint: str = Field(
         default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
         description="Where OpenTelemetry traces go, over OTLP/HTTP; OTEL_EXPORTER_OTLP_ENDPOINT works too.",
@@ -194,6 +210,14 @@ class Settings(BaseSettings):
     @classmethod
     def _one_for_every_core(cls, workers: object) -> object:
         return cores() if workers == "auto" else workers
+
+    @model_validator(mode="after")
+    def _one_process_knows_the_regions(self) -> Settings:
+        if self.client_shared_memory and self.workers > 1:
+            raise ValueError(
+                "client_shared_memory works with one worker: each process would know other regions"
+            )
+        return self
 
     @field_validator("api_key")
     @classmethod

@@ -21,8 +21,11 @@ from jetson_files import write_orin_nano
 from prometheus import Prometheus, scraping
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, running, wait_until
+from tiny_engine import write_package
 
 from runtime.devices import find_devices
+from runtime.drift import LEAST_IMAGES
+from runtime.manifest import Predictions
 from server.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -78,6 +81,15 @@ EXPRESSIONS = {**dashboard_expressions(), **alert_expressions(), "adapter": adap
 
 
 @pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two engines; of one it is known what it said of the validation images."""
+    directory = tmp_path_factory.mktemp("engines")
+    write_package(directory, "tiny", predictions=Predictions(classes=[10] * 10, confidence=[0] * 8 + [100]))
+    write_package(directory, "other", seed=1, precision="fp16")
+    return directory
+
+
+@pytest.fixture(scope="module")
 def server(
     engine_dir: Path, tmp_path_factory: pytest.TempPathFactory, encode: Callable[..., bytes]
 ) -> Iterator[Running]:
@@ -88,7 +100,8 @@ def server(
         patch.setattr("server.app.find_devices", lambda: find_devices(root))
         settings = Settings(engine="tiny,other", engine_dir=engine_dir, port=0, queue_limit=1)
         with running(settings, load_gated(gate)) as it:
-            assert it.predict(encode(1)).status_code == 200
+            for number in range(LEAST_IMAGES):
+                assert it.predict(encode(number)).status_code == 200
             assert it.predict(encode(2), params={"engine": "other"}).status_code == 200
             assert it.predict(b"broken").status_code == 400
             gate.close()

@@ -24,7 +24,7 @@ from running import running, wait_until
 from server.admission import Admission
 from server.settings import Settings
 from server.telemetry import Ended
-from server.v2.grpc import address_of
+from server.v2.grpc_call import address_of
 
 Encode = Callable[..., bytes]
 Start = Callable[..., Carrier]
@@ -724,7 +724,7 @@ def test_an_answer_that_cannot_be_rendered_is_the_servers_fault(
     def fail(*_arguments: object) -> None:
         raise RuntimeError("no such label")
 
-    for call in ("server.exchange.PredictCall", "server.v2.rest.InferCall", "server.v2.grpc._Infer"):
+    for call in ("server.exchange.PredictCall", "server.v2.rest.InferCall", "server.v2.grpc_call.InferCall"):
         monkeypatch.setattr(f"{call}.render", fail)
     failed = it.ask(*[encode(0)] * images)
     assert failed.error == it.error("internal-error")

@@ -1,0 +1,152 @@
+"""A folder of hard cases for the next training: images that an engine was unsure of, and what it said.
+
+Nothing of it happens on the event loop but the choice. The folder has an end: once it is full, nothing more
+is kept, and nothing is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from PIL import Image
+
+from models.images.formats import read_header
+from models.preprocessing import Pixels
+from runtime.manifest import Manifest
+from server.jobs import Result
+from server.telemetry import Ended
+
+log = logging.getLogger("trimrt")
+
+CASES: Final = "cases.jsonl"
+_FOLDER: Final = "images"
+_MOST_HELD: Final = 64 << 20  # bytes of images that wait to be written; beyond it they are passed over
+_LABELS: Final = 5
+_LOOK_AGAIN_S: Final = 60.0  # how often to see whether a full folder has room again
+
+
+class Keeper:
+    """Writes hard cases, on a thread of its own; see `RequestObserver`.
+
+    Args:
+        folder: made if it is not there.
+        below: an image is a hard case if its likeliest label is less probable than this.
+        share: of the hard cases that is kept.
+        most_bytes: of all images in the folder.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, *, below: float, share: float, most_bytes: int) -> None:
+        self._images = folder / _FOLDER
+        self._cases = folder / CASES
+        self._below = below
+        self._share = share
+        self._most = most_bytes
+        self._images.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(self._cases, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        self._used = self._measure()
+        self._look_at = 0.0
+        self._held, self._lock = 0, threading.Lock()
+        self._writing = ThreadPoolExecutor(1, "trimrt-keep")
+
+    def record(self, request: Ended) -> None:
+        """Choose the hard cases among a request's images."""
+        if request.manifest is None:
+            return
+        for image, result in zip(request.images, request.results, strict=False):
+            if float(result.probabilities.max()) < self._below and random.random() < self._share:
+                self._keep(request.manifest, image, result)
+
+    def _keep(self, manifest: Manifest, image: bytes | Pixels, result: Result) -> None:
+        size = len(image) if isinstance(image, bytes) else image.nbytes
+        with self._lock:
+            if self._held + size > _MOST_HELD:
+                return
+            self._held += size
+        case = _described(manifest, result)
+        self._writing.submit(self._write, image, case).add_done_callback(partial(self._release, size))
+
+    def _release(self, size: int, _done: object) -> None:
+        with self._lock:
+            self._held -= size
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._writing.shutdown()
+
+    def _write(self, image: bytes | Pixels, case: dict[str, Any]) -> None:
+        try:
+            data, suffix = _encoded(image)
+            name = f"{hashlib.sha256(data).hexdigest()[:32]}.{suffix}"
+            path = self._images / name
+            if path.exists() or not self._has_room(len(data)):
+                return
+            self._used += len(data)
+            _append(path, data)
+            _append(self._cases, orjson.dumps({"file": f"{_FOLDER}/{name}", **case}) + b"\n")
+        except OSError as error:
+            log.warning("a hard case could not be kept: %s", error)
+        except Exception:
+            log.exception("a hard case could not be kept")
+
+    def _has_room(self, size: int) -> bool:
+        if self._used + size <= self._most:
+            return True
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _LOOK_AGAIN_S
+            self._used = self._measure()
+            if self._used + size > self._most:
+                log.warning("the folder of hard cases is full", extra={"folder": str(self._images.parent)})
+        return self._used + size <= self._most
+
+    def _measure(self) -> int:
+        return sum(entry.stat().st_size for entry in os.scandir(self._images))
+
+
+def _described(manifest: Manifest, result: Result) -> dict[str, Any]:
+    probability = result.probabilities.item
+    order: Sequence[int] = (-result.logits).argsort(kind="stable")[:_LABELS].tolist()
+    return {
+        "time": round(time.time(), 3),
+        "engine": manifest.name,
+        "version": manifest.version,
+        "predictions": [
+            {
+                "label": manifest.labels[index],
+                "index": index,
+                "probability": probability(index),
+            }
+            for index in order
+        ],
+    }
+
+
+def _encoded(image: bytes | Pixels) -> tuple[bytes, str]:
+    """An image file, and its suffix; pixels become a PNG."""
+    if isinstance(image, bytes):
+        return image, read_header(image).format.lower()
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue(), "png"
+
+
+def _append(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
