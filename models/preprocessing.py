@@ -70,7 +70,7 @@ class Preprocessing(BaseModel):
     and `std` are applied inside the exported graph.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     resize: int = Field(ge=1, le=4096, description="length of the shorter side after resizing, in pixels")
     height: int = Field(ge=1, le=4096)

@@ -89,10 +89,18 @@ def parse_multipart(content_type: str, body: bytes, max_images: int) -> list[Par
     """
     boundary = _parameters(content_type.encode("latin-1", "replace")).get(b"boundary")
     if not boundary:
-        raise Problem("malformed-request", "the multipart Content-Type names no boundary")
+        raise Problem(
+            "malformed-request",
+            "the multipart Content-Type names no boundary; let your HTTP client write that header",
+        )
     delimiter = b"\r\n--" + boundary
     # What comes before the first delimiter is no part; that delimiter may begin the body.
     at = -2 if body.startswith(delimiter[2:]) else _find(body, delimiter, 0)
+    if at == -1:
+        raise Problem(
+            "malformed-request",
+            f"the body has no line {delimiter[2:80].decode('latin-1')!r}, the boundary of its Content-Type",
+        )
     parts: list[Part] = []
     while at != -1:
         at += len(delimiter)

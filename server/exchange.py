@@ -30,7 +30,12 @@ from server.service import service_of
 
 DEFAULT_TOP_K: Final = 5
 _FORM: Final = "multipart/form-data"
-_BYTES: Final = ("", "application/octet-stream", "binary/octet-stream")
+_BYTES: Final = (
+    "",
+    "application/octet-stream",
+    "binary/octet-stream",
+    "application/x-www-form-urlencoded",  # what curl calls any --data-binary
+)
 _LONGEST_NUMBER: Final = 19  # digits
 _LONGEST_QUERY: Final = 4096
 _MOST_PARAMETERS: Final = 32

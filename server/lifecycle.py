@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 from server.problems import Problem
+
+_MALLOC: Final = {  # of mallopt(3)
+    -3: 1 << 20,  # M_MMAP_THRESHOLD: blocks of so many bytes have pages of their own
+    -1: 4 << 20,  # M_TRIM_THRESHOLD: the most that may be free at the end of a thread's memory
+}
 
 
 @dataclass
@@ -36,9 +45,17 @@ class Lifecycle:
 
 
 def settle_memory() -> None:
-    """Spare requests the garbage collections of a process that is about to serve, which stop every thread."""
+    """Prepare the memory of a process that is about to serve for many requests.
+
+    Garbage collections stop every thread, so they become rare. And what large requests took goes back to the
+    system: glibc would keep ever more of it, for each thread, among small blocks that are still used.
+    """
     # Everything allocated so far is permanent: to look through it would take 40 ms now and then.
     gc.collect()
     gc.freeze()
     # The images of a few large requests are no reason for a collection, which takes a millisecond.
     gc.set_threshold(10_000, 10, 10)
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            for parameter, value in _MALLOC.items():
+                ctypes.CDLL(None).mallopt(parameter, value)

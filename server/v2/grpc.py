@@ -25,6 +25,15 @@ from server.version import VERSION
 
 log = logging.getLogger("trimrt.grpc")
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC's log says more than that a client left before it was answered."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError"
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+
 _MOST_CALLS: Final = 1_024  # at once; beyond it, RESOURCE_EXHAUSTED
 
 _CODES: Final = {

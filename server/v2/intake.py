@@ -66,7 +66,8 @@ class Intake:
             message = reading.result()
         finally:
             if reading is not None:
-                reading.cancel()
+                # Not cancelled: gRPC would never free a message that is just there. It ends with its call.
+                reading.add_done_callback(_forget)
             self._memory.release(held)
             self._places.release()
         if not isinstance(message, bytes):
@@ -76,3 +77,9 @@ class Intake:
     def _patience(self) -> float:
         """Seconds that a message may take which others wait for."""
         return max(_LEAST_PATIENCE_S, _PATIENCE_S / (1 + self._waiting / self._most))
+
+
+def _forget(reading: asyncio.Future[object]) -> None:
+    """Drop what came of it, which nobody waits for any more."""
+    if not reading.cancelled():
+        reading.exception()

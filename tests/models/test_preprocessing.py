@@ -259,10 +259,12 @@ class TestSizes:
             {"resize": 20, "height": 24, "width": 16},
             {"resize": 0, "height": 0, "width": 0},
             {"resize": 24, "height": 24, "width": 24, "std": (0.2, 0.0, 0.2)},
+            {"resize": 24, "height": 24, "width": 24, "mean": (0.2, float("nan"), 0.2)},
+            {"resize": 24, "height": 24, "width": 24, "std": (0.2, float("inf"), 0.2)},
             {"resize": 24, "height": 24, "width": 24, "antialias": True},
         ],
     )
-    def test_sizes_that_make_no_sense_are_refused(self, wrong: dict[str, Any]) -> None:
+    def test_values_that_make_no_sense_are_refused(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(ValidationError):
             Preprocessing(**wrong)
 

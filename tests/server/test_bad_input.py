@@ -115,9 +115,7 @@ def test_floating_point_pixels_are_unsupported(server: Running) -> None:
     _problem(server.predict(_saved(_GRADIENT.convert("F"), "TIFF")), 415, "unsupported-media-type")
 
 
-@pytest.mark.parametrize(
-    "content_type", ["application/json", "text/plain", "video/mp4", "application/x-www-form-urlencoded"]
-)
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "video/mp4"])
 def test_content_types_that_are_not_accepted(server: Running, encode: Encode, content_type: str) -> None:
     problem = _problem(server.predict(encode(0), content_type), 415, "unsupported-media-type")
     assert "image/*" in problem["detail"]
@@ -125,7 +123,16 @@ def test_content_types_that_are_not_accepted(server: Running, encode: Encode, co
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
 @pytest.mark.parametrize(
-    "content_type", ["image/jpg", "image/pjpeg", "image/x-png", "image/*", "application/octet-stream", ""]
+    "content_type",
+    [
+        "image/jpg",
+        "image/pjpeg",
+        "image/x-png",
+        "image/*",
+        "application/octet-stream",
+        "application/x-www-form-urlencoded",
+        "",
+    ],
 )
 def test_the_bytes_decide_of_which_format_an_image_is(
     server: Running, encode: Encode, form: str, content_type: str
@@ -190,19 +197,19 @@ _PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r
 
 
 @pytest.mark.parametrize(
-    ("body", "content_type"),
+    ("body", "parameters", "told"),
     [
-        pytest.param(_PART + b"abc", "multipart/form-data; boundary=b", id="truncated"),
-        pytest.param(b"", "multipart/form-data; boundary=b", id="empty"),
-        pytest.param(_PART + b"abc\r\n--b--\r\n", "multipart/form-data", id="no boundary"),
-        pytest.param(b"--c\r\n\r\n\r\n--c--", "multipart/form-data; boundary=b", id="other boundary"),
-        pytest.param(
-            b"--b\r\nnot a header\r\n\r\n--b--", "multipart/form-data; boundary=b", id="broken header"
-        ),
+        pytest.param(_PART + b"abc", "; boundary=b", "ends before its last boundary", id="truncated"),
+        pytest.param(b"", "; boundary=b", "no line '--b'", id="empty"),
+        pytest.param(_PART + b"abc\r\n--b--\r\n", "", "let your HTTP client write", id="no boundary"),
+        pytest.param(b"--c\r\n\r\n\r\n--c--", "; boundary=b", "no line '--b'", id="other boundary"),
+        pytest.param(_PART + b"abc\r\n--b--\r\n", "; boundary=--b", "no line '----b'", id="too many dashes"),
+        pytest.param(b"--b\r\nnot a header\r\n\r\n--b--", "; boundary=b", "not a header", id="broken header"),
     ],
 )
-def test_forms_that_cannot_be_parsed(server: Running, body: bytes, content_type: str) -> None:
-    _problem(_form(server, body, content_type), 400, "malformed-request")
+def test_forms_that_cannot_be_parsed(server: Running, body: bytes, parameters: str, told: str) -> None:
+    response = _form(server, body, "multipart/form-data" + parameters)
+    assert told in _problem(response, 400, "malformed-request")["detail"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from google.protobuf.message import DecodeError, Message
 from hypothesis import given
@@ -292,6 +294,38 @@ def test_tensors_own_bytes_are_not_counted_and_all_others_are() -> None:
     for request in (_with(id="x" * MOST_OTHER), _numbers(MOST_OTHER)):
         with pytest.raises(Problem, match="bytes beside raw contents"):
             check_size(memoryview(request.SerializeToString()), REQUEST, 64)
+
+
+_CLIENTS = """
+import random, sys, threading
+import grpc
+
+def call_and_leave(seed):
+    patience, options = random.Random(seed), [("grpc.use_local_subchannel_pool", 1)]
+    for _ in range(int(sys.argv[2])):
+        with grpc.insecure_channel(sys.argv[1], options) as channel:
+            method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            for _ in range(5):
+                try:
+                    method(b"*\\0" * (2 << 20), timeout=patience.uniform(0.005, 0.03))
+                except grpc.RpcError:
+                    pass
+
+for seed in range(4):
+    threading.Thread(target=call_and_leave, args=[seed]).start()
+"""
+
+
+def _resident_after_calls(process: Started, times: int) -> int:
+    """Bytes that the server holds after clients with less patience than their messages take to arrive."""
+    subprocess.run([sys.executable, "-c", _CLIENTS, process.said("grpc"), str(times)], check=True, timeout=60)
+    return int(psutil.Process(process.process.pid).memory_info().rss)
+
+
+@pytest.mark.slow
+def test_messages_whose_senders_left_are_freed(process: Started) -> None:
+    before = _resident_after_calls(process, 10)
+    assert _resident_after_calls(process, 150) < before + (96 << 20)
 
 
 # --- the port -------------------------------------------------------------------------------------------
