@@ -85,9 +85,12 @@ test-python310: $(VENV)/.install-dev  ## Test the server on JetPack 6's Python a
 bench: $(VENV)/.install-dev  ## Measure TrimRT beside other model servers and the limit (an hour; needs wrk).
 	@$(BIN)/python -m benchmarks.peers
 	@$(BIN)/python -m benchmarks.peers --network digits --no-large
+	@$(BIN)/python -m benchmarks.peers --network digits --no-large --no-limit --add \
+		--contender mosec --contender fastapi --workers 1,2,4
 	@$(BIN)/python -m benchmarks.stages
 	@$(BIN)/python -m benchmarks.presets
 	@$(BIN)/python -m benchmarks.growth
+	@$(BIN)/python -m benchmarks.batch_scoring
 
 reproduce: $(VENV)/.install-dev  ## Repeat the report's experiments (STUDY=digits FOLDS=0 or all, JOBS=1 folds at a time).
 	@$(BIN)/python -m experiments.reproduce $(STUDY) --folds $(FOLDS) --jobs $(JOBS)
@@ -148,7 +151,7 @@ constraints:  ## Pin the newest versions of all dependencies: constraints.txt, a
 	build/constraints/bin/pip install -q uv
 	$(JETSON_PINS) --python-version 3.10 --python-platform aarch64-manylinux_2_35 \
 		-c deploy/jetson/jetpack6.in -o deploy/jetson/jetpack6.txt
-	$(JETSON_PINS) --python-version 3.12 --python-platform aarch64-manylinux_2_39 \
+	$(JETSON_PINS) --extra nvml --python-version 3.12 --python-platform aarch64-manylinux_2_39 \
 		-c constraints.txt -o deploy/jetson/jetpack7.txt
 	@rm -rf build/constraints
 

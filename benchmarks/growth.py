@@ -262,6 +262,21 @@ class Measuring:
         return Point(at=at, load=load, cpu_ms=cpu_ms)
 
 
+def resumed(growth: Growth, path: Path) -> Growth:
+    """What an earlier run wrote to `path`, for more curves; `growth` if there was none.
+
+    Raises:
+        click.ClickException: it was another machine, or its loads were of another length.
+    """
+    if not path.is_file():
+        return growth
+    before = Growth.model_validate_json(path.read_text(encoding="utf-8"))
+    growth.machine.check_same(before.machine, path)
+    if before.seconds != growth.seconds:
+        raise click.ClickException(f"the loads in {path} took {before.seconds:g} s, not {growth.seconds:g} s")
+    return before
+
+
 def prepare_colour(classes: int) -> Path:
     """The package of a network that costs nothing, built unless it is there and runs here."""
     folder = BUILD / "engine"
@@ -312,10 +327,8 @@ def main(seconds: float, only: tuple[str, ...] | None, output: Path) -> None:
     TRIMRT.install()
     path = output / "growth.json"
     growth = Growth(machine=this_machine(), seconds=seconds)
-    if only and path.is_file():
-        before = Growth.model_validate_json(path.read_text(encoding="utf-8"))
-        growth.machine.check_same(before.machine, path)
-        growth = before
+    if only:
+        growth = resumed(growth, path)
     curves = only or CURVES
     with steps() as progress:
         task = progress.add_task("", total=sum(map(_points, curves)))

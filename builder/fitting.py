@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,10 @@ from builder.latency import measure_subject
 from builder.observer import BuildObserver
 from builder.prepare.for_timing import timing_graph, without_zeros
 from builder.prepare.sources import package_name
+from models.evaluation import count_macs
+from models.files import replace_file
 from models.fitting import Trial
+from models.groups import ChannelGroups
 from models.latency import LatencyTable, read_latency_table
 from models.networks import classifier_head
 from models.preprocessing import Preprocessing
@@ -40,8 +44,12 @@ class FittingDevice:
     table_file: Path | None = None
     observe: Callable[[], AbstractContextManager[BuildObserver]] = lambda: nullcontext(BuildObserver())
 
-    def open_table(self, network: nn.Module, name: str, spec: Preprocessing, file: Path) -> LatencyTable:
-        """The table that was given, or this machine's, which is made in `file`.
+    def open_table(
+        self, network: nn.Module, name: str, spec: Preprocessing, file: Path, other: Path | None = None
+    ) -> LatencyTable:
+        """The table that was given, or this machine's, which is in `file` or is made there.
+
+        If `file` is of another network, it is replaced; `other` is copied there if it is of this one.
 
         Raises:
             LatencyError: it cannot be read, or no channels of the network can be narrowed.
@@ -49,9 +57,10 @@ class FittingDevice:
         """
         if self.table_file is not None:
             return read_latency_table(self.table_file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _keep_only_its_own(network, spec, file, other)
         if file.exists() and not (table := read_latency_table(file)).missing():
             return table
-        file.parent.mkdir(parents=True, exist_ok=True)
         with self.observe() as observer, tempfile.TemporaryDirectory(prefix="trimrt-") as folder:
             observer.report(f"exporting {name}")
             backend, _ = choose_backend()
@@ -76,6 +85,20 @@ class FittingDevice:
         return Trial(latency_ms, graph.weights_bytes / 1e6)
 
 
+def _keep_only_its_own(network: nn.Module, spec: Preprocessing, file: Path, other: Path | None) -> None:
+    """Remove the file if it is another network's table; copy the other one there if it is this network's."""
+    channels, macs = ChannelGroups(network, spec).channels, count_macs(network, spec.height, spec.width)
+
+    def is_its_own(place: Path) -> bool:
+        return place.exists() and read_latency_table(place).difference(channels, macs) is None
+
+    if not is_its_own(file):
+        file.unlink(missing_ok=True)
+        if other is not None and is_its_own(other):
+            with replace_file(file) as new:
+                shutil.copyfile(other, new)
+
+
 def _export(
     network: nn.Module,
     name: str,
@@ -93,7 +116,7 @@ def _export(
         preprocessing=spec,
         checkpoint_sha256=None,
         parameters=None,
-        macs=None,
+        macs=count_macs(network, spec.height, spec.width),
     )
     return student, graph, path
 

@@ -4,8 +4,9 @@
 
 For each data set and seed a ResNet18 is trained, and pruned to some shares of its own latency: uniformly, and
 to the widths that `trimrt compress --latency-ms` chooses within what the uniform network takes. Both are
-fine-tuned alike, from the unpruned network. All latencies are predictions of the table. What is finished is
-kept, and an interrupted training continues; the command can be given again with more seeds.
+fine-tuned alike, from the unpruned network. `--preset` adds the widths of presets. All latencies are
+predictions of the table. What is finished is kept, and an interrupted training continues; the command can be
+given again with more seeds.
 
 Only some of the training images are used, so that a seed takes minutes and there are errors to count.
 """
@@ -16,56 +17,38 @@ import copy
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Final
 
 import click
 import torch
-from pydantic import BaseModel, Field
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.markdown import spread
-from experiments.markdown import table as markdown_table
-from experiments.results import FOLDER, Made, made_here
+from experiments.budget_results import PRESETS, UNPRUNED, WAYS, Course, Results, Row, equal_accuracy, table
+from experiments.results import FOLDER, made_here
 from models.augmentation import random_affines, transform
-from models.datasets import DataSplit, ImageSet, open_dataset
+from models.datasets import open_dataset
 from models.distillation import TeacherViews, label_views
 from models.evaluation import count_macs, count_parameters, evaluate, normalise, to_float
 from models.files import replace_file
 from models.groups import ChannelGroups
-from models.inputs import choose_inputs
 from models.latency import LatencyPredictor, LatencyTable, read_latency_table
 from models.networks import build_network
 from models.preprocessing import Preprocessing
 from models.promise import Device
 from models.pruning import Pruner, find_ratio
-from models.recipe import Augmentation, Distillation, Pruning, Recipe, Training, TrainingPrecision
-from models.setup import fingerprint
-from models.training import (
-    Images,
-    Objective,
-    TrueLabels,
-    derive_seed,
-    reproducible,
-    supported_precision,
-    train,
-)
+from models.recipe import Augmentation, Distillation, Image, Pruning, Recipe, Training, make_recipe
+from models.setup import Setup, fingerprint
+from models.training import Objective, TrueLabels, derive_seed, reproducible, supported_precision, train
 from models.widths import Budget, choose_widths
 from trimrt.options import COUNT, FILE, HELP
 from trimrt.options import FOLDER as OUTPUT
 
-UNPRUNED: Final = "unpruned"
-WAYS: Final = {
-    "uniform": "the same share of each group's channels",
-    "magnitude": "chosen by the weights' squares",
-    "taylor": "chosen by what the loss would change",
-}
 AUGMENTATION: Final = {
     "glyphs": Augmentation(flip=False),
     "fashion-mnist": Augmentation(rotation=0, scale=0, shear=0, shift=0, flip=True),
@@ -73,47 +56,9 @@ AUGMENTATION: Final = {
 
 _ARCHITECTURE: Final = "resnet18"
 _SIDE: Final = 32
-_JUDGED: Final = {"validation": 1000, "test": 3000}  # images, of those that there are
+_JUDGED: Final = {"validation": 1000, "test": 3000}  # images, at most
 _NANOSECONDS: Final = 1e6  # of a millisecond; ratios are found for whole numbers
 _GRADIENTS: Final = 32  # batches that Taylor's importance is measured on
-
-
-class Course(BaseModel):
-    """How all networks are trained."""
-
-    images: int = Field(description="to train on, of a data set")
-    epochs: int = Field(description="of the unpruned network")
-    fine_tuning: int = Field(description="epochs of a pruned one")
-    learning_rate: float = Field(default=2e-3, description="peak of both")
-    batch_size: int = 32
-    threads: int = 1
-
-
-class Row(BaseModel):
-    """One network, pruned and fine-tuned or unpruned."""
-
-    data: str
-    seed: int
-    share: float = Field(description="of the unpruned network's latency, that it may take")
-    way: str = Field(description="that its widths were found; `unpruned`: they were not")
-    widths: dict[str, int]
-    predicted_ms: float
-    parameters: int
-    macs: int
-    validation_wrong: int
-    validation_images: int
-    test_wrong: int
-    test_images: int
-
-
-class Results(Made):
-    """All networks that are finished."""
-
-    device: Device = Field(description="whose latency was predicted")
-    timed_networks: int = Field(description="that the predictions are made of")
-    course: Course
-    precision: TrainingPrecision
-    rows: list[Row]
 
 
 @dataclass(frozen=True)
@@ -143,15 +88,17 @@ class Trial:
 
     def _name(self, share: float, way: str) -> str:
         """Of a network, by all that decides its widths."""
+        if way == UNPRUNED:
+            return way
         table = fingerprint(self.table.model_dump(mode="json"))[:8]
-        return way if way == UNPRUNED else f"{share:g}-{way}-{table}"
+        return f"{way}-{table}" if way in PRESETS else f"{share:g}-{way}-{table}"
 
     def file(self, share: float, way: str) -> Path:
         """Where the row of a network is kept."""
         return self.folder / f"{self._name(share, way)}.json"
 
     def row(self, share: float, way: str) -> Row:
-        """A network of that share of the latency, made or kept."""
+        """A network of that share of the latency, or of a preset, made or kept."""
         file = self.file(share, way)
         if file.exists():
             return Row.model_validate_json(file.read_text(encoding="utf-8"))
@@ -162,22 +109,19 @@ class Trial:
         return row
 
     def _pruned(self, share: float, way: str) -> nn.Module:
+        settings = make_recipe(preset=way).pruning if way in PRESETS else self._uniform(share)
         network = copy.deepcopy(self._network)
-        uniform = self._uniform(share)
-        if way == "uniform":
-            Pruner(network, self._spec, uniform, uniform.ratio).step()
-        else:
-            narrow = copy.deepcopy(network)
-            Pruner(narrow, self._spec, uniform, uniform.ratio).step()
-            importance = self._taylor if way == "taylor" else None
-            groups = ChannelGroups(network, self._spec, importance)
-            budget = Budget("ms", self._predicted(narrow), self._predictor.predict)
+        Pruner(network, self._spec, settings.model_copy(update={"steps": 1}), settings.ratio).step()
+        if way in ("magnitude", "taylor"):
+            budget = Budget("ms", self._predicted(network), self._predictor.predict)
+            network = copy.deepcopy(self._network)
+            groups = ChannelGroups(network, self._spec, self._taylor if way == "taylor" else None)
             groups.prune(choose_widths(groups.worth(), [budget], self.table.block))
         self._train(network, self._name(share, way), self._views, self.course.fine_tuning)
         return network
 
     def _uniform(self, share: float) -> Pruning:
-        """The least ratio whose network takes no more than that share."""
+        """The same share of all channels: the least whose network takes no more of the latency than that."""
         settings = Pruning(round_to=self.table.block, steps=1)
         most = share * self._predicted(self._network)
         ratio = find_ratio(
@@ -190,29 +134,19 @@ class Trial:
         return settings.model_copy(update={"ratio": ratio})
 
     @cached_property
-    def _split(self) -> DataSplit:
-        return open_dataset(self.data, fold=0)
+    def _setup(self) -> Setup:
+        """Some of the images, and how networks see them."""
+        data, limits = open_dataset(self.data, fold=0), AUGMENTATION[self.data]
+        recipe = Recipe(device="cpu", image=Image(size=_SIDE), augmentation=limits)
+        parts = {
+            part: getattr(data, part).spread(most, f"{self.data}-{part}-{most}")
+            for part, most in ({"train": self.course.images} | _JUDGED).items()
+        }
+        return Setup(replace(data, **parts), recipe, self.folder, None, None, Console(quiet=True))
 
-    @cached_property
-    def _training_set(self) -> ImageSet:
-        return self._split.train.spread(self.course.images, f"{self.data}-{self.course.images}")
-
-    @cached_property
+    @property
     def _spec(self) -> Preprocessing:
-        recipe = Recipe.model_validate({"image": {"size": _SIDE}})
-        return choose_inputs(self._training_set, recipe)[0]
-
-    @cached_property
-    def _images(self) -> Images:
-        return self._load(self._training_set)
-
-    @cached_property
-    def _validation(self) -> Images:
-        return self._load(self._split.validation.spread(_JUDGED["validation"], f"{self.data}-validation"))
-
-    @cached_property
-    def _test(self) -> Images:
-        return self._load(self._split.test.spread(_JUDGED["test"], f"{self.data}-test"))
+        return self._setup.spec
 
     @cached_property
     def _predictor(self) -> LatencyPredictor:
@@ -222,29 +156,30 @@ class Trial:
     def _network(self) -> nn.Module:
         """Trained on the true labels, and unpruned."""
         torch.manual_seed(derive_seed(self.seed, "weights"))
-        network = build_network(_ARCHITECTURE, len(self._split.labels), "small").eval()
-        targets = torch.from_numpy(self._images.targets)
-        objective = TrueLabels(targets, AUGMENTATION[self.data], derive_seed(self.seed, "labels"))
+        network = build_network(_ARCHITECTURE, len(self._setup.data.labels), "small").eval()
+        targets = torch.from_numpy(self._setup.train_images.targets)
+        objective = TrueLabels(targets, self._setup.limits, derive_seed(self.seed, "labels"))
         self._train(network, UNPRUNED, objective, self.course.epochs)
         return network
 
     @cached_property
     def _views(self) -> TeacherViews:
         """What every fine-tuning learns from: the unpruned network's answers, and the true labels."""
-        seed, limits = derive_seed(self.seed, "views"), AUGMENTATION[self.data]
+        setup, seed = self._setup, derive_seed(self.seed, "views")
         logits = label_views(
             self._network,
-            self._images.pixels,
-            self._spec,
-            limits,
+            setup.train_images.pixels,
+            setup.spec,
+            setup.limits,
             views=self.course.fine_tuning,
             seed=seed,
             progress=self.progress,
-            precision=supported_precision(torch.device("cpu")),
+            precision=setup.precision,
             kept=self.folder / "views.safetensors",
             fingerprint=self._fingerprint,
         )
-        return TeacherViews(logits, torch.from_numpy(self._images.targets), limits, Distillation(), seed)
+        targets = torch.from_numpy(setup.train_images.targets)
+        return TeacherViews(logits, targets, setup.limits, Distillation(), seed)
 
     @cached_property
     def _taylor(self) -> dict[str, Tensor]:
@@ -252,14 +187,14 @@ class Trial:
 
         https://arxiv.org/abs/1906.10771, equation 8, over some batches of augmented images.
         """
-        network, size = copy.deepcopy(self._network), self.course.batch_size
+        network, images = copy.deepcopy(self._network), self._setup.train_images
         sums = {name: torch.zeros_like(weight) for name, weight in network.named_parameters()}
         shuffle = torch.Generator().manual_seed(derive_seed(self.seed, "gradients"))
-        order = torch.randperm(len(self._images.targets), generator=shuffle)
-        for number, batch in enumerate(torch.split(order, size)[:_GRADIENTS]):
-            affines = random_affines(len(batch), AUGMENTATION[self.data], number)
-            views = transform(to_float(self._images.pixels[batch.numpy()], torch.device("cpu")), affines)
-            targets = torch.from_numpy(self._images.targets[batch.numpy()])
+        order = torch.randperm(len(images.targets), generator=shuffle)
+        for number, batch in enumerate(torch.split(order, self.course.batch_size)[:_GRADIENTS]):
+            affines = random_affines(len(batch), self._setup.limits, number)
+            views = transform(to_float(images.pixels[batch.numpy()], torch.device("cpu")), affines)
+            targets = torch.from_numpy(images.targets[batch.numpy()])
             network.zero_grad()
             loss = functional.cross_entropy(network(normalise(views, self._spec)), targets)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -268,9 +203,6 @@ class Trial:
                 sums[name] += (weight * weight.grad).detach().square()
         return sums
 
-    def _load(self, images: ImageSet) -> Images:
-        return Images(images.load_pixels(self._spec, progress=False), images.targets)
-
     def _predicted(self, network: nn.Module) -> float:
         return self._predictor.predict(ChannelGroups(network, self._spec).channels)
 
@@ -278,8 +210,8 @@ class Trial:
         self.folder.mkdir(parents=True, exist_ok=True)
         train(
             network,
-            self._images,
-            self._validation,
+            self._setup.train_images,
+            self._setup.validation_images,
             self._spec,
             objective,
             Training(
@@ -290,22 +222,23 @@ class Trial:
             state_file=self.folder / f"{name}.pt",
             fingerprint=self._fingerprint,
             progress=self.progress,
-            precision=supported_precision(torch.device("cpu")),
+            precision=self._setup.precision,
         )
 
     def _measured(self, network: nn.Module, share: float, way: str) -> Row:
         validation, test = (
             evaluate(network, images.pixels, images.targets, self._spec)
-            for images in (self._validation, self._test)
+            for images in (self._setup.validation_images, self._setup.test_images)
         )
         widths = ChannelGroups(network, self._spec).channels
+        predicted = self._predictor.predict(widths)
         return Row(
             data=self.data,
             seed=self.seed,
-            share=share,
+            share=round(predicted / self._predicted(self._network), 4) if way in PRESETS else share,
             way=way,
             widths=widths,
-            predicted_ms=round(self._predictor.predict(widths), 4),
+            predicted_ms=round(predicted, 4),
             parameters=count_parameters(network),
             macs=count_macs(network, _SIDE, _SIDE),
             validation_wrong=validation.wrong,
@@ -313,37 +246,6 @@ class Trial:
             test_wrong=test.wrong,
             test_images=test.images,
         )
-
-
-def table(results: Results) -> str:
-    """Markdown: each way's errors beside the uniform network's of the same seed, by data set and budget."""
-    rows = []
-    for data in dict.fromkeys(row.data for row in results.rows):
-        found = [row for row in results.rows if row.data == data]
-        rows.append([f"`{data}`, unpruned", *_cells([row for row in found if row.way == UNPRUNED])])
-        for share in sorted({row.share for row in found} - {1.0}, reverse=True):
-            uniform = {row.seed: row for row in found if (row.share, row.way) == (share, "uniform")}
-            for way, words in WAYS.items():
-                ours = [row for row in found if (row.share, row.way) == (share, way) and row.seed in uniform]
-                if ours:
-                    beside = [uniform[row.seed] for row in ours] if way != "uniform" else []
-                    rows.append([f"{100 * share:.0f} %: {words}", *_cells(ours, beside)])
-    head = ["", "seeds", "predicted ms", "parameters", "wrong, validation", "wrong, test", "fewer", ""]
-    return markdown_table(head, rows)
-
-
-def _cells(rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[str]:
-    differences = [other.test_wrong - row.test_wrong for other, row in zip(beside, rows, strict=False)]
-    fewer = sum(differences) / sum(other.test_wrong for other in beside) if beside else 0.0
-    return [
-        str(len(rows)),
-        f"{fmean(row.predicted_ms for row in rows):.3f}",
-        f"{fmean(row.parameters for row in rows) / 1e6:.2f} M",
-        spread([row.validation_wrong for row in rows], "{:.0f}".format),
-        f"{spread([row.test_wrong for row in rows], '{:.0f}'.format)} of {rows[0].test_images}",
-        spread(differences, "{:.0f}".format) if beside else "",
-        f"{100 * fewer:.1f} %" if beside else "",
-    ]
 
 
 @click.command(context_settings=HELP)
@@ -356,6 +258,9 @@ def _cells(rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[str]:
     "--share", "shares", type=float, multiple=True, default=(0.15, 0.2, 0.3), help="Of the latency."
 )
 @click.option("--way", "ways", type=click.Choice(list(WAYS)), multiple=True, default=("uniform", "magnitude"))
+@click.option(
+    "--preset", "presets", type=click.Choice(list(PRESETS)), multiple=True, help="Their widths too."
+)
 @click.option("--images", type=COUNT, default=3000, help="To train on.")
 @click.option("--epochs", type=COUNT, default=4, help="Of the unpruned network.")
 @click.option("--fine-tuning", type=COUNT, default=3, help="Epochs of a pruned network.")
@@ -370,6 +275,7 @@ def main(
     seeds: int,
     shares: tuple[float, ...],
     ways: tuple[str, ...],
+    presets: tuple[str, ...],
     images: int,
     epochs: int,
     fine_tuning: int,
@@ -389,7 +295,8 @@ def main(
         precision=supported_precision(torch.device("cpu")),
         rows=[],
     )
-    networks = [(1.0, UNPRUNED), *((share, way) for share in shares for way in ways)]
+    networks = [(1.0, way) for way in (UNPRUNED, *presets)]
+    networks += [(share, way) for share in shares for way in ways]
     with reproducible(course.threads), Progress() as progress:
         for seed in range(seeds):
             for data in names:
@@ -399,7 +306,7 @@ def main(
                         continue
                     results.rows.append(trial.row(share, way))
                     results.write(out)
-    click.echo(table(results))
+    click.echo(f"{table(results)}\n{equal_accuracy(results)}")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ STUDIES: Final = {
             settings={"teacher": {"epochs": 16}},
         ),
         Study(
+            "glyphs",
+            "glyphs",
+            5,
+            (_TEACHER, _STUDENT, _LABELS, _AGGRESSIVE),
+            config=_HERE / "glyphs.toml",
+        ),
+        Study(
             "fashion-mnist",
             "fashion-mnist",
             1,

@@ -11,7 +11,7 @@ from typing import Final, get_args
 import click
 from rich.console import Console
 
-from experiments import architectures, budgets, calibration, ladder, qat
+from experiments import architectures, budget_results, calibration, ladder, predictions, qat, training_cost
 from experiments.markdown import megabytes, percent, percents, spread, table
 from experiments.onnx_forms import results as onnx_forms
 from experiments.own_models import results as own_models
@@ -271,21 +271,26 @@ def machine(made: Made) -> str:
 MARKER: Final = re.compile(r"(<!-- results: ([a-z-]+) ([a-z0-9 -]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _FILES: Final[dict[str, type[Made]]] = {
     "architectures": architectures.Results,
-    "budgets": budgets.Results,
+    "budgets": budget_results.Results,
     "calibration": calibration.Results,
     "ladder": ladder.Results,
     "onnx-forms": onnx_forms.Results,
     "own-models": own_models.Results,
+    "predictions": predictions.Results,
     "qat": qat.Results,
+    "training-cost": training_cost.Results,
 }
 _RENDERERS: Final[dict[str, Callable[..., str]]] = {
     "architectures": architectures.table,
-    "budgets": budgets.table,
+    "budgets": budget_results.table,
+    "equal-accuracy": budget_results.equal_accuracy,
     "calibration": calibration.table,
     "forms": onnx_forms.table,
     "ladder": ladder.table,
     "own-models": own_models.table,
+    "predictions": predictions.table,
     "qat": qat.table,
+    "training-cost": training_cost.table,
     "abilities": architectures.summary,
     "training": training,
     "pruning": pruning,

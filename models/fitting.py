@@ -50,7 +50,9 @@ class Trial:
 class TargetDevice(Protocol):
     """Where a network is to run."""
 
-    def open_table(self, network: nn.Module, name: str, spec: Preprocessing, file: Path) -> LatencyTable:
+    def open_table(
+        self, network: nn.Module, name: str, spec: Preprocessing, file: Path, other: Path | None
+    ) -> LatencyTable:
         """The latency table of this architecture.
 
         Args:
@@ -58,6 +60,7 @@ class TargetDevice(Protocol):
             name: of the architecture.
             spec: input size.
             file: of a table of this machine, which is made if nobody gave one.
+            other: another run's, which is taken over if it is of such a network.
 
         Raises:
             LatencyError: there is none, and it cannot be made.
@@ -124,8 +127,8 @@ class Fitter:
         self._predictor = LatencyPredictor(table) if table is not None else None
         self._factors: dict[Kind, float] = {}
         prices = _Prices(network, spec, table, self._predictor)
-        if table is not None:
-            _require_same(table, prices.groups)
+        if table is not None and (difference := table.difference(prices.groups.channels, prices.macs)):
+            raise LatencyError(f"the latency table is of another network ({table.network}): {difference}")
         self._unpruned = prices
         self._full = {kind: prices.of(kind, prices.groups.channels) for kind in budget}
 
@@ -228,12 +231,12 @@ class _Prices:
         self._timed = [] if table is None else [group.name for group in table.groups]
         self._bytes = _WEIGHT_BYTES[table.precision if table is not None else "int8"]
         self._parameters = count_parameters(network)
-        self._macs = count_macs(network, spec.height, spec.width)
+        self.macs = count_macs(network, spec.height, spec.width)
 
     def of(self, kind: Kind, widths: Widths) -> float:
         """The price of one kind."""
         if kind == "macs":
-            return self._macs - self.groups.saved_macs(widths)
+            return self.macs - self.groups.saved_macs(widths)
         if kind == "size_mb":
             return self._bytes * (self._parameters - self.groups.saved_parameters(widths)) / 1e6
         assert self._predictor is not None, "a latency has a table"
@@ -253,12 +256,3 @@ def _used(fit: Fit) -> float | None:
 
 def _all(worth: Worth) -> dict[str, int]:
     return {name: len(sums) - 1 for name, sums in worth.items()}
-
-
-def _require_same(table: LatencyTable, groups: ChannelGroups) -> None:
-    for group in table.groups:
-        if groups.channels.get(group.name) != group.channels:
-            raise LatencyError(
-                f"the latency table is of another network ({table.network}): here {group.name} has "
-                f"{groups.channels.get(group.name, 'no')} channels that can be pruned, there {group.channels}"
-            )

@@ -27,6 +27,7 @@ _CHECKS: Final = 12
 _CHECK_SPREAD: Final = 0.2  # of the shares of channels in every other check
 _SAME: Final = 1.03  # times that differ by less are the same
 _MOST_TIMES: Final = 8
+_OTHER_HEAD: Final = 0.01  # share of the work; a few classes more or less hardly change the latency
 
 Widths = Mapping[str, int]  # channels by the group's name; groups that are not named are at their narrowest
 Times = Mapping[frozenset[tuple[str, int]], float]  # milliseconds, by the items of a network's widths
@@ -78,6 +79,7 @@ class LatencyTable(_Strict):
     trimrt_version: str
     network: str
     structure: str = Field(description="hash of the operations and shapes of the graph that was narrowed")
+    macs: int | None = Field(description="multiply-accumulates for an image, of all channels")
     backend: str
     backend_version: str
     precision: str
@@ -89,6 +91,25 @@ class LatencyTable(_Strict):
     groups: list[Group] = Field(min_length=1)
     pairs: list[tuple[str, str]] = Field(description="groups that meet in a layer")
     timed: list[Timed] = []
+
+    def difference(self, channels: Widths, macs: int) -> str | None:
+        """In words, in what a network differs from the table's; None: as far as can be told, in nothing.
+
+        Args:
+            channels: of all groups of the network.
+            macs: multiply-accumulates for an image; groups alone do not tell how large their maps are.
+        """
+        for group in self.groups:
+            if channels.get(group.name) != group.channels:
+                here = channels.get(group.name, "no")
+                return f"here {group.name} has {here} channels that can be pruned, there {group.channels}"
+        if self.macs is not None and abs(macs / self.macs - 1) > _OTHER_HEAD:
+            here, there = (f"{count / 1e6:,.1f}" for count in (macs, self.macs))
+            return (
+                "its input size, stem or number of classes is another; an image takes "
+                f"{here} million multiply-accumulates here, {there} there"
+            )
+        return None
 
     def narrowest(self, group: Group) -> int:
         """Least width of a group."""

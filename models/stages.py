@@ -17,7 +17,7 @@ from torch import nn
 from models.card import Ancestor, Card, CheckpointError, Metrics, Role, read_card
 from models.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from models.evaluation import count_macs, count_parameters, evaluate
-from models.files import replace_file, restore
+from models.files import restore
 from models.finding import point_name, points_of
 from models.fitting import Fit, Fitter, TargetDevice, load_fit, save_fit
 from models.groups import ChannelGroups
@@ -318,27 +318,14 @@ class Stages:
         network = build_network(architecture, len(setup.data.labels), setup.inputs[1]).eval()
         table = None
         if "latency_ms" in recipe.budget and self.device is not None:
-            self._reuse_table()
-            table = self.device.open_table(network, architecture, setup.spec, setup.out / LATENCY_TABLE)
+            table = self.device.open_table(
+                network,
+                architecture,
+                setup.spec,
+                setup.out / LATENCY_TABLE,
+                setup.reuse / LATENCY_TABLE if setup.reuse else None,
+            )
         return Fitter(network, setup.spec, recipe.budget, recipe.pruning.round_to, table, self.device)
-
-    def _reuse_table(self) -> None:
-        """Copy the latency table of the run to reuse, if that run's networks are of this shape."""
-        setup, file = self.setup, self.setup.out / LATENCY_TABLE
-        if setup.reuse is None or file.exists() or not (setup.reuse / LATENCY_TABLE).exists():
-            return
-        try:
-            card = read_card(setup.reuse / "student")
-        except CheckpointError:
-            return
-        spec, stem = setup.inputs
-        there = (card.architecture, card.stem, len(card.labels))
-        sizes = [(each.height, each.width) for each in (card.preprocessing, spec)]
-        here = (setup.recipe.student.architecture, stem, len(setup.data.labels))
-        if there == here and sizes[0] == sizes[1]:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(file) as new:
-                shutil.copyfile(setup.reuse / LATENCY_TABLE, new)
 
     def _fit_widths(self, network: nn.Module, stage: _Stage, step: int) -> Fit:
         """Those that a step prunes to; an interrupted run finds them again."""

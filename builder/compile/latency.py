@@ -144,6 +144,7 @@ class _Bench:
             trimrt_version=version("trimrt"),
             network=subject.student.name,
             structure=self.graph.structure,
+            macs=subject.student.macs,
             backend_version=manifest.backend_version,
             precision=subject.graph.precision,
             batch=subject.batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -13,7 +14,7 @@ from typing import Final
 
 from builder.compile.measurement import measure, measure_in_turns
 from builder.compile.publication import next_version, write_manifest
-from builder.compile.targets.base import INT8_REST, Artefact, Target
+from builder.compile.targets.base import INT8_REST, Artefact, CompileError, Target
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError, compare, engine_logits, predictions_of
 from builder.kit import (
@@ -35,6 +36,7 @@ from runtime.jetson import power
 from runtime.loading import load_engine
 from runtime.manifest import (
     BatchSizes,
+    EngineError,
     Evidence,
     LeftOut,
     Manifest,
@@ -50,6 +52,8 @@ _SATURATES: Final = (
     ". This processor is part of the reason: it has no VNNI and adds INT8 products in 16 bits, so weights "
     "were rounded to fewer bits"
 )
+
+logger = logging.getLogger("trimrt.builder")
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,7 @@ def _no_faster(
     """How an INT8 engine compares with one without any INT8, if it is no faster; else None.
 
     TensorRT takes minutes to build the other engine. It is asked only where layers were kept out of INT8.
+    None, too, where the other engine cannot be had.
     """
     kept = graph.calibration is not None and graph.calibration.higher_precision_layers
     if not graph.precision.startswith("int8") or (target.backend != "openvino" and not kept):
@@ -271,11 +276,15 @@ def _no_faster(
     except KitError:
         return None  # a kit without that graph; there is nothing to compare with
     report(f"comparing with {rest}")
-    with (
-        trial(source.student, target, other, path, batch, report) as plain,
-        closing(load_engine(folder)) as engine,
-    ):
-        ours, theirs = measure_in_turns([engine, plain])
+    try:
+        with (
+            trial(source.student, target, other, path, batch, report) as plain,
+            closing(load_engine(folder)) as engine,
+        ):
+            ours, theirs = measure_in_turns([engine, plain])
+    except (CompileError, EngineError) as error:  # no reason to throw away an engine that is finished
+        logger.warning("%s was not compared with %s: %s", graph.precision, rest, error)
+        return None
     if ours.latency_ms < theirs.latency_ms or ours.throughput > theirs.throughput:
         return None
     return (

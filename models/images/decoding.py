@@ -82,16 +82,14 @@ def _decode_run_length(data: bytes, header: BmpHeader) -> Pixels:
 
 
 def _decode_with_opencv(data: bytes, header: Header, turned: int = 1) -> Pixels:
-    how = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), how)
     except cv2.error:  # a side is longer than OpenCV allows, or the header's format is not what it is
         image = None
     if image is None:
         raise DamagedImageError(f"damaged {header.format}, or of a kind that is not supported")
-    pixels = image.astype(np.uint8, copy=False)
-    cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    return _upright(pixels, turned)
+    return _upright(image.astype(np.uint8, copy=False), turned)
 
 
 def _decode_tiff(data: bytes, header: TiffHeader) -> Pixels:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
+import pytest
 from tiny_engine import write_package
 
-from benchmarks.growth import CURVES, Growth, Point, copies, markdown, plot, process_counts
+from benchmarks.growth import CURVES, Growth, Point, copies, markdown, plot, process_counts, resumed
 from benchmarks.load import Load
 from benchmarks.measurements import this_machine
 from runtime.loading import load_engine
@@ -56,6 +58,16 @@ def test_all_curves_fit_one_figure(tmp_path: Path) -> None:
     plot(growth, tmp_path / "growth.svg")
 
     assert (tmp_path / "growth.svg").read_text().count("images a second") == len(CURVES)
+
+
+def test_curves_are_added_to_those_of_loads_as_long(tmp_path: Path) -> None:
+    path = tmp_path / "growth.json"
+    before = Growth(machine=this_machine(), seconds=2, labels=[point(10)])
+    path.write_text(before.model_dump_json(), encoding="utf-8")
+
+    assert resumed(Growth(machine=this_machine(), seconds=2), path) == before
+    with pytest.raises(click.ClickException, match="took 2 s, not 8 s"):
+        resumed(Growth(machine=this_machine(), seconds=8), path)
 
 
 def test_copies_of_an_engine_are_engines_of_their_own(tmp_path: Path) -> None:

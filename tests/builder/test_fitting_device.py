@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from builder import FittingDevice
+from models.evaluation import count_macs
 from models.fitting import Fitter
-from models.latency import LatencyError, LatencyTable
+from models.latency import LatencyError, LatencyTable, read_latency_table
 from models.preprocessing import Preprocessing
 
 SPEC = Preprocessing(resize=16, height=16, width=16)
@@ -41,6 +43,28 @@ def test_a_table_that_is_there_is_not_measured_again(
 ) -> None:
     for device in (FittingDevice(), FittingDevice(table[1])):
         assert device.open_table(network, "timm:small", SPEC, table[1]) == table[0]
+
+
+@pytest.mark.parametrize("place", ["its own", "another run's"])
+def test_a_table_of_another_input_size_is_measured_again(
+    place: str, network: nn.Module, table: tuple[LatencyTable, Path], tmp_path: Path
+) -> None:
+    there = tmp_path / "there.json"
+    shutil.copy(table[1], there)
+    file = there if place == "its own" else tmp_path / "latency.json"
+    larger = Preprocessing(resize=32, height=32, width=32)
+    found = FittingDevice().open_table(network, "timm:small", larger, file, there)
+    assert found.missing() == []
+    assert (found.macs, table[0].macs) == (count_macs(network, 32, 32), count_macs(network, 16, 16))
+    assert read_latency_table(file) == found
+
+
+def test_the_table_of_another_run_is_taken_over(
+    network: nn.Module, table: tuple[LatencyTable, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "run" / "latency.json"
+    assert FittingDevice().open_table(network, "timm:small", SPEC, file, table[1]) == table[0]
+    assert file.read_bytes() == table[1].read_bytes()
 
 
 def test_a_network_is_timed_where_its_table_was_measured(

@@ -341,6 +341,12 @@ def test_jetpack_6_has_the_numpy_and_cuda_of_its_tensorrt_and_numpy_is_installed
     assert "grep '^numpy==' pins.txt" in steps[-1]
 
 
+def test_jetpack_7_has_what_tells_the_load_of_thors_gpu() -> None:
+    """Its sysfs does not (docs/jetson.md)."""
+    asked = {Requirement(line).name for line in PROJECT["optional-dependencies"]["nvml"]}
+    assert asked <= {pin.name for pin in pins("7")}
+
+
 def test_jetpack_7_has_the_versions_of_all_other_machines() -> None:
     here = dict(
         line.lower().replace("_", "-").split("==")

@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 import pytest
 from fastapi.routing import APIRoute
+from jetson_files import ORIN_NANO, write_files
 from starlette.routing import Mount
 
+from runtime.jetson import power
 from server.app import create_app
 from server.settings import Settings
 from trimrt.cli import COMMANDS, main
@@ -47,6 +49,12 @@ def builds() -> list[list[str]]:
     return [words for words in typed() if words[:2] == ["docker", "build"]]
 
 
+def measuring() -> list[list[str]]:
+    """Containers whose figures depend on the power mode."""
+    commands = [words for words in typed() if words[:2] == ["docker", "run"]]
+    return [words for words in commands if {"selftest", "build"} & set(words)]
+
+
 def test_the_page_has_the_whole_hour() -> None:
     assert {words[0] for words in trimrt_commands()} >= {"selftest", "prepare", "build", "inspect", "serve"}
     assert len(typed()) >= 20
@@ -74,6 +82,20 @@ def test_every_image_that_runs_was_built_before() -> None:
     built = {words[words.index("-t") + 1] for words in builds()}
     ran = {word for words in typed() for word in words if re.fullmatch(r"trimrt:[\w-]+", word)}
     assert ran == built
+
+
+@pytest.mark.parametrize("words", measuring(), ids=" ".join)
+def test_a_container_that_measures_is_shown_the_power_mode(words: list[str], tmp_path: Path) -> None:
+    mounted = [words[place + 1].split(":")[0] for place, word in enumerate(words) if word == "-v"]
+    shown = {
+        name: content
+        for name, content in ORIN_NANO.items()
+        if name.startswith(("sys/", "proc/meminfo")) or any(f"/{name}".startswith(path) for path in mounted)
+    }
+    write_files(tmp_path, shown)
+    found = power(tmp_path)
+    assert found is not None
+    assert found.mode == "25W"
 
 
 def test_every_program_is_one_that_a_jetson_has_or_that_the_page_installs() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from experiments.budgets import UNPRUNED, Course, Results, Row, table
+from experiments.budget_results import UNPRUNED, Course, Results, Row, equal_accuracy, table
 from experiments.results import made_here
 from models.promise import Device
 
@@ -26,8 +27,8 @@ def row(seed: int, share: float, way: str, wrong: int) -> Row:
     )
 
 
-def lines(*rows: Row) -> list[list[str]]:
-    """The cells of the table's lines, without its head."""
+def lines(*rows: Row, table: Callable[[Results], str] = table) -> list[list[str]]:
+    """The cells of a table's lines, without its head."""
     device = Device(machine="a processor", cores=1, backend="openvino", precision="int8", batch=1)
     course = Course(images=1, epochs=1, fine_tuning=1)
     about: dict[str, Any] = made_here("python -m experiments.budgets")
@@ -59,3 +60,29 @@ def test_a_seed_without_a_uniform_network_is_not_compared() -> None:
     )
     assert [cells[1] for cells in found] == ["1", "1", "1"]
     assert found[2][5:] == ["90 of 1000", "10", "10.0 %"]
+
+
+def test_the_fastest_network_of_each_way_that_is_as_accurate_is_told() -> None:
+    """Of 1000 images 100 are wrong, so a standard error is 9.5 of them."""
+    found = lines(
+        row(0, 1.0, UNPRUNED, 100),
+        row(0, 0.6, "aggressive", 111),
+        row(0, 0.5, "uniform", 109),
+        row(0, 0.3, "uniform", 110),
+        row(0, 0.3, "magnitude", 101),
+        row(0, 0.2, "magnitude", 109),
+        row(0, 0.1, "magnitude", 200),
+        table=equal_accuracy,
+    )
+    assert found == [
+        ["`glyphs`, unpruned", "1.000", "100 of 1000", "109"],
+        ["preset `aggressive`", "none", "", ""],
+        ["the same share of each group's channels", "0.500", "109 of 1000", ""],
+        ["chosen by the weights' squares", "0.200", "109 of 1000", ""],
+    ]
+
+
+def test_a_network_that_lacks_a_seed_is_not_called_as_accurate() -> None:
+    unpruned = [row(seed, 1.0, UNPRUNED, 100) for seed in range(2)]
+    found = lines(*unpruned, row(0, 0.5, "magnitude", 90), table=equal_accuracy)
+    assert found[1][:2] == ["chosen by the weights' squares", "none"]

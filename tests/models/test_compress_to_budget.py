@@ -131,21 +131,6 @@ def test_another_run_takes_over_the_whole_front_and_the_latency_table(
     assert (new / "latency.json").read_bytes() == table_file.read_bytes()
 
 
-def test_the_table_of_a_run_with_other_inputs_is_not_taken_over(
-    trimrt: Trimrt, few_digits: Path, finished: tuple[Path, str], table_file: Path, tmp_path: Path
-) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    shutil.copytree(finished[0], old)
-    shutil.copy(table_file, old / "latency.json")
-    budget = ["--latency-ms", 0.01, "--latency-table", table_file]  # refused before anything is trained
-    for size, taken in (("32", False), ("24", True)):
-        trimrt(
-            "compress", few_digits, "--out", new, "--reuse", old, *SHORT, *budget, "--image-size", size,
-            code=1,
-        )  # fmt: skip
-        assert (new / "latency.json").exists() == taken
-
-
 def test_the_report_joins_the_networks_of_a_front(
     trimrt: Trimrt, front: tuple[Path, str], tmp_path: Path
 ) -> None:

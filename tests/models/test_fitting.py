@@ -49,7 +49,9 @@ class SlowerDevice:
     def __init__(self) -> None:
         self.tried: list[float] = []
 
-    def open_table(self, network: nn.Module, name: str, spec: Preprocessing, file: Path) -> LatencyTable:
+    def open_table(
+        self, network: nn.Module, name: str, spec: Preprocessing, file: Path, other: Path | None
+    ) -> LatencyTable:
         return TABLE
 
     def try_out(self, network: nn.Module, spec: Preprocessing, table: LatencyTable | None) -> Trial:
@@ -148,6 +150,14 @@ def test_what_no_widths_are_within_is_refused_with_the_least(chain: nn.Module) -
     fitter = Fitter(chain, SPEC, {"latency_ms": 0.1, "macs": 1e9}, 8, TABLE, None)
     with pytest.raises(BudgetError, match=r"^0\.1 ms cannot be met: the narrowest network takes 0\.17$"):
         fitter.require_possible()
+
+
+def test_a_table_of_the_same_network_at_another_input_size_is_refused(chain: nn.Module) -> None:
+    other = TABLE.model_copy(update={"macs": count_macs(chain, 48, 48)})
+    with pytest.raises(LatencyError, match="its input size, stem or number of classes is another"):
+        Fitter(chain, SPEC, {"latency_ms": 1}, 8, other, None)
+    same = TABLE.model_copy(update={"macs": count_macs(chain, 24, 24)})
+    Fitter(chain, SPEC, {"latency_ms": 1}, 8, same, None)
 
 
 def test_a_table_of_another_network_is_refused(chain: nn.Module) -> None:

@@ -33,6 +33,7 @@ def table_of(
             "trimrt_version": "0",
             "network": "small",
             "structure": "",
+            "macs": None,
             "backend": "openvino",
             "backend_version": "0",
             "precision": "int8",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from runtime.ranking import ranked
 from runtime.signatures import ANYONE, Trust
 from runtime.threads import start_in_engine_thread
 from trimrt.predict.sources import Item
+
+_AT_ONCE: Final = 8  # images for a decoding thread; to hand over one takes as long as to decode a small one
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,21 @@ class Rows(NamedTuple):
     errors: list[str | None]
 
 
+class _Decoded(NamedTuple):
+    """Some images of a batch.
+
+    Attributes:
+        pixels: `uint8` of shape `(good, height, width, 3)`, of those that could be decoded.
+        errors: why an image could not, or None.
+    """
+
+    pixels: Pixels
+    errors: list[str | None]
+
+
 class _Batch(NamedTuple):
     items: Sequence[Item]
-    decoding: list[Future[Pixels | str]]
+    decoding: list[Future[_Decoded]]
     rows: Future[Rows]
 
 
@@ -116,7 +130,10 @@ class Scorer:
         """
         ahead: deque[Future[Rows]] = deque()
         for items in batches:
-            decoding = [self._decoders.submit(self._decode, item) for item in items]
+            decoding = [
+                self._decoders.submit(self._decode, items[start : start + _AT_ONCE])
+                for start in range(0, len(items), _AT_ONCE)
+            ]
             batch = _Batch(items, decoding, Future())
             self.batches.put(batch)
             ahead.append(batch.rows)
@@ -125,19 +142,27 @@ class Scorer:
         while ahead:
             yield ahead.popleft().result()
 
-    def _decode(self, item: Item) -> Pixels | str:
-        """The image's pixels, or why there are none."""
+    def _decode(self, items: Sequence[Item]) -> _Decoded:
+        spec = self._engine.manifest.preprocessing
+        pixels = np.empty((len(items), spec.height, spec.width, 3), np.uint8)
+        errors = [self._load(item, row) for item, row in zip(items, pixels, strict=True)]
+        good = [error is None for error in errors]
+        return _Decoded(pixels if all(good) else pixels[good], errors)
+
+    def _load(self, item: Item, out: Pixels) -> str | None:
+        """Write the image's pixels to `out`; why there are none, or None."""
         if item.image is None:
             return "there is no image"
         try:
             data = item.image.read_bytes() if isinstance(item.image, Path) else item.image
-            return load_pixels(data, self._engine.manifest.preprocessing)
+            load_pixels(data, self._engine.manifest.preprocessing, out=out)
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
         except ImageError as error:
             return str(error)
         except Exception as error:  # one image is no reason to give up the others
             return f"cannot be decoded: {error}"
+        return None
 
     def run_slot(self, opened: Future[None]) -> None:
         """Open a slot and run batches in it until there is a None among them."""
@@ -158,14 +183,13 @@ class Scorer:
         finally:
             slot.close()
 
-    def _run(self, slot: Slot, items: Sequence[Item], decoded: Sequence[Pixels | str]) -> Rows:
-        errors = [outcome if isinstance(outcome, str) else None for outcome in decoded]
+    def _run(self, slot: Slot, items: Sequence[Item], decoded: Sequence[_Decoded]) -> Rows:
+        errors = [error for part in decoded for error in part.errors]
         good = [number for number, error in enumerate(errors) if error is None]
         indices = np.full((len(items), self._top_k), -1, np.int32)
         probabilities = np.zeros(indices.shape, np.float32)
         if good:
-            for row, number in enumerate(good):
-                slot.pixels[row] = decoded[number]
+            np.concatenate([part.pixels for part in decoded], out=slot.pixels[: len(good)])
             # A plan may have a least batch size; what lies in the rows beyond is ignored.
             outputs = slot.infer(max(len(good), self._engine.manifest.batch.min))
             logits, shares = outputs.logits[: len(good)], outputs.probabilities[: len(good)]

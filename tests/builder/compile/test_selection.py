@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,30 +14,53 @@ from click.testing import Result
 
 from builder.compile import measurement, selection
 from builder.compile.measurement import Speed
-from builder.compile.packages import Package
+from builder.compile.packages import Package, build_package
+from builder.compile.publication import PublicationError
 from builder.compile.selection import build_best
+from builder.compile.targets.base import Artefact, CompileError, Target
 from builder.compile.targets.choice import open_target
 from builder.compile.verification import Gate, GateError
-from builder.kit import GraphSource, Kit, Rest
+from builder.kit import GraphSource, Kit, Report, Rest
 from builder.prepare.options import PrepareOptions
 from builder.prepare.preparation import Preparation, open_checkpoint, prepare
 from runtime.jetson import Power
 from runtime.loading import load_engine
-from runtime.manifest import BatchSizes, LeftOut, read_manifest
+from runtime.manifest import Backend, BatchSizes, EngineError, LeftOut, read_manifest
 
 LENIENT = Gate(max_drop=0.02, min_agreement=0.95)
+BATCH = BatchSizes(min=1, opt=8, max=16)
 
 
-def best_of(source: GraphSource, output: Path, gate: Gate) -> Package:
+def best_of(source: GraphSource, output: Path, gate: Gate, target: Target | None = None) -> Package:
     return build_best(
         source,
-        open_target("openvino"),
+        target or open_target("openvino"),
         output,
-        batch=BatchSizes(min=1, opt=8, max=16),
+        batch=BATCH,
         gate=gate,
         command="",
         report=lambda _: None,
     )
+
+
+class Refusing:
+    """OpenVINO's compiler, which refuses some graphs as TensorRT does where memory is short."""
+
+    backend: Backend = "openvino"
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        self._target = open_target("openvino")
+        self.asked: list[str] = []
+
+    def compile(self, graph: Path, folder: Path, batch: BatchSizes, report: Report) -> Artefact:
+        self.asked.append(graph.name)
+        if graph.name.startswith(self._names):
+            raise CompileError(f"no implementation of a layer of {graph.name} was found")
+        return self._target.compile(graph, folder, batch, report)
+
+    def missing_device(self) -> str | None:
+        return None
 
 
 def test_the_fastest_that_passes_is_published_with_the_comparison(
@@ -78,6 +102,65 @@ def test_if_neither_passes_nothing_is_published(kit: Kit, tmp_path: Path) -> Non
     with pytest.raises(GateError, match=r"(?s)fp32-openvino was not.*int8-openvino was not"):
         best_of(kit, tmp_path, impossible)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_finished_is_published_though_another_cannot_be_built(
+    kit: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = best_of(kit, tmp_path, LENIENT, Refusing("int8"))
+    assert read_manifest(package.folder).precision == "fp32"
+    refused = {candidate.precision: candidate.refused for candidate in package.manifest.candidates}
+    assert refused["fp32"] is None
+    assert "no implementation" in str(refused["int8"])
+    (warning,) = caplog.records
+    assert (warning.levelno, warning.getMessage()[:21]) == (logging.WARNING, "int8 is not compared:")
+
+
+def test_where_nothing_can_be_built_the_compilers_reasons_are_given(kit: Kit, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"(?s)of fp32\.onnx was found.*of int8-.* was found"):
+        best_of(kit, tmp_path, LENIENT, Refusing("fp32", "int8"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_that_do_not_run_at_once_are_compared_by_what_each_took_alone(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measure_in_turns(_engines: object) -> list[Speed]:
+        raise EngineError("cudaMalloc: cudaErrorMemoryAllocation: out of memory")
+
+    monkeypatch.setattr(selection, "measure_in_turns", measure_in_turns)
+    package = best_of(kit, tmp_path, LENIENT)
+    latencies = {candidate.latency_ms for candidate in package.manifest.candidates}
+    assert None not in latencies
+    assert read_manifest(package.folder).evidence is not None
+    assert "not all run at once: cudaMalloc" in caplog.text
+
+
+def test_a_package_of_another_network_in_the_way_is_told_before_anything_is_built(
+    kit: Kit, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny-digits-int8-openvino").mkdir()
+    target = Refusing()
+    with pytest.raises(PublicationError, match="tiny-digits-int8-openvino"):
+        best_of(kit, tmp_path, LENIENT, target)
+    assert target.asked == []
+
+
+def test_int8_is_published_though_what_it_would_be_compared_with_cannot_be_built(
+    kit: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Refusing("fp32")
+    package = build_package(
+        *(kit, target, "int8", tmp_path),
+        batch=BATCH,
+        gate=LENIENT,
+        command="",
+        report=lambda _: None,
+    )
+    assert read_manifest(package.folder).precision == "int8"
+    assert package.slower is None
+    assert target.asked[-1] == "fp32.onnx"
+    assert "int8 was not compared with fp32: no implementation" in caplog.text
 
 
 @pytest.mark.slow

@@ -114,6 +114,23 @@ def test_images_that_cannot_be_decoded_get_a_row_that_says_why(
     assert "text.png: not an image" in said
 
 
+def test_every_other_image_of_a_large_batch_with_a_damaged_one_gets_its_own_row(
+    photos: Path, reference: Reference, tmp_path: Path
+) -> None:
+    engine = write_package(tmp_path, max_batch=IMAGES)
+    damaged = sorted(photos.rglob("*.png"))[12]
+    damaged.write_text("no image")
+
+    run(photos, "--engine", engine, "--out", tmp_path / "out.parquet")
+
+    table = {Path(str(row["path"])): row for row in rows(tmp_path / "out.parquet")}
+    assert "not an image" in str(table.pop(damaged)["error"])
+    for path, row in table.items():
+        expected = reference(path.read_bytes())
+        assert (row["index"], row["error"]) == (np.argmax(expected), None)
+        assert row["probability"] == pytest.approx(expected.max(), abs=1e-6)
+
+
 def test_an_image_of_which_the_engine_computes_no_number_gets_a_row_that_says_so(tmp_path: Path) -> None:
     engine = write_package(tmp_path, write_graph=write_graph_that_fails_on_white)
     images = [tmp_path / f"{grey}.png" for grey in (10, 120, 255, 240)]
