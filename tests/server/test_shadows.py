@@ -28,7 +28,7 @@ Encode = Callable[..., bytes]
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine, and others: with the same answers, with other ones, with none for white, with fewer labels."""
+    """An engine, and others: with the same answers, other ones, none for white, fewer labels."""
     directory = tmp_path_factory.mktemp("engines")
     write_package(directory, "tiny", seed=0)
     write_package(directory, "same", seed=0, precision="fp16")
