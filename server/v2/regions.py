@@ -168,10 +168,12 @@ class Regions:
             try:
                 if region.writing is None:
                     region.writing = os.open(f"/proc/self/fd/{region.reading}", os.O_WRONLY | os.O_CLOEXEC)
-                os.pwrite(region.writing, data, region.offset + place.offset)
+                written = os.pwrite(region.writing, data, region.offset + place.offset)
             except OSError as error:
                 detail = f"region {place.region!r} cannot be written: {error.strerror}"
                 raise Problem("invalid-parameter", detail) from None
+        if written < len(data):
+            raise Problem("invalid-parameter", f"the memory of region {place.region!r} is full")
 
     def close(self) -> None:
         """Forget all."""
