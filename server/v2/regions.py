@@ -3,7 +3,7 @@
 Nothing is mapped: a client could shrink what is mapped, and its next reader would be killed by a signal. What
 is read is copied out at once, so that it cannot change while it is used, and a region is opened for writing
 only when an output is to go there. A region goes with its object: once the client has removed that from
-/dev/shm, the region is unregistered.
+/dev/shm, the region is unregistered. What clients leave behind that were killed gives way to new regions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import re
 import stat
 import sys
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from server.auth import Caller, is_local
@@ -24,6 +25,7 @@ _FOLDER: Final = "/dev/shm"
 _KEY: Final = re.compile(r"/?(?!sem\.)[^/\0]{1,200}")  # what begins with sem. is a semaphore
 _MOST_REGIONS: Final = 256
 _LONGEST_NAME: Final = 200  # characters
+_UNUSED_S: Final = 60.0  # a region that was not used for so long may give way to a new one
 _LOOK_S: Final = 5.0  # how often to look whether clients have removed their objects
 
 
@@ -45,6 +47,7 @@ class Region:
         size: its bytes.
         reading: the object, open for reading.
         writing: the object, open for writing, once an output was to go there.
+        used: when it was registered or used last, by `time.monotonic`.
     """
 
     key: str
@@ -52,6 +55,7 @@ class Region:
     size: int
     reading: int
     writing: int | None = None
+    used: float = field(default_factory=time.monotonic)
 
     def close(self) -> None:
         """Close the object."""
@@ -102,7 +106,7 @@ class Regions:
             raise Problem("invalid-parameter", f"a region's name has 1 to {_LONGEST_NAME} characters")
         if name in self._regions:
             raise Problem("invalid-parameter", f"region {name!r} is registered already; unregister it first")
-        if len(self._regions) == _MOST_REGIONS:
+        if len(self._regions) == _MOST_REGIONS and not self._forget_unused():
             raise Problem("queue-full", f"there are {_MOST_REGIONS} regions; unregister what is not used")
         region = Region(key, offset, size, _open(key))
         try:
@@ -194,6 +198,7 @@ class Regions:
                 "invalid-parameter",
                 f"{place.size} bytes at {place.offset} are not in region {place.region!r} of {region.size}",
             )
+        region.used = time.monotonic()
         return region
 
     def _look_later(self) -> None:
@@ -209,6 +214,14 @@ class Regions:
         for name, region in list(self._regions.items()):
             if not os.fstat(region.reading).st_nlink:
                 self.unregister(name)
+
+    def _forget_unused(self) -> bool:
+        """Forget the region that was not used for longest, if that is long enough."""
+        name, region = min(self._regions.items(), key=lambda item: item[1].used)
+        if time.monotonic() < region.used + _UNUSED_S:
+            return False
+        self.unregister(name)
+        return True
 
 
 def _open(key: str) -> int:

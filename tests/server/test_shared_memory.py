@@ -212,6 +212,64 @@ def test_there_is_a_limit_to_the_regions(server: Running, shared: SharedMemory) 
     assert sum(shared.name in file for file in _open_files()) == before
 
 
+def test_what_killed_clients_leave_behind_gives_way(
+    server: Running, shared: SharedMemory, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("region", *(f"region-{number}" for number in range(255))):
+        assert _register(server, name, shared.name, SIZE).status_code == 200
+    assert _infer(server, _put(shared, pack_bytes([encode(1)]))).status_code == 200
+    monkeypatch.setattr("server.v2.regions._UNUSED_S", 0)
+    assert _register(server, "one-more", shared.name, 10).status_code == 200
+    regions = {it["name"] for it in server.client.get("/v2/systemsharedmemory/status").json()}
+    server.client.post("/v2/systemsharedmemory/unregister")
+    assert len(regions) == 256
+    assert "region-0" not in regions
+    assert {"region", "one-more"} <= regions
+
+
+def test_outputs_of_one_request_may_overlap_and_stay_within(
+    server: Running, shared: SharedMemory, region: str, encode: Encode
+) -> None:
+    size = _put(shared, pack_bytes([encode(1)]))
+    tensor = {"name": "pixels", "shape": [1], "datatype": "BYTES"}
+    tensor["parameters"] = {"shared_memory_region": region, "shared_memory_byte_size": size}
+    shared.buf[60_000:60_100] = b"#" * 100
+    places = [
+        {"shared_memory_region": region, "shared_memory_byte_size": 40, "shared_memory_offset": offset}
+        for offset in (60_000, 60_020)
+    ]
+    outputs = [
+        {"name": name, "parameters": place}
+        for name, place in zip(("logits", "probabilities"), places, strict=True)
+    ]
+    answer = server.client.post("/v2/models/tiny/infer", json={"inputs": [tensor], "outputs": outputs})
+    assert answer.status_code == 200
+    assert bytes(shared.buf[60_060:60_100]) == b"#" * 40
+
+
+def test_an_object_that_was_replaced_is_read_as_it_was_registered(
+    server: Running, shared: SharedMemory, region: str, encode: Encode, reference: Reference
+) -> None:
+    image = encode(4)
+    size = _put(shared, pack_bytes([image]))
+    path = Path("/dev/shm", shared.name)
+    other = path.with_name(f"{path.name}-other")
+    other.write_bytes(bytes(10))
+    other.rename(path)
+    answer = _infer(server, size)
+    np.testing.assert_allclose(answer.json()["outputs"][0]["data"], reference(image), atol=1e-6)
+    assert server.client.get("/v2/systemsharedmemory/status").json() == []  # looked, and saw that it is gone
+
+
+@pytest.mark.parametrize("name", ["a/b", "a%2Fb", "..", "r" * 201, "%00"])
+def test_a_regions_name_leads_nowhere(server: Running, shared: SharedMemory, name: str) -> None:
+    answer = _register(server, name, shared.name, 10)
+    assert answer.status_code in (200, 404, 405, 422)
+    names = [it["name"] for it in server.client.get("/v2/systemsharedmemory/status").json()]
+    server.client.post("/v2/systemsharedmemory/unregister")
+    assert len(names) == (answer.status_code == 200)
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [

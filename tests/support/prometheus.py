@@ -41,7 +41,7 @@ class Prometheus:
 def scraping(target: str, configuration: Path, folder: Path) -> Iterator[Prometheus]:
     """Prometheus with that configuration, except that all it scrapes is `target`, twice a second.
 
-    What a scrape has found is forgotten by the next that fails, as on a busy machine: wait for what is queried.
+    What a scrape has found is forgotten when the next fails, as on a busy machine: wait for what is queried.
     """
     content = yaml.safe_load(configuration.read_text("utf-8"))
     (job,) = content["scrape_configs"]
