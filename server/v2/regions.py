@@ -69,7 +69,7 @@ class Regions:
 
     Args:
         enabled: whether there may be any.
-        largest: the most bytes of one tensor.
+        largest: the most bytes that a request may read.
     """
 
     def __init__(self, *, enabled: bool, largest: int) -> None:
@@ -140,14 +140,16 @@ class Regions:
                 for each, it in regions.items()
             }
 
-    def read(self, place: Placement) -> bytes:
-        """A copy of what lies there.
+    def read(self, place: Placement, read_before: int = 0) -> bytes:
+        """A copy of what lies there, for a request that has read so many bytes before.
 
         Raises:
             Problem: `not-found`, `invalid-parameter` or `body-too-large`.
         """
-        if place.size > self._largest:
-            raise Problem("body-too-large", f"a tensor in shared memory has at most {self._largest:,} bytes")
+        if read_before + place.size > self._largest:
+            raise Problem(
+                "body-too-large", f"what a request has in shared memory has at most {self._largest:,} bytes"
+            )
         with self._lock:
             region = self._within(place)
             data = os.pread(region.reading, place.size, region.offset + place.offset)

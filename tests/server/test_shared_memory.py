@@ -339,6 +339,20 @@ def test_its_bytes_count_among_the_bodies(engine_dir: Path, shared: SharedMemory
         assert (answer.status_code, it.service.body_memory.held) == (429, 0)
 
 
+def test_all_tensors_of_a_request_together_are_bounded(engine_dir: Path, shared: SharedMemory) -> None:
+    settings = Settings(
+        **{"engine": "tiny", "engine_dir": engine_dir, "port": 0, "client_shared_memory": True},
+        max_body_bytes=50_000,
+    )
+    parameters = {"shared_memory_region": "region", "shared_memory_byte_size": 30_000}
+    tensor = {"name": "pixels", "shape": [1], "datatype": "BYTES", "parameters": parameters}
+    with running(settings) as it:
+        assert _register(it, "region", shared.name, SIZE).status_code == 200
+        answer = it.client.post("/v2/models/tiny/infer", json={"inputs": [tensor, tensor]})
+        assert answer.status_code == 413
+        assert "has in shared memory" in answer.json()["error"]
+
+
 def test_several_workers_have_no_shared_memory() -> None:
     result = CliRunner().invoke(serve, ["--client-shared-memory", "--workers", "2"])
     assert result.exit_code == 2
