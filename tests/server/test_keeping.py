@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import resource
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from processes import TRIMRT, start_process
+from processes import TRIMRT
 from running import running, wait_until
 from tiny_engine import SIDE
 
@@ -107,26 +105,15 @@ def test_a_full_folder_keeps_nothing_more_and_removes_nothing(
 
 
 def test_a_disk_that_is_full_costs_the_case_and_nothing_else(
-    engine_dir: Path, tmp_path: Path, encode: Encode
+    engine_dir: Path, tmp_path: Path, encode: Encode, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, largest = tmp_path / "kept", 50_000
-    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).save(file, "PNG")
-    assert len(file.getvalue()) > largest
-
-    def limit() -> None:  # beyond it a write fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-    options = ["--engine-dir", str(engine_dir), "--engine", "tiny", "--log-format", "json"]
-    keep = ["--keep", str(folder), "--keep-below", "1", "--keep-share", "1"]
-    with start_process([*options, *keep], tmp_path / "log", before=limit) as server:
-        for image in (file.getvalue(), encode(1)):
-            assert httpx.post(f"{server.url}/predict", content=image).status_code == 200
-        wait_until(lambda: "a hard case could not be kept" in server.log.read_text())
-    assert "File too large" in server.log.read_text()
-    assert _cases(folder) == []
-    assert list((folder / "images").iterdir()) == []
+    with running(_settings(engine_dir, tmp_path)) as it:
+        (tmp_path / "cases.jsonl").unlink()
+        (tmp_path / "cases.jsonl").symlink_to("/dev/full")
+        assert it.predict(encode(1)).status_code == 200
+        wait_until(lambda: any("No space left" in record.message for record in caplog.records))
+        assert it.predict(encode(2)).status_code == 200
+    assert list((tmp_path / "images").iterdir()) == []  # none that no line describes
 
 
 def test_a_folder_that_was_removed_costs_no_answer(
