@@ -241,8 +241,9 @@ def _render(
     for output, tensor in zip(asked, tensors, strict=True):
         row: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if output.place is not None:
-            regions.write(output.place, tensor.raw())
-            row["parameters"] = core.parameters_of(output.place)
+            regions.write(
+                output.place, tensor.raw()
+            )  # no parameters: Triton's C++ client takes them for sizes
         elif output.binary:
             chunks.append(tensor.raw())
             row["parameters"] = {"binary_data_size": len(chunks[-1])}

@@ -365,7 +365,7 @@ def test_the_key_is_asked_for_where_there_is_one(browser: Browser, engine_dir: P
         page.select_option("#engine", "other")
         expect(page.locator("#answered-by")).to_contain_text("other")
         locked.service.registry.set_shadow("other", "tiny", 1)
-        page.get_by_role("button", name="End").click()
+        page.get_by_role("button", name="End other's comparison").click()
         expect(page.locator("#shadow-said")).to_have_text("other is compared no more.")
         page.click("#camera")
         page.click("#live")

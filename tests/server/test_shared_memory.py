@@ -93,8 +93,7 @@ def test_an_output_is_written_to_it_and_nothing_beside_it(
     shared.buf[32_000:32_048] = b"#" * 48
     place = {"shared_memory_region": region, "shared_memory_byte_size": 40, "shared_memory_offset": 32_004}
     (output,) = _infer(server, size, output=place).json()["outputs"]
-    assert "data" not in output
-    assert output["parameters"] == place
+    assert output == {"name": "probabilities", "datatype": "FP32", "shape": [1, 10]}
     written = np.frombuffer(bytes(shared.buf[32_004:32_044]), np.float32)
     np.testing.assert_allclose(written, reference(image), atol=1e-6)
     assert bytes(shared.buf[32_000:32_004]) == bytes(shared.buf[32_044:32_048]) == b"####"
@@ -264,7 +263,7 @@ def test_an_object_that_was_replaced_is_read_as_it_was_registered(
 @pytest.mark.parametrize("name", ["a/b", "a%2Fb", "..", "r" * 201, "%00"])
 def test_a_regions_name_leads_nowhere(server: Running, shared: SharedMemory, name: str) -> None:
     answer = _register(server, name, shared.name, 10)
-    assert answer.status_code in (200, 404, 405, 422)
+    assert answer.status_code in (200, 400, 404, 405, 422)
     names = [it["name"] for it in server.client.get("/v2/systemsharedmemory/status").json()]
     server.client.post("/v2/systemsharedmemory/unregister")
     assert len(names) == (answer.status_code == 200)
