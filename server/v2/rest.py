@@ -241,9 +241,8 @@ def _render(
     for output, tensor in zip(asked, tensors, strict=True):
         row: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if output.place is not None:
-            regions.write(
-                output.place, tensor.raw()
-            )  # no parameters: Triton's C++ client takes them for sizes
+            # Without parameters, which Triton's C++ client would take for sizes of binary data.
+            regions.write(output.place, tensor.raw())
         elif output.binary:
             chunks.append(tensor.raw())
             row["parameters"] = {"binary_data_size": len(chunks[-1])}
