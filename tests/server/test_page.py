@@ -231,25 +231,6 @@ def test_load_is_sent_and_the_pulse_drawn(page: Page, photo: Path) -> None:
     expect(page.locator("#chart path.p99")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
 
 
-def test_a_shadow_is_compared_and_promoted(page: Page, served: Running, encode: Encode) -> None:
-    served.client.post("/engines/other/load")
-    served.client.put("/engines/other/shadow", json={"of": "tiny", "share": 1})
-    served.predict(encode(1))
-    panel = page.get_by_role("region", name="Shadow engines")
-    expect(panel.locator("h3")).to_have_text("other beside tiny, on 100 % of its images")
-    expect(panel.locator("dd").first).to_have_text("1")
-    expect(panel).to_contain_text(re.compile(r"[\d.]+ ms / [\d.]+ ms"))
-    panel.get_by_role("button", name="Promote").click()
-    expect(panel.get_by_role("status")).to_contain_text("1 images were compared, not 1000")
-    counts = served.service.registry.shadows["other"].counts
-    counts.compared = counts.agreed = 1000
-    panel.get_by_role("button", name="Promote").click()
-    expect(panel.get_by_role("status")).to_have_text("other is the default engine.")
-    expect(panel.locator("h3")).to_have_count(0)
-    assert served.predict(encode(1)).json()["engine"]["name"] == "other"
-    expect(page.locator("#engine option[value=other]")).to_have_text("other (default)")
-
-
 def test_live_video_is_used_by_keyboard(page: Page) -> None:
     page.focus("#camera")
     page.keyboard.press("Enter")
@@ -343,6 +324,25 @@ def test_labels_cannot_inject_markup(page: Page) -> None:
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self'" in policy
+
+
+def test_a_shadow_is_compared_and_promoted(page: Page, served: Running, encode: Encode) -> None:
+    served.client.post("/engines/other/load")
+    served.client.put("/engines/other/shadow", json={"of": "tiny", "share": 1})
+    served.predict(encode(1))
+    panel = page.get_by_role("region", name="Shadow engines")
+    expect(panel.locator("h3")).to_have_text("other beside tiny, on 100 % of its images")
+    expect(panel.locator("dd").first).to_have_text("1")
+    expect(panel).to_contain_text(re.compile(r"[\d.]+ ms / [\d.]+ ms"))
+    panel.get_by_role("button", name="Promote").click()
+    expect(panel.get_by_role("status")).to_contain_text("1 images were compared, not 1000")
+    counts = served.service.registry.shadows["other"].counts
+    counts.compared = counts.agreed = 1000
+    panel.get_by_role("button", name="Promote").click()
+    expect(panel.get_by_role("status")).to_have_text("other is the default engine.")
+    expect(panel.locator("h3")).to_have_count(0)
+    assert served.predict(encode(1)).json()["engine"]["name"] == "other"
+    expect(page.locator("#engine option[value=other]")).to_have_text("other (default)")
 
 
 def test_the_interfaces_description_is_shown_without_another_network(page: Page, served: Running) -> None:
