@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -130,7 +131,11 @@ class Keeper:
         return self._used + size <= self._most
 
     def _measure(self) -> int:
-        return sum(entry.stat().st_size for entry in os.scandir(self._images))
+        used = 0
+        for entry in os.scandir(self._images):
+            with suppress(FileNotFoundError):  # who trains has taken it, or another worker has finished it
+                used += entry.stat().st_size
+        return used
 
 
 def _described(manifest: Manifest, result: Result) -> dict[str, Any]:
