@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from datetime import datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -170,11 +170,14 @@ class Provenance(_Strict):
     macs: int | None = None
 
 
+_Count = Annotated[int, Field(ge=0, le=1 << 40)]  # of which many add up in 64 bits
+
+
 class Predictions(_Strict):
     """What the engine said of the validation images that are as they are; live traffic is held against it."""
 
-    classes: list[int] = Field(description="images whose likeliest class it is, for each class")
-    confidence: list[int] = Field(description="images by its probability, in the bins of `runtime.drift`")
+    classes: list[_Count] = Field(description="images whose likeliest class it is, for each class")
+    confidence: list[_Count] = Field(description="images by its probability, in the bins of `runtime.drift`")
 
 
 class Evidence(_Strict):

@@ -321,8 +321,7 @@ class Admission(Generic[Answer]):
         key = RequestKey(call.protocol, outcome, reason)
         service.telemetry.end(key)
         if service.telemetry.observers:
-            headers = call.caller().headers
-            ended = Ended(key, headers, self._began, self._manifest, self._results, self._images)
+            ended = Ended(key, call.caller, self._began, self._manifest, self._results, self._images)
             self._images = ()
             service.telemetry.tell(ended)
 

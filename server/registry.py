@@ -156,10 +156,22 @@ class Registry:
         }
 
     def check_health(self) -> None:
-        """Raise the problem `not-ready` if an engine is lost."""
-        for scheduler in self.loaded.values():
-            if scheduler.health.lost is not None:
+        """Raise the problem `not-ready` if an engine is lost that is more than tried."""
+        for name, scheduler in self.loaded.items():
+            if scheduler.health.lost is not None and not self._is_tried(name):
                 raise Problem("not-ready", scheduler.health.lost)
+
+    def _is_tried(self, name: str) -> bool:
+        """Whether the engine `name` is a shadow, and not the one for requests that name none."""
+        return name in self.shadows and name != self.default
+
+    def _tell_lost(self, name: str, error: EngineLostError) -> None:
+        if self._on_lost is not None and not self._is_tried(name):
+            self._on_lost(error)
+
+    def _is_busy(self) -> bool:
+        """Whether anybody waits for an engine."""
+        return any(scheduler.pending for scheduler in self.loaded.values())
 
     def shadow(self, name: str) -> Shadow:
         """The shadow that the engine `name` is.
@@ -179,7 +191,7 @@ class Registry:
         """
         if self._settings.workers > 1:
             raise Problem("not-supported", "shadows are for one worker; each would compare images of its own")
-        shadow = Shadow(self.get(name), self.get(of), share)
+        shadow = Shadow(self.get(name), self.get(of), share, self._is_busy)
         if name in self.shadows:
             self.end_shadow(name)
         self.shadows[name] = shadow
@@ -289,7 +301,9 @@ class Registry:
             self._telemetry.engine(manifest),
             queue_limit=self._settings.queue_limit,
             decoding_limits=self.decoding_limits,
-            health=Health(manifest.name, self._settings.max_failed_batches, self._on_lost),
+            health=Health(
+                manifest.name, self._settings.max_failed_batches, partial(self._tell_lost, manifest.name)
+            ),
             max_batch_delay=self._settings.max_batch_delay_ms / 1000,
             linux_scheduling=self._settings.linux_scheduling,
         )

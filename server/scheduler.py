@@ -181,7 +181,6 @@ class Scheduler:
         *,
         top: int,
         low: bool = False,
-        aside: bool = False,
     ) -> Job:
         """Admit `images`, to run them through the engine in as many batches as it takes.
 
@@ -193,8 +192,7 @@ class Scheduler:
                 image in their order, or with the problem: `image-damaged`, `unsupported-media-type` or
                 `image-too-large` for an image that cannot be decoded, or `inference-failed`.
             top: how many classes of each image to rank.
-            low: let others go first.
-            aside: never run it on the event loop's thread.
+            low: let others go first, and never run it on the event loop's thread.
 
         Raises:
             Problem: `queue-full` or `not-ready`; nothing was admitted.
@@ -221,7 +219,7 @@ class Scheduler:
         to_decode = iter(encoded)
         for _ in encoded[: self._pool.threads]:
             self._pool.submit(partial(self._decode_next, to_decode))
-        if not aside and job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
+        if job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
             self._loop.call_soon(self._run_here, ready[0])
         else:
             self._backlog.put(ready)

@@ -2,7 +2,8 @@
 
 The accuracy gate goes on in production: a candidate that was as good on the validation images may not be so
 on what really comes. Its images wait in a short queue of their own, from which one at a time is run while
-nobody waits for the other engine; where there is no room the oldest is dropped, and counted.
+nobody waits for any engine; where there is no room the oldest is dropped, and counted. While requests follow
+each other closely it runs so seldom that fewer than one in a hundred meets it.
 """
 
 from __future__ import annotations
@@ -10,61 +11,106 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.preprocessing import Pixels
+from runtime.histogram import Histogram
 from server.jobs import Result
 from server.problems import Problem
 from server.scheduler import Scheduler
 from server.telemetry import Ended
 
 _MOST_WAITING: Final = 64  # images
+_MOST_HELD: Final = 64 << 20  # bytes of them
 _PAUSE_S: Final = 0.005  # before an image is run: who was just answered may ask again
+_SPARED: Final = 200  # times as long as an image takes: what p99 is about are a hundredth of the requests
+_MOST_UNSORTED: Final = 1000  # durations
 
 
 class _Waiting(NamedTuple):
+    """An image, its size in bytes, and what the primary said of it; no more of its result is held.
+
+    Attributes:
+        image: the encoded file, or pixels.
+        size: of it, bytes.
+        label: number of the likeliest class.
+        probability: of that class.
+        seconds: see `Result.inference`.
+    """
+
     image: bytes | Pixels
-    primary: Result
+    size: int
+    label: int
+    probability: float
+    seconds: float
 
 
 class ShadowCounts:
-    """What became of a shadow's images.
+    """What became of a shadow's images: each was compared, dropped or failed, or still waits.
 
     Attributes:
         compared: images that both engines have answered.
         agreed: those of them that got the same label.
         difference: sum of the absolute differences in the probability of the primary's label.
-        primary_seconds: sum of the primary's inference over the compared images.
-        seconds: sum of the candidate's.
         dropped: images that were passed over for lack of time.
         failed: images that the candidate failed on.
+        waiting: images that wait for the candidate, or that it runs.
     """
 
     def __init__(self) -> None:
         self.compared = 0
         self.agreed = 0
         self.difference = 0.0
-        self.primary_seconds = 0.0
-        self.seconds = 0.0
         self.dropped = 0
         self.failed = 0
+        self.waiting = 0
+        self._primary, self._candidate = Histogram(), Histogram()
+        self._unsorted: list[tuple[float, float]] = []
 
     @property
     def agreement(self) -> float:
-        """Share of the compared images that got the same label; 0 before the first."""
-        return self.agreed / self.compared if self.compared else 0.0
+        """Share of the images with the same label, which what failed has not; 0 before the first."""
+        return self.agreed / tried if (tried := self.compared + self.failed) else 0.0
 
-    def compare(self, primary: Result, candidate: Result) -> None:
-        """Count an image that both have answered."""
-        label = int(primary.logits.argmax())
+    @property
+    def inference(self) -> tuple[Histogram, Histogram]:
+        """How long the compared images' batches took, the primary's and the candidate's."""
+        if self._unsorted:
+            primary, candidate = zip(*self._unsorted, strict=True)
+            self._unsorted.clear()
+            self._primary.add(primary)
+            self._candidate.add(candidate)
+        return self._primary, self._candidate
+
+    def take(self) -> None:
+        """Count an image that waits from now on."""
+        self.waiting += 1
+
+    def drop(self) -> None:
+        """Count one that is passed over."""
+        self.waiting -= 1
+        self.dropped += 1
+
+    def fail(self) -> None:
+        """Count one that the candidate failed on."""
+        self.waiting -= 1
+        self.failed += 1
+
+    def compare(self, primary: _Waiting, candidate: Result) -> None:
+        """Count one that both have answered."""
+        self.waiting -= 1
         self.compared += 1
-        self.agreed += label == int(candidate.logits.argmax())
-        self.difference += abs(float(primary.probabilities[label]) - float(candidate.probabilities[label]))
-        self.primary_seconds += primary.inference
-        self.seconds += candidate.inference
+        self.agreed += primary.label == int(candidate.logits.argmax())
+        self.difference += abs(primary.probability - float(candidate.probabilities[primary.label]))
+        self._unsorted.append((primary.seconds, candidate.inference))
+        if len(self._unsorted) == _MOST_UNSORTED:
+            _ = self.inference
 
 
 class Rule(BaseModel):
@@ -83,7 +129,7 @@ class Rule(BaseModel):
             Problem: `engine-not-proven`.
         """
         counts = shadow.counts
-        p99 = shadow.candidate.stats.stages["inference"].total.percentile(99)
+        p99 = counts.inference[1].percentile(99)
         faults = []
         if counts.compared < self.images:
             faults.append(f"{counts.compared} images were compared, not {self.images}")
@@ -92,6 +138,8 @@ class Rule(BaseModel):
         if self.p99_ms is not None and (p99 is None or 1000 * p99 > self.p99_ms):
             told = "unknown" if p99 is None else f"{1000 * p99:.2f} ms"
             faults.append(f"p99 of its inference is {told}, beyond {self.p99_ms:g} ms")
+        if (lost := shadow.candidate.health.lost) is not None:
+            faults.append(lost)
         if faults:
             raise Problem("engine-not-proven", "; ".join(faults))
 
@@ -103,12 +151,15 @@ class Shadow:
         candidate: another engine, with the same labels.
         primary: the engine that answers.
         share: of its images.
+        busy: whether anybody waits for an engine.
 
     Raises:
         Problem: `invalid-parameter`: the two cannot be compared.
     """
 
-    def __init__(self, candidate: Scheduler, primary: Scheduler, share: float) -> None:
+    def __init__(
+        self, candidate: Scheduler, primary: Scheduler, share: float, busy: Callable[[], bool]
+    ) -> None:
         if candidate is primary:
             raise Problem("invalid-parameter", "an engine cannot be its own shadow")
         if candidate.engine.manifest.labels != primary.engine.manifest.labels:
@@ -117,7 +168,11 @@ class Shadow:
         self.primary = primary
         self.share = share
         self.counts = ShadowCounts()
+        self._busy = busy
         self._waiting: deque[_Waiting] = deque()
+        self._held = 0  # bytes of those
+        self._answered = 0.0  # when the primary last was, by `time.monotonic`
+        self._spared = 0.0  # until when it is not run between requests
         self._running = False
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -126,12 +181,13 @@ class Shadow:
         """Take a share of the images that the primary has just answered."""
         if request.manifest is not self.primary.engine.manifest or not request.results:
             return
+        self._answered = request.results[-1].delivered
         for image, result in zip(request.images, request.results, strict=True):
             if random.random() < self.share:
-                self._waiting.append(_Waiting(image, result))
-        while len(self._waiting) > _MOST_WAITING:
-            self._waiting.popleft()
-            self.counts.dropped += 1
+                self._take(image, result)
+        while len(self._waiting) > _MOST_WAITING or self._held > _MOST_HELD:
+            self._held -= self._waiting.popleft().size
+            self.counts.drop()
         self._later()
 
     def close(self) -> None:
@@ -139,44 +195,60 @@ class Shadow:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        self._waiting.clear()
+        while self._waiting:
+            self._waiting.pop()
+            self.counts.drop()
+
+    def _take(self, image: bytes | Pixels, result: Result) -> None:
+        if isinstance(image, np.ndarray):
+            image = image.copy()  # it may be a small part of a large body, all of which it would hold
+        size = len(image) if isinstance(image, bytes) else image.nbytes
+        label = int(result.logits.argmax())
+        probability = float(result.probabilities[label])
+        self._waiting.append(_Waiting(image, size, label, probability, result.inference))
+        self._held += size
+        self.counts.take()
 
     def _later(self) -> None:
         if self._waiting and self._timer is None and not self._running and not self._closed:
             self._timer = asyncio.get_running_loop().call_later(_PAUSE_S, self._run)
 
     def _run(self) -> None:
-        """Run the newest image, if nobody waits for the primary."""
+        """Run the newest image, if nobody waits for an engine."""
         self._timer = None
         if not self._waiting or self._closed:
             return
-        if self.primary.pending or self.candidate.pending:
+        now = time.monotonic()
+        if self._busy() or now < min(self._answered + _PAUSE_S, self._spared):
             self._later()
             return
         waiting = self._waiting.pop()
+        self._held -= waiting.size
 
         def done(outcome: list[Result] | Problem) -> None:
             self._running = False
             if isinstance(outcome, Problem):
-                self.counts.failed += 1
+                self.counts.fail()
             else:
-                self.counts.compare(waiting.primary, outcome[0])
+                self.counts.compare(waiting, outcome[0])
+            ended = time.monotonic()
+            self._spared = ended + _SPARED * (ended - now)
             self._later()
 
+        if not self._fits(waiting.image):
+            self.counts.fail()
+            self._later()
+            return
         self._running = True
         try:
-            self.candidate.submit([self._fit(waiting.image)], math.inf, done, top=0, aside=True)
+            # Low priority also keeps it off the event loop's thread.
+            self.candidate.submit([waiting.image], math.inf, done, top=0, low=True)
         except Problem:
             self._running = False
-            self.counts.dropped += 1
+            self.counts.drop()
+            self._later()
 
-    def _fit(self, image: bytes | Pixels) -> bytes | Pixels:
-        """The image, if the candidate takes it: pixels have the size that the primary takes.
-
-        Raises:
-            Problem: `invalid-parameter`.
-        """
+    def _fits(self, image: bytes | Pixels) -> bool:
+        """Whether the candidate takes the image: pixels have the size that the primary takes."""
         spec = self.candidate.engine.manifest.preprocessing
-        if not isinstance(image, bytes) and image.shape != (spec.height, spec.width, 3):
-            raise Problem("invalid-parameter", "the candidate takes pixels of another size")
-        return image
+        return isinstance(image, bytes) or image.shape == (spec.height, spec.width, 3)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from models.preprocessing import Pixels
 from runtime.manifest import Manifest
+from server.auth import Caller
 from server.jobs import Result
 from server.predictions import Predictions
 from server.problems import Problem
@@ -52,7 +53,7 @@ class Ended(NamedTuple):
 
     Attributes:
         key: how it ended.
-        headers: the request's; names in lower case.
+        caller: who asked; called by whoever wants to know, for headers are read each time.
         began: when it began, by `time.monotonic`.
         manifest: of the engine that was asked; None if it did not come to that.
         results: its images' results; empty unless they were computed.
@@ -60,7 +61,7 @@ class Ended(NamedTuple):
     """
 
     key: RequestKey
-    headers: Mapping[str, str]
+    caller: Callable[[], Caller]
     began: float
     manifest: Manifest | None
     results: Sequence[Result]

@@ -47,7 +47,7 @@ class Tracer:
         def at(seconds: float) -> int:
             return epoch + int(seconds * 1e9)
 
-        context = self._propagator.extract(request.headers)
+        context = self._propagator.extract(request.caller().headers)
         span = self._tracer.start_span(
             request.key.protocol, context, trace.SpanKind.SERVER, start_time=at(request.began)
         )

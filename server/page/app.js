@@ -2,6 +2,7 @@
 
 import { $, element, milliseconds, sentKey } from "./common.js";
 import { setUpCamera } from "./camera.js";
+import { setUpShadows } from "./shadows.js";
 
 const STAGES = ["decode", "queue", "inference"];
 const SECONDS = 180; // how far back the chart goes
@@ -206,6 +207,10 @@ function show({ engine, results: [result] }) {
   $("rode").textContent = result.batch_size === 1 ? "It rode alone." : `It rode in a batch of ${result.batch_size}.`;
 }
 
+// --- shadows -------------------------------------------------------------------------------------
+
+const showShadows = setUpShadows({ ask, listEngines });
+
 // --- the pulse -----------------------------------------------------------------------------------
 
 async function pulse() {
@@ -216,6 +221,7 @@ async function pulse() {
     status.className = `pill ${ready.ok ? "good" : "bad"}`;
     if ($("engine").disabled && ready.ok) await listEngines();
     sample(stats);
+    showShadows(stats.engines);
   } catch {
     status.textContent = "no answer";
     status.className = "pill bad";

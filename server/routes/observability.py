@@ -91,16 +91,18 @@ def _shadow(compared: Compared | None) -> dict[str, Any] | None:
         return None
     of, share, counts = compared
     images = counts.compared or None
+    primary, candidate = counts.inference
     return {
         "of": of,
         "share": share,
         "images": counts.compared,
+        "waiting": counts.waiting,
         "dropped": counts.dropped,
         "failed": counts.failed,
-        "agreement": images and round(counts.agreement, 6),
+        "agreement": round(counts.agreement, 6) if images or counts.failed else None,
         "mean_difference": images and round(counts.difference / images, 6),
-        "mean_inference_ms": images and round(1000 * counts.seconds / images, 3),
-        "mean_inference_of_ms": images and round(1000 * counts.primary_seconds / images, 3),
+        "inference_ms": _percentiles(candidate),
+        "inference_of_ms": _percentiles(primary),
     }
 
 

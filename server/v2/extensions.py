@@ -209,7 +209,7 @@ def log_settings(service: Service, changes: Mapping[str, Any]) -> dict[str, Any]
     for name, _ in _LEVELS:
         kind = int if name == "log_verbose_level" else bool
         if type(value := changes.get(name, current[name])) is not kind or value < 0:
-            raise Problem("invalid-parameter", f"{name} is {value!r}, which is not what it takes")
+            raise Problem("invalid-parameter", f"{name} is {repr(value)[:100]}, which is not what it takes")
     wanted = {**current, **changes}
     written = [bool(wanted[name]) for name, _ in _LEVELS]
     if written != sorted(written):
@@ -250,7 +250,9 @@ def _sample(service: Service, changes: Mapping[str, Any]) -> None:
     levels = [level] if isinstance(level, str) else level
     if levels not in (None, [], ["OFF"], ["TIMESTAMPS"]):
         raise Problem("not-supported", "trace_level is OFF or TIMESTAMPS")
-    if not (rate is None or (rate.isascii() and rate.isdecimal() and 1 <= int(rate[:10]) <= _RARELY)):
+    if rate is not None and not (
+        rate.isascii() and rate.isdecimal() and len(rate) <= 10 and 1 <= int(rate) <= _RARELY
+    ):
         raise Problem("invalid-parameter", f"trace_rate is a whole number from 1 to {_RARELY:,}")
     if sampling is None:
         if levels == ["TIMESTAMPS"]:

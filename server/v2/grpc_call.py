@@ -83,7 +83,7 @@ class InferCall(Call[Answer]):
 
     def _fetch(self, place: Placement) -> bytes:
         self._regions.check(self.caller())
-        data = self._regions.read(place)
+        data = self._regions.read(place, self.fetched)
         self.fetched += len(data)
         return data
 

@@ -3,7 +3,7 @@
 Nothing is mapped: a client could shrink what is mapped, and its next reader would be killed by a signal. What
 is read is copied out at once, so that it cannot change while it is used, and a region is opened for writing
 only when an output is to go there. A region goes with its object: once the client has removed that from
-/dev/shm, the region is unregistered.
+/dev/shm, the region is unregistered. What clients leave behind that were killed gives way to new regions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import re
 import stat
 import sys
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from server.auth import Caller, is_local
@@ -24,6 +25,7 @@ _FOLDER: Final = "/dev/shm"
 _KEY: Final = re.compile(r"/?(?!sem\.)[^/\0]{1,200}")  # what begins with sem. is a semaphore
 _MOST_REGIONS: Final = 256
 _LONGEST_NAME: Final = 200  # characters
+_UNUSED_S: Final = 60.0  # a region that was not used for so long may give way to a new one
 _LOOK_S: Final = 5.0  # how often to look whether clients have removed their objects
 
 
@@ -45,6 +47,7 @@ class Region:
         size: its bytes.
         reading: the object, open for reading.
         writing: the object, open for writing, once an output was to go there.
+        used: when it was registered or used last, by `time.monotonic`.
     """
 
     key: str
@@ -52,6 +55,7 @@ class Region:
     size: int
     reading: int
     writing: int | None = None
+    used: float = field(default_factory=time.monotonic)
 
     def close(self) -> None:
         """Close the object."""
@@ -65,7 +69,7 @@ class Regions:
 
     Args:
         enabled: whether there may be any.
-        largest: the most bytes of one tensor.
+        largest: the most bytes that a request may read.
     """
 
     def __init__(self, *, enabled: bool, largest: int) -> None:
@@ -102,7 +106,7 @@ class Regions:
             raise Problem("invalid-parameter", f"a region's name has 1 to {_LONGEST_NAME} characters")
         if name in self._regions:
             raise Problem("invalid-parameter", f"region {name!r} is registered already; unregister it first")
-        if len(self._regions) == _MOST_REGIONS:
+        if len(self._regions) == _MOST_REGIONS and not self._forget_unused():
             raise Problem("queue-full", f"there are {_MOST_REGIONS} regions; unregister what is not used")
         region = Region(key, offset, size, _open(key))
         try:
@@ -136,14 +140,16 @@ class Regions:
                 for each, it in regions.items()
             }
 
-    def read(self, place: Placement) -> bytes:
-        """A copy of what lies there.
+    def read(self, place: Placement, read_before: int = 0) -> bytes:
+        """A copy of what lies there, for a request that has read so many bytes before.
 
         Raises:
             Problem: `not-found`, `invalid-parameter` or `body-too-large`.
         """
-        if place.size > self._largest:
-            raise Problem("body-too-large", f"a tensor in shared memory has at most {self._largest:,} bytes")
+        if read_before + place.size > self._largest:
+            raise Problem(
+                "body-too-large", f"what a request has in shared memory has at most {self._largest:,} bytes"
+            )
         with self._lock:
             region = self._within(place)
             data = os.pread(region.reading, place.size, region.offset + place.offset)
@@ -168,10 +174,12 @@ class Regions:
             try:
                 if region.writing is None:
                     region.writing = os.open(f"/proc/self/fd/{region.reading}", os.O_WRONLY | os.O_CLOEXEC)
-                os.pwrite(region.writing, data, region.offset + place.offset)
+                written = os.pwrite(region.writing, data, region.offset + place.offset)
             except OSError as error:
                 detail = f"region {place.region!r} cannot be written: {error.strerror}"
                 raise Problem("invalid-parameter", detail) from None
+        if written < len(data):
+            raise Problem("invalid-parameter", f"the memory of region {place.region!r} is full")
 
     def close(self) -> None:
         """Forget all."""
@@ -192,6 +200,7 @@ class Regions:
                 "invalid-parameter",
                 f"{place.size} bytes at {place.offset} are not in region {place.region!r} of {region.size}",
             )
+        region.used = time.monotonic()
         return region
 
     def _look_later(self) -> None:
@@ -207,6 +216,14 @@ class Regions:
         for name, region in list(self._regions.items()):
             if not os.fstat(region.reading).st_nlink:
                 self.unregister(name)
+
+    def _forget_unused(self) -> bool:
+        """Forget the region that was not used for longest, if that is long enough."""
+        name, region = min(self._regions.items(), key=lambda item: item[1].used)
+        if time.monotonic() < region.used + _UNUSED_S:
+            return False
+        self.unregister(name)
+        return True
 
 
 def _open(key: str) -> int:

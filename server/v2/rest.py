@@ -191,7 +191,7 @@ class InferCall(HttpCall):
 
     def _fetch(self, place: Placement) -> bytes:
         self._regions.check(self.caller())
-        data = self._regions.read(place)
+        data = self._regions.read(place, self.fetched)
         self.fetched += len(data)
         return data
 
@@ -241,8 +241,8 @@ def _render(
     for output, tensor in zip(asked, tensors, strict=True):
         row: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if output.place is not None:
+            # Without parameters, which Triton's C++ client would take for sizes of binary data.
             regions.write(output.place, tensor.raw())
-            row["parameters"] = core.parameters_of(output.place)
         elif output.binary:
             chunks.append(tensor.raw())
             row["parameters"] = {"binary_data_size": len(chunks[-1])}

@@ -264,7 +264,7 @@ def test_prometheus_scrapes_the_server_and_knows_the_rules(prometheus: Prometheu
 @needs_prometheus
 @pytest.mark.parametrize("where", [*dashboard_expressions(), "adapter"])
 def test_every_panel_has_something_to_show(prometheus: Prometheus, where: str) -> None:
-    assert prometheus.query(EXPRESSIONS[where]) != []
+    wait_until(lambda: prometheus.query(EXPRESSIONS[where]) != [])
 
 
 @needs_prometheus
@@ -273,11 +273,12 @@ def test_every_alert_has_something_to_compare(prometheus: Prometheus, alert: str
     expression = alert_expressions()[alert]
     prometheus.query(expression)
     compared, _ = re.split(r"\s(?:==|>|unless)\s", expression, maxsplit=1)
-    assert prometheus.query(compared) != []
+    wait_until(lambda: prometheus.query(compared) != [])
 
 
 @needs_prometheus
 def test_the_dashboards_variables_have_values(prometheus: Prometheus) -> None:
+    wait_until(lambda: prometheus.query("trimrt_engine_info") != [])
     values: dict[str, Any] = {}
     for variable in DASHBOARD["templating"]["list"]:
         match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])

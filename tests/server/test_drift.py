@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 from running import Running, running
 
 from builder.compile.packages import build_package
@@ -167,6 +168,12 @@ def test_an_old_manifest_is_read_on_and_has_no_drift(
     with running(Settings(engine=str(folder), engine_dir=tmp_path, port=0)) as it:
         _send(it, originals)
         assert _drift(it) == {}
+
+
+@pytest.mark.parametrize("count", [-1, 10**30])
+def test_counts_that_cannot_be_are_refused_with_the_manifest(count: int) -> None:
+    with pytest.raises(ValidationError):
+        Predictions(classes=[count, 5], confidence=[0] * 9)
 
 
 # --- counting -------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import TRIMRT
 from running import running, wait_until
 from tiny_engine import SIDE
 
+from models.files import locked
 from server.settings import Settings
 
 Encode = Callable[..., bytes]
@@ -98,6 +102,62 @@ def test_a_full_folder_keeps_nothing_more_and_removes_nothing(
         wait_until(lambda: any("hard cases is full" in record.message for record in caplog.records))
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["of-before"]
     assert _cases(tmp_path) == []
+
+
+def test_a_disk_that_is_full_costs_the_case_and_nothing_else(
+    engine_dir: Path, tmp_path: Path, encode: Encode, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(_settings(engine_dir, tmp_path)) as it:
+        (tmp_path / "cases.jsonl").unlink()
+        (tmp_path / "cases.jsonl").symlink_to("/dev/full")
+        assert it.predict(encode(1)).status_code == 200
+        wait_until(lambda: any("No space left" in record.message for record in caplog.records))
+        assert it.predict(encode(2)).status_code == 200
+    assert list((tmp_path / "images").iterdir()) == []  # none that no line describes
+
+
+def test_a_folder_that_was_removed_costs_no_answer(
+    engine_dir: Path, tmp_path: Path, encode: Encode, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "kept"
+    with running(_settings(engine_dir, folder)) as it:
+        shutil.rmtree(folder)
+        folder.write_text("a file")
+        assert it.predict(encode(1)).status_code == 200
+        wait_until(lambda: any("could not be kept" in record.message for record in caplog.records))
+        assert it.predict(encode(2)).status_code == 200
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_served(
+    engine_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    command = [TRIMRT, "serve", "--engine-dir", str(engine_dir), "--engine", "tiny", "--port", "0"]
+    done = subprocess.run(
+        [*command, "--keep", str(tmp_path / "file/kept")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Not a directory" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_line_that_was_not_finished_is_removed(engine_dir: Path, tmp_path: Path, encode: Encode) -> None:
+    (tmp_path / "cases.jsonl").write_bytes(b'{"file": "images/of-before.png"}\n{"file": "images/ab')
+    with running(_settings(engine_dir, tmp_path)) as it:
+        it.predict(encode(1))
+    before, case = _cases(tmp_path)
+    assert before == {"file": "images/of-before.png"}
+    assert case["engine"] == "tiny"
+
+
+def test_images_that_wait_to_be_written_are_bounded(
+    engine_dir: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.keeping._MOST_WAITING", 3)
+    with running(_settings(engine_dir, tmp_path)) as it, locked(tmp_path / "cases.jsonl"):  # none is written
+        for seed in range(10):
+            assert it.predict(encode(seed)).status_code == 200
+    assert len(_cases(tmp_path)) == 3
 
 
 def test_the_folder_is_for_the_servers_user_alone(engine_dir: Path, tmp_path: Path, encode: Encode) -> None:

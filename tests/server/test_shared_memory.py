@@ -93,8 +93,7 @@ def test_an_output_is_written_to_it_and_nothing_beside_it(
     shared.buf[32_000:32_048] = b"#" * 48
     place = {"shared_memory_region": region, "shared_memory_byte_size": 40, "shared_memory_offset": 32_004}
     (output,) = _infer(server, size, output=place).json()["outputs"]
-    assert "data" not in output
-    assert output["parameters"] == place
+    assert output == {"name": "probabilities", "datatype": "FP32", "shape": [1, 10]}
     written = np.frombuffer(bytes(shared.buf[32_004:32_044]), np.float32)
     np.testing.assert_allclose(written, reference(image), atol=1e-6)
     assert bytes(shared.buf[32_000:32_004]) == bytes(shared.buf[32_044:32_048]) == b"####"
@@ -212,6 +211,64 @@ def test_there_is_a_limit_to_the_regions(server: Running, shared: SharedMemory) 
     assert sum(shared.name in file for file in _open_files()) == before
 
 
+def test_what_killed_clients_leave_behind_gives_way(
+    server: Running, shared: SharedMemory, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("region", *(f"region-{number}" for number in range(255))):
+        assert _register(server, name, shared.name, SIZE).status_code == 200
+    assert _infer(server, _put(shared, pack_bytes([encode(1)]))).status_code == 200
+    monkeypatch.setattr("server.v2.regions._UNUSED_S", 0)
+    assert _register(server, "one-more", shared.name, 10).status_code == 200
+    regions = {it["name"] for it in server.client.get("/v2/systemsharedmemory/status").json()}
+    server.client.post("/v2/systemsharedmemory/unregister")
+    assert len(regions) == 256
+    assert "region-0" not in regions
+    assert {"region", "one-more"} <= regions
+
+
+def test_outputs_of_one_request_may_overlap_and_stay_within(
+    server: Running, shared: SharedMemory, region: str, encode: Encode
+) -> None:
+    size = _put(shared, pack_bytes([encode(1)]))
+    tensor = {"name": "pixels", "shape": [1], "datatype": "BYTES"}
+    tensor["parameters"] = {"shared_memory_region": region, "shared_memory_byte_size": size}
+    shared.buf[60_000:60_100] = b"#" * 100
+    places = [
+        {"shared_memory_region": region, "shared_memory_byte_size": 40, "shared_memory_offset": offset}
+        for offset in (60_000, 60_020)
+    ]
+    outputs = [
+        {"name": name, "parameters": place}
+        for name, place in zip(("logits", "probabilities"), places, strict=True)
+    ]
+    answer = server.client.post("/v2/models/tiny/infer", json={"inputs": [tensor], "outputs": outputs})
+    assert answer.status_code == 200
+    assert bytes(shared.buf[60_060:60_100]) == b"#" * 40
+
+
+def test_an_object_that_was_replaced_is_read_as_it_was_registered(
+    server: Running, shared: SharedMemory, region: str, encode: Encode, reference: Reference
+) -> None:
+    image = encode(4)
+    size = _put(shared, pack_bytes([image]))
+    path = Path("/dev/shm", shared.name)
+    other = path.with_name(f"{path.name}-other")
+    other.write_bytes(bytes(10))
+    other.rename(path)
+    answer = _infer(server, size)
+    np.testing.assert_allclose(answer.json()["outputs"][0]["data"], reference(image), atol=1e-6)
+    assert server.client.get("/v2/systemsharedmemory/status").json() == []  # looked, and saw that it is gone
+
+
+@pytest.mark.parametrize("name", ["a/b", "a%2Fb", "..", "r" * 201, "%00"])
+def test_a_regions_name_leads_nowhere(server: Running, shared: SharedMemory, name: str) -> None:
+    answer = _register(server, name, shared.name, 10)
+    assert answer.status_code in (200, 400, 404, 405, 422)
+    names = [it["name"] for it in server.client.get("/v2/systemsharedmemory/status").json()]
+    server.client.post("/v2/systemsharedmemory/unregister")
+    assert len(names) == (answer.status_code == 200)
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
@@ -279,6 +336,20 @@ def test_its_bytes_count_among_the_bodies(engine_dir: Path, shared: SharedMemory
         assert _register(it, "region", shared.name, SIZE).status_code == 200
         answer = _infer(it, _put(shared, pack_bytes([bytes(2000)])))
         assert (answer.status_code, it.service.body_memory.held) == (429, 0)
+
+
+def test_all_tensors_of_a_request_together_are_bounded(engine_dir: Path, shared: SharedMemory) -> None:
+    settings = Settings(
+        **{"engine": "tiny", "engine_dir": engine_dir, "port": 0, "client_shared_memory": True},
+        max_body_bytes=50_000,
+    )
+    parameters = {"shared_memory_region": "region", "shared_memory_byte_size": 30_000}
+    tensor = {"name": "pixels", "shape": [1], "datatype": "BYTES", "parameters": parameters}
+    with running(settings) as it:
+        assert _register(it, "region", shared.name, SIZE).status_code == 200
+        answer = it.client.post("/v2/models/tiny/infer", json={"inputs": [tensor, tensor]})
+        assert answer.status_code == 413
+        assert "has in shared memory" in answer.json()["error"]
 
 
 def test_several_workers_have_no_shared_memory() -> None:

@@ -398,6 +398,7 @@ def test_update_trace_settings(client: Client) -> None:
     for settings, words in (
         ({"trace_level": ["TENSORS"]}, "trace_level is OFF or TIMESTAMPS"),
         ({"trace_rate": "0"}, "trace_rate is a whole number"),
+        ({"trace_rate": f"1{'0' * 20}"}, "trace_rate is a whole number"),
         ({"trace_file": "/tmp/trace"}, "trace_file cannot be changed"),
     ):
         with pytest.raises(InferenceServerException, match=words):
