@@ -43,6 +43,7 @@ _LEAST_PIECE: Final = 256  # bytes
 _MOST_RANKED: Final = 262_144  # classes in one answer, over all images
 _SHORT_BODY: Final = 4_096  # bytes; to read a form of so many takes a tenth of a millisecond
 _LARGE_ANSWER: Final = 8_192  # as many take some milliseconds to render
+_LARGE_HASH: Final = 1 << 20  # bytes of images; as many take a millisecond to hash
 
 
 class Call(ABC, Generic[Answer]):
@@ -140,7 +141,7 @@ class Admission(Generic[Answer]):
             scheduler = call.find_engine(service.registry)
             if (priority := call.priority()) is not None:
                 self._low = _is_low(priority)
-            if scheduler is not None:
+            if scheduler is not None and scheduler.answers is None:
                 scheduler.check_room(1, low=self._low)
             if call.announced_bytes() > settings.max_body_bytes:
                 raise body_too_large(settings.max_body_bytes)
@@ -203,7 +204,17 @@ class Admission(Generic[Answer]):
             )
         if self._service.telemetry.observers:
             self._images = images
-        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top, low=self._low)
+        if (answers := self._scheduler.answers) is None:
+            self._enqueue(images)
+        elif sum(len(it) if isinstance(it, bytes) else it.nbytes for it in images) > _LARGE_HASH:
+            self._off_loop(partial(answers.keys, images), partial(self._enqueue, images))
+        else:
+            self._enqueue(images, answers.keys(images))
+
+    def _enqueue(self, images: Sequence[bytes | Pixels], keys: Sequence[bytes] = ()) -> None:
+        self._job = self._scheduler.submit(
+            images, self._deadline, self._done, top=self._top, low=self._low, keys=keys
+        )
 
     def refuse(self, problem: Problem) -> None:
         """The body cannot be had."""

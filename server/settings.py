@@ -166,6 +166,13 @@ class Settings(BaseSettings):
         default=30.0, ge=0, description="How long a stop waits for accepted requests, seconds."
     )
 
+    cache_mib: int = Field(
+        default=0,
+        ge=0,
+        description="Memory in which answers are kept, MiB, for images that are sent again to the same engine; "
+        "0: none are.",
+    )
+
     access_log: bool = Field(default=False, description="Log every request.")
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="auto is text on a terminal, else JSON."

@@ -127,7 +127,7 @@ class Shadow:
         if request.manifest is not self.primary.engine.manifest or not request.results:
             return
         for image, result in zip(request.images, request.results, strict=True):
-            if random.random() < self.share:
+            if not result.cached and random.random() < self.share:  # the same image proves nothing more
                 self._waiting.append(_Waiting(image, result))
         while len(self._waiting) > _MOST_WAITING:
             self._waiting.popleft()
