@@ -87,8 +87,7 @@ class _CountsCollector(Collector):
             images.add_metric((*key, "miss"), stats.misses)
         held = self._counts.cache
         yield images
-        yield GaugeMetricFamily("trimrt_cache_answers", "Answers that are kept.", held.answers)
-        yield GaugeMetricFamily("trimrt_cache_bytes", "What they take.", held.bytes)
+        yield GaugeMetricFamily("trimrt_cache_bytes", "Memory of the answers kept.", held.bytes)
         yield GaugeMetricFamily("trimrt_cache_limit_bytes", "What they may take.", held.limit)
 
     def _shadows(self) -> Iterator[Metric]:
