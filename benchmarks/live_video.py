@@ -38,6 +38,8 @@ _CAMERA_FPS: Final = 30  # of Chromium's fake camera
 _LEAST_FPS: Final = 20
 _MOST_FRAMES: Final = 2
 _WARM_UP_S: Final = 3.0
+_WIDTH: Final = 1280  # of the page, pixels
+_MARGIN: Final = 20  # below what the screenshot shows
 _START_S: Final = 60.0
 _WAIT_MS: Final = 30_000
 _IMAGE: Final = Path(__file__).parents[1] / "docs/images/7.png"
@@ -175,7 +177,7 @@ def watch(url: str, video: Path, seconds: float, screenshot: Path | None) -> lis
     ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        page = browser.new_page(viewport={"width": 1280, "height": 1100}, color_scheme="light")
+        page = browser.new_page(viewport={"width": _WIDTH, "height": 1100}, color_scheme="light")
         page.set_default_timeout(_WAIT_MS)
         page.add_init_script(_NOTING)
         page.goto(url)
@@ -188,7 +190,10 @@ def watch(url: str, video: Path, seconds: float, screenshot: Path | None) -> lis
         page.wait_for_timeout(1000 * seconds)
         answers: list[tuple[float, float, int]] = page.evaluate("window.answers")
         if screenshot is not None:
-            page.screenshot(path=screenshot, full_page=True)
+            card = page.locator("section.card").first.bounding_box()
+            assert card is not None
+            height = card["y"] + card["height"] + _MARGIN
+            page.screenshot(path=screenshot, clip={"x": 0, "y": 0, "width": _WIDTH, "height": height})
         browser.close()
     return answers
 
@@ -197,9 +202,7 @@ def watch(url: str, video: Path, seconds: float, screenshot: Path | None) -> lis
 @click.argument("package", type=Existing(file_okay=False))
 @click.option("--seconds", default=20.0, help="How long to watch.")
 @click.option("--image", default=_IMAGE, type=Existing(dir_okay=False), help="What the camera sees.")
-@click.option(
-    "--screenshot", type=click.Path(path_type=Path), help="PNG file for a picture of the page meanwhile."
-)
+@click.option("--screenshot", type=click.Path(path_type=Path), help="PNG file for a picture of it.")
 @output_option("live_video.json and live_video.md")
 def main(package: Path, seconds: float, image: Path, screenshot: Path | None, output: Path) -> None:
     """Measure how many frames a second the page's live camera labels, and how late."""
