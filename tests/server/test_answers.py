@@ -262,7 +262,7 @@ def test_metrics_and_statistics_count_hits_misses_and_bytes(server: Running, enc
         )
         assert line.startswith("trimrt_cache_images_total{")
         assert line.endswith(" 2.0")
-    assert f"trimrt_cache_limit_bytes {float(MIB)}" in metrics
+    assert f"trimrt_cache_limit_bytes {MIB:e}" in metrics
     (stats,) = server.client.get("/v2/models/tiny/stats").json()["model_stats"]
     found, missed = (stats["inference_stats"][it]["count"] for it in ("cache_hit", "cache_miss"))
     assert (found, missed, stats["inference_count"]) == (2, 2, 2)
