@@ -76,7 +76,7 @@ class EngineAnswers:
 
     def _key(self, image: bytes | Pixels) -> bytes:
         digest = (self._of_file if isinstance(image, bytes) else self._of_pixels).copy()
-        digest.update(image)
+        digest.update(image if isinstance(image, bytes) else image.data)
         return digest.digest()
 
     def find(self, key: bytes, top: int) -> Result | None:
