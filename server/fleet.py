@@ -75,5 +75,5 @@ def counts_of(telemetry: Telemetry, registry: Registry) -> Counts:
             )
             for it in registry.shadows.values()
         },
-        cache=registry.answers and registry.answers.held,
+        cache=None if registry.answers is None else registry.answers.held,
     )

@@ -295,7 +295,7 @@ class Registry:
             health=Health(manifest.name, self._settings.max_failed_batches, self._on_lost),
             max_batch_delay=self._settings.max_batch_delay_ms / 1000,
             linux_scheduling=self._settings.linux_scheduling,
-            answers=self.answers and self.answers.of(manifest),
+            answers=None if self.answers is None else self.answers.of(manifest),
         )
         try:
             await scheduler.start()
