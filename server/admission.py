@@ -1,8 +1,8 @@
 """The policy that every inference request meets, whatever protocol carries it.
 
-In this order: the drain, the key, the deadline, the engine and the room in its queue, the size of the body
-and the memory that all bodies share, the number of images, the size of the answer. Then the outcome is
-counted, once.
+In this order: the drain, the key and its rate, the deadline, the engine and the room in its queue, the size
+of the body and the memory that all bodies share, the number of images, the size of the answer. Then the
+outcome is counted, once.
 
 A carrier (the HTTP parser, ASGI, a WebSocket, gRPC) hands the request over by plain calls on the event loop's
 thread, and a `Call` parses it and renders the answer. A task, futures and further timers for each request
@@ -24,7 +24,7 @@ from typing import Final, Generic, TypeVar, cast, final
 from models.preprocessing import Pixels
 from runtime.batching import SMALL
 from runtime.manifest import Manifest
-from server.auth import Caller, require_key
+from server.auth import Caller, require_inference_key, sent_client_key
 from server.bodies import body_too_large, too_many_images
 from server.jobs import Job, Result
 from server.problems import Problem, internal_error
@@ -43,6 +43,7 @@ _LEAST_PIECE: Final = 256  # bytes
 _MOST_RANKED: Final = 262_144  # classes in one answer, over all images
 _SHORT_BODY: Final = 4_096  # bytes; to read a form of so many takes a tenth of a millisecond
 _LARGE_ANSWER: Final = 8_192  # as many take some milliseconds to render
+_LARGE_HASH: Final = 1 << 20  # bytes of images; as many take a millisecond to hash
 
 
 class Call(ABC, Generic[Answer]):
@@ -113,6 +114,7 @@ class Admission(Generic[Answer]):
         self._respond = respond
         self._over = False
         self._low = False  # of low priority
+        self._key: bytes | None = None  # whose rate it counts to
         self._pieces: list[bytes] = []  # of the body
         self._size = 0
         self._whole = False  # all of the body has come
@@ -132,7 +134,10 @@ class Admission(Generic[Answer]):
         try:
             service.lifecycle.check_serving()
             if settings.protect_predict:
-                require_key(call.caller(), settings)
+                require_inference_key(call.caller(), settings)
+            if service.rates is not None:
+                self._key = sent_client_key(call.caller(), settings)
+                service.rates.check(self._key)
             seconds, asked = settings.timeout_ms / 1000, call.timeout()
             if asked is not None and asked < seconds:
                 seconds = asked
@@ -140,7 +145,7 @@ class Admission(Generic[Answer]):
             scheduler = call.find_engine(service.registry)
             if (priority := call.priority()) is not None:
                 self._low = _is_low(priority)
-            if scheduler is not None:
+            if scheduler is not None and scheduler.answers is None:
                 scheduler.check_room(1, low=self._low)
             if call.announced_bytes() > settings.max_body_bytes:
                 raise body_too_large(settings.max_body_bytes)
@@ -201,9 +206,21 @@ class Admission(Generic[Answer]):
                 "invalid-parameter",
                 f"{self._top} classes of {len(images)} images; the limit is {_MOST_RANKED:,} in one answer",
             )
+        if self._service.rates is not None:
+            self._service.rates.take(self._key, len(images))
         if self._service.telemetry.observers:
             self._images = images
-        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top, low=self._low)
+        if (answers := self._scheduler.answers) is None:
+            self._enqueue(images)
+        elif sum(len(it) if isinstance(it, bytes) else it.nbytes for it in images) > _LARGE_HASH:
+            self._off_loop(partial(answers.keys, images), partial(self._enqueue, images))
+        else:
+            self._enqueue(images, answers.keys(images))
+
+    def _enqueue(self, images: Sequence[bytes | Pixels], keys: Sequence[bytes] = ()) -> None:
+        self._job = self._scheduler.submit(
+            images, self._deadline, self._done, top=self._top, low=self._low, keys=keys
+        )
 
     def refuse(self, problem: Problem) -> None:
         """The body cannot be had."""

@@ -28,6 +28,7 @@ from server.lifecycle import Lifecycle, settle_memory
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
+from server.rates import RateLimit
 from server.registry import Load, LoadEngine, Registry, resolve_engines
 from server.routes import docs, engines, health, observability, page, predict, shadows, stream
 from server.service import Service, service_of
@@ -88,6 +89,7 @@ def create_app(
             settings,
             lifecycle,
             BodyMemory(settings.max_body_memory_bytes),
+            None if settings.rate_limit is None else RateLimit(settings.rate_limit),
             telemetry,
             registry,
             fleet or Alone(telemetry, registry),

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from server.answers import Held
 from server.shadow import ShadowCounts
 from server.stats import EngineStats
 from server.telemetry import EngineKey, RequestKey
@@ -48,6 +49,7 @@ class Counts:
         queues: of the engines now loaded.
         default: name of the engine for requests that name none.
         shadows: engines that run beside another.
+        cache: the answers that are kept; None: none are.
     """
 
     started: float
@@ -59,6 +61,7 @@ class Counts:
     queues: dict[EngineKey, Queue] = field(default_factory=dict)
     default: str | None = None
     shadows: dict[EngineKey, Compared] = field(default_factory=dict)
+    cache: Held | None = None
 
     def add(self, other: Counts) -> None:
         """Count everything `other` counted; what `other` holds stays its own."""
@@ -76,3 +79,7 @@ class Counts:
             ours.lost |= queue.lost
         self.default = other.default or self.default
         self.shadows.update(other.shadows)
+        if self.cache is not None and other.cache is not None:
+            self.cache = Held(*map(sum, zip(self.cache, other.cache, strict=True)))
+        else:
+            self.cache = self.cache or other.cache

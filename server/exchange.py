@@ -163,6 +163,7 @@ class PredictCall(HttpCall):
                 {
                     "filename": part.filename,
                     "predictions": _predictions(result, manifest.labels, self._top_k),
+                    "cached": result.cached,
                     "batch_size": result.batch_size,
                     "latency_ms": latency,
                 }

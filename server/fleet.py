@@ -75,4 +75,5 @@ def counts_of(telemetry: Telemetry, registry: Registry) -> Counts:
             )
             for it in registry.shadows.values()
         },
+        cache=None if registry.answers is None else registry.answers.held,
     )

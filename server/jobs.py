@@ -22,7 +22,7 @@ class Result(NamedTuple):
         logits: same shape and dtype.
         order: `int64`, class numbers by falling logit, ties by number; as many as the request asked for, or
             more.
-        batch_size: images in its batch.
+        batch_size: images in its batch; 0: it was kept from before.
         admitted: the request was admitted.
         decoding: a thread began to decode the image.
         decoded: its pixels were there.
@@ -43,6 +43,11 @@ class Result(NamedTuple):
     computed: float
     delivered: float
     device: Mapping[str, float]
+
+    @property
+    def cached(self) -> bool:
+        """Whether it was kept from before: nothing was computed, and its stages took no time."""
+        return not self.batch_size
 
     @property
     def decode(self) -> float:
@@ -66,6 +71,8 @@ class Result(NamedTuple):
 
     def stages(self) -> list[tuple[str, float, float]]:
         """What happened when: name, begin and end."""
+        if self.cached:
+            return [("cache", self.admitted, self.delivered)]
         return [
             ("queue for decoding", self.admitted, self.decoding),
             ("decode", self.decoding, self.decoded),
@@ -133,16 +140,18 @@ class Image:
         plan: how it will be decoded, where that was asked before.
         decoding: when a thread began to decode it, by `time.monotonic`.
         decoded: when its pixels were there.
+        key: what its answer is kept by; None: it is not kept.
         ready_at: when it joined the backlog.
         turn: the round in which it leaves the backlog; see `Job`.
     """
 
-    __slots__ = ("data", "decoded", "decoding", "index", "job", "plan", "ready_at", "turn")
+    __slots__ = ("data", "decoded", "decoding", "index", "job", "key", "plan", "ready_at", "turn")
 
     def __init__(self, job: Job, index: int, data: bytes | Pixels) -> None:
         self.job = job
         self.index = index
         self.data = data
+        self.key: bytes | None = None
         self.plan: Plan | None = None
         self.decoding = job.admitted
         self.decoded = job.admitted

@@ -36,6 +36,7 @@ class _CountsCollector(Collector):
         yield from self._engines()
         yield from self._engine_stats()
         yield from self._predictions()
+        yield from self._cache()
         yield from self._shadows()
         yield from self._device_readings()
 
@@ -72,6 +73,22 @@ class _CountsCollector(Collector):
             for of, index in predictions.drift().items():
                 drift.add_metric((*key, of), index)
         yield from (labels, confidence, drift)
+
+    def _cache(self) -> Iterator[Metric]:
+        if self._counts.cache is None:
+            return
+        images = CounterMetricFamily(
+            "trimrt_cache_images",
+            "Images that were looked for among the answers kept from before.",
+            labels=(*_ENGINE_LABELS, "outcome"),
+        )
+        for key, stats in self._counts.engines.items():
+            images.add_metric((*key, "hit"), stats.hits)
+            images.add_metric((*key, "miss"), stats.misses)
+        held = self._counts.cache
+        yield images
+        yield GaugeMetricFamily("trimrt_cache_bytes", "Memory of the answers kept.", held.bytes)
+        yield GaugeMetricFamily("trimrt_cache_limit_bytes", "What they may take.", held.limit)
 
     def _shadows(self) -> Iterator[Metric]:
         images = CounterMetricFamily(

@@ -38,6 +38,7 @@ PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "invalid-parameter": (422, "A parameter is missing or out of range"),
     "upgrade-required": (426, "A WebSocket is wanted here"),
     "queue-full": (429, "The queue is full"),
+    "rate-limited": (429, "Too many images a second"),
     "head-too-large": (431, "The head is too large"),
     "internal-error": (500, "The server failed"),
     "inference-failed": (500, "The engine failed"),

@@ -19,6 +19,7 @@ from runtime.loading import load_engine
 from runtime.manifest import Activation, EngineError, Manifest
 from runtime.packages import Stamp, choose_packages, find_package, stamp_of, survey
 from runtime.threads import run_in_engine_thread
+from server.answers import AnswerCache
 from server.decoding import DecodePool
 from server.decoding_limits import DecodingLimits
 from server.problems import Problem
@@ -127,6 +128,8 @@ class Registry:
         self._telemetry = telemetry
         self._load = load or partial(load_engine, options=engine_options(settings))
         self._pool = DecodePool(settings.decode_threads)
+        most = (settings.cache_mib << 20) // settings.workers
+        self.answers = AnswerCache(most) if most else None
         self.decoding_limits = DecodingLimits(settings)
         self._on_lost = on_lost
         self._changing = asyncio.Lock()
@@ -306,6 +309,7 @@ class Registry:
             ),
             max_batch_delay=self._settings.max_batch_delay_ms / 1000,
             linux_scheduling=self._settings.linux_scheduling,
+            answers=None if self.answers is None else self.answers.of(manifest),
         )
         try:
             await scheduler.start()

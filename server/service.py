@@ -17,6 +17,7 @@ from server.fleet import Fleet
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.problems import Problem
+from server.rates import RateLimit
 from server.registry import EngineRow, Load, Registry, readable
 from server.settings import Settings
 from server.telemetry import Telemetry
@@ -28,6 +29,7 @@ class Service:
     """What all requests to an application share.
 
     Attributes:
+        rates: of each key; None: there is no limit.
         regions: of shared memory, in which clients on this machine may lay tensors.
         large_work: takes large bodies apart and renders large answers, one at a time; the memory that this
             takes for a moment is taken once, whatever number of clients asks for it.
@@ -37,6 +39,7 @@ class Service:
     settings: Settings
     lifecycle: Lifecycle
     body_memory: BodyMemory
+    rates: RateLimit | None
     telemetry: Telemetry
     registry: Registry
     fleet: Fleet

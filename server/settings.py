@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +81,17 @@ class Settings(BaseSettings):
         description="Ask programs on this machine for no key. Not behind a proxy on this machine.",
     )
     protect_predict: bool = Field(default=False, description="Ask for the key for inference too.")
+    client_keys: Path | None = Field(
+        default=None,
+        description="File of keys for inference alone, one a line; none may manage. With --protect-predict "
+        "they let in; with --rate-limit each has a rate of its own.",
+    )
+    rate_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="Images a second that each key may ask for, and all callers without a key together; "
+        "beyond it, 429. No limit unless set.",
+    )
     cors_origin: str = Field(
         default="",
         description="Web site whose pages may call the server, like https://example.org; several with "
@@ -166,6 +178,13 @@ class Settings(BaseSettings):
         default=30.0, ge=0, description="How long a stop waits for accepted requests, seconds."
     )
 
+    cache_mib: int = Field(
+        default=0,
+        ge=0,
+        description="Memory in which answers are kept, MiB, for images that come again to the same engine; "
+        "0: none are.",
+    )
+
     access_log: bool = Field(default=False, description="Log every request.")
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="auto is text on a terminal, else JSON."
@@ -194,6 +213,17 @@ class Settings(BaseSettings):
         return trust_in(self.trusted_key)
 
     @cached_property
+    def inference_keys(self) -> frozenset[bytes]:
+        """SHA-256 of the keys in `client_keys`, which is read once."""
+        lines = [] if self.client_keys is None else self.client_keys.read_text("utf-8").splitlines()
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if any(not key.isascii() or not key.isprintable() for key in keys):
+            raise ValueError("a key has characters beyond printable ASCII")
+        if self.client_keys is not None and not keys:
+            raise ValueError("there is no key")
+        return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
+
+    @cached_property
     def cors_origins(self) -> frozenset[str]:
         """The sites of `cors_origin`."""
         return frozenset(origin.strip().rstrip("/") for origin in self.cors_origin.split(",")) - {""}
@@ -210,6 +240,14 @@ class Settings(BaseSettings):
     @classmethod
     def _one_for_every_core(cls, workers: object) -> object:
         return cores() if workers == "auto" else workers
+
+    @model_validator(mode="after")
+    def _has_client_keys(self) -> Settings:
+        try:
+            self.inference_keys  # noqa: B018 - read, and kept
+        except (OSError, ValueError) as error:
+            raise ValueError(f"client_keys: {self.client_keys} cannot be used: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _one_process_knows_the_regions(self) -> Settings:

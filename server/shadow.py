@@ -183,7 +183,7 @@ class Shadow:
             return
         self._answered = request.results[-1].delivered
         for image, result in zip(request.images, request.results, strict=True):
-            if random.random() < self.share:
+            if not result.cached and random.random() < self.share:  # the same image proves nothing more
                 self._take(image, result)
         while len(self._waiting) > _MOST_WAITING or self._held > _MOST_HELD:
             self._held -= self._waiting.popleft().size

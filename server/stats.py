@@ -31,6 +31,8 @@ class EngineStats:
         last: when an image was answered last, to the second, by `time.time`; 0 before the first.
         dropped: images dropped before they were computed, by reason.
         failed: images that the engine failed on.
+        hits: images whose answer was kept from before; `stages` and `batches` have the others alone.
+        misses: images that were looked for in vain.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class EngineStats:
         self.last = 0.0
         self.dropped: Counter[str] = Counter()
         self.failed = 0
+        self.hits = 0
+        self.misses = 0
         self._clock = clock
         self._stages = {stage: Distribution(clock) for stage in STAGES}
         # Images of one second, not yet sorted into buckets: doing so for all at once takes a twentieth.
@@ -77,6 +81,8 @@ class EngineStats:
         self.last = max(self.last, other.last)
         self.dropped.update(other.dropped)
         self.failed += other.failed
+        self.hits += other.hits
+        self.misses += other.misses
         for stage, distribution in other.stages.items():
             self._stages.setdefault(stage, Distribution(self._clock)).merge(distribution)
 

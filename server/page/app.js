@@ -6,6 +6,7 @@ import { setUpShadows } from "./shadows.js";
 
 const STAGES = ["decode", "queue", "inference"];
 const SECONDS = 180; // how far back the chart goes
+const DRIFT = [{ from: 0, word: "alike" }, { from: 0.1, word: "changing" }, { from: 0.25, word: "other images" }];
 const WINDOW_S = 5; // over which a point's percentiles are taken
 
 const state = { image: null, name: "", samples: [], last: null };
@@ -204,7 +205,8 @@ function show({ engine, results: [result] }) {
       return item;
     }),
   );
-  $("rode").textContent = result.batch_size === 1 ? "It rode alone." : `It rode in a batch of ${result.batch_size}.`;
+  $("rode").textContent = result.cached ? "It was answered from the cache."
+    : result.batch_size === 1 ? "It rode alone." : `It rode in a batch of ${result.batch_size}.`;
 }
 
 // --- shadows -------------------------------------------------------------------------------------
@@ -229,12 +231,13 @@ async function pulse() {
   drawChart();
 }
 
-function sample({ engines, default: main }) {
+function sample({ engines, default: main, cache }) {
   const name = $("engine").value || main;
   const engine = engines.find((each) => each.engine === name && each.loaded);
   if (!engine) return;
   const now = performance.now() / 1000;
-  const images = engine.since_start.images;
+  const { hits, misses } = engine.cache;
+  const images = engine.since_start.images + hits;
   const last = state.last?.engine === name && state.last.images <= images ? state.last : null;
   const rate = last ? (images - last.images) / (now - last.time) : 0;
   state.last = { engine: name, images, time: now };
@@ -246,6 +249,16 @@ function sample({ engines, default: main }) {
   $("rate").textContent = `${rate.toFixed(rate < 10 ? 1 : 0)} /s`;
   $("batch").textContent = engine.mean_batch_size?.toFixed(1) ?? "–";
   $("pending").textContent = engine.pending;
+  showFigure("cached", cache && hits + misses > 0, () => `${((100 * hits) / (hits + misses)).toFixed(0)} %`);
+  const drift = Math.max(...Object.values(engine.predictions?.drift ?? {}));
+  const grade = DRIFT.findLast(({ from }) => drift >= from);
+  showFigure("drift", grade, () => `${drift.toFixed(2)}, ${grade.word}`);
+  $("drift").classList.toggle("drifted", grade === DRIFT.at(-1));
+}
+
+function showFigure(id, shown, text) {
+  $(id).hidden = !shown;
+  if (shown) $(id).querySelector("dd").textContent = text();
 }
 
 /** The least of 1, 2 and 5 times a power of ten that is not below `value`. */

@@ -175,6 +175,7 @@ export function setUpCamera(page) {
   }
 
   $("camera").hidden = !navigator.mediaDevices?.getUserMedia;
+  $("no-camera").hidden = isSecureContext; // elsewhere browsers have no cameras
   $("camera").addEventListener("click", () => (pictures ? close() : open()));
   $("device").addEventListener("change", () => open($("device").value));
   $("live").addEventListener("click", () => (live ? stop() : start()));

@@ -43,6 +43,7 @@ async def stats(
         "in_flight": counts.in_flight,
         "requests": [{**key._asdict(), "count": count} for key, count in counts.requests.items()],
         "default": counts.default,
+        "cache": counts.cache and counts.cache._asdict(),
         "window_s": window_s,
         "engines": [
             {
@@ -70,6 +71,7 @@ def _engine(stats: EngineStats, window_s: int) -> dict[str, Any]:
         "mean_batch_size": sum(size * n for size, n in stats.batches.items()) / batches if batches else None,
         "dropped": stats.dropped,
         "failed": stats.failed,
+        "cache": {"hits": stats.hits, "misses": stats.misses},
         "predictions": stats.predictions and _predictions(stats.predictions),
         "since_start": _stages({stage: distribution.total for stage, distribution in stages}),
         "recent": _stages({stage: distribution.recent(window_s) for stage, distribution in stages}),

@@ -44,7 +44,8 @@ class ImageResult(BaseModel):
 
     filename: str | None
     predictions: list[Prediction]
-    batch_size: int = Field(description="images in the batch it rode in")
+    cached: bool = Field(description="whether the answer was kept from before (`--cache-mib`)")
+    batch_size: int = Field(description="images in the batch it rode in; 0 if cached")
     latency_ms: Latency
 
 

@@ -167,6 +167,11 @@ def place_of(tensor: str, parameters: Mapping[str, Any]) -> Placement | None:
     return Placement(region, offset or 0, size)
 
 
+def cached_images(results: Sequence[Result]) -> int:
+    """How many of the answers were kept from before: a parameter of the answer, unless it is 0."""
+    return sum(result.cached for result in results)
+
+
 def parameters_of(place: Placement) -> dict[str, Any]:
     """The reverse of `place_of`."""
     offset = {"shared_memory_offset": place.offset} if place.offset else {}

@@ -128,8 +128,8 @@ def _statistics(manifest: Manifest, stats: EngineStats) -> dict[str, Any]:
             "compute_input": stages["decode"],
             "compute_infer": stages["inference"],
             "compute_output": _duration(images, 0),  # in `compute_infer`
-            "cache_hit": _duration(0, 0),
-            "cache_miss": _duration(0, 0),
+            "cache_hit": _duration(stats.hits, 0),
+            "cache_miss": _duration(stats.misses, 0),
         },
         "batch_stats": [
             {

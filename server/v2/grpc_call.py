@@ -90,10 +90,12 @@ class InferCall(Call[Answer]):
     def render(self, results: Sequence[Result], manifest: Manifest) -> Answer:
         """See `Call`."""
         outputs = core.outputs_of(self._outputs, results, manifest.labels)
+        cached = core.cached_images(results)
         return pb.ModelInferResponse(
             model_name=manifest.name,
             model_version=manifest.version,
             id=self._id,
+            parameters={"cached_images": pb.InferParameter(int64_param=cached)} if cached else {},
             outputs=[
                 pb.ModelInferResponse.InferOutputTensor(
                     name=output.name,

@@ -205,6 +205,8 @@ class InferCall(HttpCall):
         answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
         if self._id:
             answer["id"] = self._id
+        if cached := core.cached_images(results):
+            answer["parameters"] = {"cached_images": cached}
         headers, body = _render(answer, self._outputs, tensors, self._regions)
         timing = server_timing([latency_ms(result) for result in results])
         return 200, {**headers, "Server-Timing": timing}, body

@@ -98,7 +98,7 @@ def server(
     write_orin_nano(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.app.find_devices", lambda: find_devices(root))
-        settings = Settings(engine="tiny,other", engine_dir=engine_dir, port=0, queue_limit=1)
+        settings = Settings(engine="tiny,other", engine_dir=engine_dir, port=0, queue_limit=1, cache_mib=1)
         with running(settings, load_gated(gate)) as it:
             for number in range(LEAST_IMAGES):
                 assert it.predict(encode(number)).status_code == 200
@@ -106,13 +106,13 @@ def server(
             assert it.predict(b"broken").status_code == 400
             gate.close()
             with ThreadPoolExecutor(1) as pool:
-                failing = pool.submit(it.predict, encode(3))
+                failing = pool.submit(it.predict, encode(1003))
                 gate.wait_for_arrivals(1)
-                assert it.predict(encode(4)).status_code == 429
+                assert it.predict(encode(1004)).status_code == 429
                 gate.fail_next = True
                 gate.allow()
                 assert failing.result().status_code == 500
-            assert it.predict(encode(5), headers={"X-Request-Timeout-Ms": "50"}).status_code == 504
+            assert it.predict(encode(1005), headers={"X-Request-Timeout-Ms": "50"}).status_code == 504
             gate.open()
             yield it
 

@@ -13,8 +13,10 @@ from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwrig
 from pydantic import SecretStr
 from running import Running, running, wait_until
 from serving import encoded
-from tiny_engine import LABELS
+from tiny_engine import LABELS, write_package
 
+from runtime.drift import CONFIDENCES, LEAST_IMAGES
+from runtime.manifest import Predictions
 from server.settings import Settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -229,6 +231,49 @@ def test_load_is_sent_and_the_pulse_drawn(page: Page, photo: Path) -> None:
     expect(page.locator("#p99")).to_contain_text("ms")
     expect(page.locator("#chart")).to_have_attribute("aria-label", re.compile(r"median [\d.]+ ms"))
     expect(page.locator("#chart path.p99")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
+
+
+def test_the_cache_and_drift_are_shown(browser: Browser, tmp_path: Path, photo: Path) -> None:
+    expected = Predictions(
+        classes=[1000] + [0] * (len(LABELS) - 1), confidence=[1000] + [0] * len(CONFIDENCES)
+    )
+    write_package(tmp_path, predictions=expected)
+    with (
+        running(Settings(engine="tiny", engine_dir=tmp_path, port=0, cache_mib=1)) as served,
+        closing(browser.new_context()) as context,
+    ):
+        page = context.new_page()
+        page.goto(served.url)
+        page.set_input_files("#file", photo)
+        expect(page.locator("#rode")).to_have_text("It rode alone.")
+        page.click("#again")
+        expect(page.locator("#rode")).to_have_text("It was answered from the cache.")
+        expect(page.locator("#cached")).to_contain_text("50 %")
+        expect(page.locator("#drift")).to_be_hidden()
+        for _ in range(LEAST_IMAGES):
+            served.predict(photo.read_bytes())
+        expect(page.locator("#drift dd")).to_have_text(re.compile(r"^\d+\.\d\d, other images$"))
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert _contrast(page, "#drift dd") >= 4.5
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_without_a_cache_or_expectations_neither_is_shown(page: Page, photo: Path) -> None:
+    page.set_input_files("#file", photo)
+    expect(page.locator("#p50")).to_contain_text("ms")
+    for figure in ("#cached", "#drift"):
+        expect(page.locator(figure)).to_be_hidden()
+
+
+def test_where_browsers_give_no_camera_the_page_says_so(playwright: Playwright, served: Running) -> None:
+    flags = ["--no-sandbox", "--host-resolver-rules=MAP camera.test 127.0.0.1"]
+    with closing(playwright.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser:
+        page = browser.new_page()
+        page.goto(served.url.replace("127.0.0.1", "camera.test"))
+        expect(page.locator("#no-camera")).to_be_visible()
+        expect(page.locator("#camera")).to_be_hidden()
 
 
 def test_live_video_is_used_by_keyboard(page: Page) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from gated_engine import Gate, load_gated
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import SecretStr
 from running import Running, running, wait_until
 from streaming import stream
@@ -262,8 +264,21 @@ def test_frames_may_not_come_before_the_handshake_is_answered(server: Running, e
 
 @pytest.mark.parametrize(
     "sent",
-    [b"\x82\x05hello", b"\xf2\x80" + bytes(4), b"\x8f\x80" + bytes(4), b"GET / HTTP/1.1\r\n\r\n"],
-    ids=["unmasked", "reserved bits", "unknown opcode", "HTTP"],
+    [
+        b"\x82\x05hello",
+        b"\xf2\x80" + bytes(4),
+        b"\xc2\x80" + bytes(4),
+        b"\x8f\x80" + bytes(4),
+        b"\x80\x80" + bytes(4),
+        b"\x09\x80" + bytes(4),
+        b"\x89\xfe\x00\x7e" + bytes(4),
+        b"\x82\xff\xff" + bytes(11),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+    ids=[
+        *("unmasked", "reserved bits", "compressed", "unknown opcode", "continues nothing", "ping in pieces"),
+        *("ping too long", "negative length", "HTTP"),
+    ],
 )
 def test_what_is_no_websocket_closes_it(server: Running, sent: bytes) -> None:
     wire = _raw_stream(server)
@@ -289,6 +304,108 @@ def test_a_client_that_does_not_read_is_not_read_either(start: Start, encode: En
         assert not connection.transport.is_reading()
         wire.socket.shutdown(socket.SHUT_WR)
         asking.join()
+
+
+def test_a_frame_in_pieces_with_pings_between_is_one_frame(server: Running, encode: Encode) -> None:
+    image = encode(0)
+    wire = _raw_stream(server)
+    with wire.socket:
+        pieces = [image[:10], b"", image[10:100], image[100:]]
+        for number, piece in enumerate(pieces):
+            opcode = 0 if number else 2
+            data = masked(opcode, piece)
+            if number < len(pieces) - 1:
+                data = bytes([data[0] & 0x7F]) + data[1:]  # more follows
+            wire.send(data, masked(9, b"there?"))
+        pongs, answer = 0, b""
+        while b'"results"' not in answer:
+            head = wire.socket.recv(2)
+            length = head[1] if head[1] < 126 else int.from_bytes(wire.socket.recv(2), "big")
+            answer = wire.socket.recv(length, socket.MSG_WAITALL)
+            pongs += answer == b"there?"
+        assert b'"frame":0' in answer
+        assert pongs <= len(pieces)
+
+
+def test_a_frame_in_endless_empty_pieces_ends_the_stream(server: Running) -> None:
+    wire = _raw_stream(server)
+    with wire.socket:
+        wire.send(b"\x02\x80" + bytes(4))
+        with suppress(ConnectionResetError, BrokenPipeError):
+            wire.send((b"\x00\x80" + bytes(4)) * 20_000)
+        said = wire.socket.recv(4096)
+        assert b"malformed-request" in said
+        assert (4400).to_bytes(2, "big") in said + wire.socket.recv(4096)
+
+
+@pytest.mark.parametrize("frames", [0, 1], ids=["no frame", "a frame"])
+def test_a_client_that_closes_its_half_is_gone(start: Start, encode: Encode, frames: int) -> None:
+    server = start()
+    wire = _raw_stream(server)
+    with wire.socket:
+        wire.send(masked(2, encode(0)) * frames)
+        wire.socket.shutdown(socket.SHUT_WR)
+        while wire.socket.recv(4096):
+            pass
+    wait_until(lambda: not [it for it in server.server.server_state.connections if it.handed_over])
+
+
+@pytest.mark.parametrize(
+    "protocols", [["chat"], ["trimrt.key."], ["trimrt.key.!!"], ["trimrt.key.x", "trimrt"]]
+)
+def test_an_odd_subprotocol_is_no_key_and_no_obstacle(
+    start: Start, encode: Encode, protocols: list[str]
+) -> None:
+    open_to_all, locked = start(), start(api_key=SecretStr(KEY), protect_predict=True)
+    with stream(open_to_all, protocols=protocols) as it:
+        assert "results" in it.ask(encode(0))
+    with stream(locked, protocols=protocols) as it:
+        assert it.ask(encode(0))["type"] == "urn:trimrt:problem:unauthorized"
+        assert it.closed()[0] == 4401
+
+
+def test_two_hundred_streams_keep_nobody_waiting_and_leave_nothing(start: Start, encode: Encode) -> None:
+    server = start()
+    with ExitStack() as stack:
+        wires = [_raw_stream(server) for _ in range(200)]
+        for wire in wires:
+            stack.enter_context(wire.socket)
+        for wire in wires:
+            wire.send(masked(2, encode(0)))
+        assert server.predict(encode(0)).elapsed.total_seconds() < 5
+        for wire in wires:
+            assert b'"frame":0' in wire.socket.recv(4096)
+    wait_until(lambda: not [it for it in server.server.server_state.connections if it.handed_over])
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=40),
+            st.builds(
+                lambda first, payload, mask: (
+                    bytes([first, (0x80 if mask else 0) | len(payload)]) + bytes(4 if mask else 0) + payload
+                ),
+                st.integers(0, 255),
+                st.binary(max_size=125),
+                st.booleans(),
+            ),
+        ),
+        max_size=8,
+    )
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_sent_the_server_goes_on(
+    server: Running, caplog: pytest.LogCaptureFixture, sent: list[bytes]
+) -> None:
+    wire = _raw_stream(server)
+    with wire.socket, suppress(ConnectionResetError, BrokenPipeError):
+        wire.send(*sent)
+        wire.socket.shutdown(socket.SHUT_WR)
+        while wire.socket.recv(4096):
+            pass
+    wait_until(lambda: nothing_is_left(server))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_client_that_leaves_frees_what_it_had(start: Start, gate: Gate, encode: Encode) -> None:

@@ -131,6 +131,26 @@ def test_statistics_are_those_of_both_workers(served: Together, encode: Encode) 
     assert samples["process_resident_memory_bytes"] == pytest.approx(resident, rel=0.1)
 
 
+def test_each_worker_keeps_answers_of_its_own_in_its_share_of_the_memory(
+    engine_dir: Path, encode: Encode
+) -> None:
+    with together(Settings(engine="tiny", engine_dir=engine_dir, port=0, cache_mib=2)) as it:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(httpx.Client(base_url=it.url, verify=False)) for _ in range(2)]
+            for cached in (False, True):
+                for client in clients:
+                    (result,) = client.post("/predict", content=encode(0)).json()["results"]
+                    assert result["cached"] is cached
+
+        def told() -> tuple[object, ...]:
+            stats = it.ask("GET", "/stats").json()
+            return stats["cache"]["answers"], stats["cache"]["limit"], stats["engines"][0]["cache"]
+
+        assert told() == (2, 2 << 20, {"hits": 2, "misses": 2})
+        it.wait_until_replaced(it.kill_one())
+        assert told() == (1, 2 << 20, {"hits": 2, "misses": 2})
+
+
 def restore(served: Together) -> None:
     """What all tests begin with."""
     served.ask("POST", "/engines/tiny/load")

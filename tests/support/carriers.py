@@ -33,6 +33,7 @@ _GRPC_CODES = {
     "malformed-request": "INVALID_ARGUMENT",
     "not-ready": "UNAVAILABLE",
     "queue-full": "RESOURCE_EXHAUSTED",
+    "rate-limited": "RESOURCE_EXHAUSTED",
     "too-many-images": "INVALID_ARGUMENT",
     "unauthorized": "UNAUTHENTICATED",
 }

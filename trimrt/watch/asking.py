@@ -18,6 +18,7 @@ from runtime.ranking import ranked
 from runtime.signatures import Trust
 
 _ANSWER_S: Final = 60.0  # longer than a server's own limit
+_ANSWER_BYTES: Final = 32 << 20  # more than an answer of all classes
 
 
 class StreamError(TrimRTError):
@@ -75,22 +76,27 @@ def open_server(url: str, engine: str | None, top_k: int | None, key: str | None
     address = f"{scheme.replace('http', 'ws')}://{place}/stream?{urlencode(query)}"
     headers = {} if key is None else {"X-API-Key": key.encode().decode("latin-1")}
     try:
-        socket = connect(address, additional_headers=headers, compression=None)
+        socket = connect(address, additional_headers=headers, compression=None, max_size=_ANSWER_BYTES)
     except InvalidStatus as refused:
         raise StreamError(f"{url}: {_told(refused.response.body)}") from None
-    except (OSError, WebSocketException) as error:
+    except (OSError, ValueError, WebSocketException) as error:  # the second: no such port, no such IPv6
         raise StreamError(f"no stream from {url}: {error}") from error
 
     def ask(image: bytes) -> list[Labelled] | str:
         try:
             socket.send(image)
-            answer = orjson.loads(socket.recv(timeout=_ANSWER_S))
+            answer = socket.recv(timeout=_ANSWER_S)
         except ConnectionClosed as end:
-            reason = end.rcvd.reason if end.rcvd else "without a word"
-            raise StreamError(f"{url} has ended the stream: {reason}") from None
+            told = end.rcvd or end.sent
+            raise StreamError(
+                f"{url} has ended the stream: {_plain(told.reason) if told else 'without a word'}"
+            ) from None
         except TimeoutError:
             raise StreamError(f"{url} did not answer for {_ANSWER_S:g} s") from None
-        return _labels(answer)
+        try:
+            return _labels(orjson.loads(answer))
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise StreamError(f"{url} does not answer as a TrimRT server does: {answer[:100]!r}") from None
 
     with socket:
         yield ask
@@ -98,13 +104,19 @@ def open_server(url: str, engine: str | None, top_k: int | None, key: str | None
 
 def _labels(answer: dict[str, Any]) -> list[Labelled] | str:
     if "results" not in answer:
-        return f"{answer['title']}: {answer['detail']}"
-    return [Labelled(it["label"], it["probability"]) for it in answer["results"][0]["predictions"]]
+        return _plain(f"{answer['title']}: {answer['detail']}")
+    best, *others = answer["results"][0]["predictions"]
+    return [Labelled(_plain(it["label"]), float(it["probability"])) for it in (best, *others)]
 
 
 def _told(body: bytes | bytearray | None) -> str:
     """What a refusal says: a problem object, or whatever a proxy says."""
     try:
-        return str(orjson.loads(body or b"")["detail"])
+        return _plain(orjson.loads(body or b"")["detail"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return (body or b"no reason given")[:200].decode(errors="replace")
+        return _plain((body or b"no reason given")[:200].decode(errors="replace"))
+
+
+def _plain(text: str) -> str:
+    """`text` without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

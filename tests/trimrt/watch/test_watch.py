@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -13,6 +15,7 @@ from click.testing import CliRunner, Result
 from pydantic import SecretStr
 from running import Running, running
 from serving import encoded
+from websockets.sync.server import ServerConnection, serve
 
 from server.settings import Settings
 from trimrt.cli import main
@@ -118,6 +121,8 @@ def test_the_key_is_sent(watch: Watch, film: Path, engine_dir: Path) -> None:
         (["{film}", "--engine", "tinny"], "(did you mean tiny?)"),
         (["{film}", "--url", "127.0.0.1:8000"], "give one like http://127.0.0.1:8000"),
         (["{film}", "--url", "http://127.0.0.1:1"], "no stream from http://127.0.0.1:1"),
+        (["{film}", "--url", "http://127.0.0.1:99999"], "no stream from http://127.0.0.1:99999"),
+        (["{film}", "--url", "http://[::1"], "no stream from http://[::1"),
         (["{film}", "--url", "{url}", "--engine", "tinny"], "engine-not-found: no engine 'tinny' is loaded"),
         (["{film}", "--url", "{url}/docs"], "{url}/docs: "),
     ],
@@ -131,3 +136,55 @@ def test_what_is_wrong_is_said(
     assert result.exit_code != 0
     assert says.format(url=server.url) in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("no JSON", b"\xff", "[]", "null", "{}", '{"results":[]}', '{"results":[{"predictions":[]}]}'),
+        '{"results":[{"predictions":[{"label":1,"probability":0.5}]}]}',
+        '{"results":[{"predictions":[{"label":"a","probability":"much"}]}]}',
+    ],
+)
+def test_what_answers_but_is_no_server_of_ours_is_told_apart(
+    watch: Watch, film: Path, answer: str | bytes
+) -> None:
+    with stranger(answer) as url:
+        result = watch(film, "--url", url)
+    assert result.exit_code == 1
+    assert f"{url} does not answer as a TrimRT server does" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+def test_a_server_cannot_send_commands_to_the_terminal(watch: Watch, film: Path) -> None:
+    label = json.dumps({"results": [{"predictions": [{"label": "\x1b]0;a\x07\x9bb", "probability": 1}]}]})
+    problem = json.dumps({"title": "\x1b[2J", "detail": "no"})
+    for answer in (label, problem):
+        with stranger(answer) as url:
+            printed = watch(film, "--url", url, "--frames", 1).output
+        assert not [letter for letter in printed if not letter.isprintable() and letter != "\n"]
+
+
+def test_a_server_that_sends_without_end_is_left(watch: Watch, film: Path) -> None:
+    with stranger("x" * (33 << 20)) as url:
+        result = watch(film, "--url", url)
+    assert result.exit_code == 1
+    assert f"{url} has ended the stream" in " ".join(result.stderr.split())
+
+
+@contextmanager
+def stranger(answer: str | bytes) -> Iterator[str]:
+    """A WebSocket's server that gives one answer to everything."""
+
+    def handle(connection: ServerConnection) -> None:
+        for _ in connection:
+            connection.send(answer)
+
+    with serve(handle, "127.0.0.1", 0, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
