@@ -68,7 +68,7 @@ mutants: $(VENV)/.install-dev  ## Break the code that decides in small ways; eac
 PYTHON310 := PYENV_VERSION=3.10 python3.10
 BIN310    := build/python3.10/bin
 ADDED310  := filelock "grpcio-tools<1.82" httpx hypothesis "onnx~=1.21.0" psutil pytest pytest-timeout \
-	pytest-xdist pyyaml "tritonclient[grpc,http]"
+	pytest-xdist pyyaml "tritonclient[grpc,http]" websockets
 
 test-python310: $(VENV)/.install-dev  ## Test the server on JetPack 6's Python and pins; with no 3.10 here, check types.
 	@if $(PYTHON310) -c "" 2>/dev/null; then set -e; \

@@ -38,7 +38,7 @@ from trimrt.options import COUNT, HELP, Existing
 
 TCP: Final = "TCP"
 SOCKET: Final = "Unix socket"
-_TRIMRT: Final = Path(sys.executable).parent / "trimrt"
+TRIMRT: Final = Path(sys.executable).parent / "trimrt"
 _START_S: Final = 60.0
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 
@@ -141,7 +141,7 @@ def served(package: Path, log: Path) -> Iterator[tuple[psutil.Process, Mapping[s
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trimrt.sock"
         port = free_port()
-        command = [str(_TRIMRT), "serve", "--engine", str(package), "--port", str(port), "--uds", str(path)]
+        command = [str(TRIMRT), "serve", "--engine", str(package), "--port", str(port), "--uds", str(path)]
         tree = stack.enter_context(running(command, os.environ, log))
         deadline = time.monotonic() + _START_S
         while not _ready(port):

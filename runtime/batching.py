@@ -88,9 +88,9 @@ class Shares:
         self._loads: deque[int] = deque(maxlen=2 * slots)
         self._came_at = [-math.inf, -math.inf]  # the last small request, the last large one
 
-    def arrive(self, images: int, now: float) -> None:
-        """Note that a request of so many images has come."""
-        self._came_at[images > SMALL] = now
+    def arrive(self, small: bool, now: float) -> None:
+        """Note that a request has come, a small one or one that makes way for such."""
+        self._came_at[not small] = now
 
     def begin(self, pending: int) -> None:
         """Note that a slot begins a batch while `pending` images are under way, waiting or running."""

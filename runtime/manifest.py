@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from datetime import datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -170,6 +170,16 @@ class Provenance(_Strict):
     macs: int | None = None
 
 
+_Count = Annotated[int, Field(ge=0, le=1 << 40)]  # of which many add up in 64 bits
+
+
+class Predictions(_Strict):
+    """What the engine said of the validation images that are as they are; live traffic is held against it."""
+
+    classes: list[_Count] = Field(description="images whose likeliest class it is, for each class")
+    confidence: list[_Count] = Field(description="images by its probability, in the bins of `runtime.drift`")
+
+
 class Evidence(_Strict):
     """What the accuracy gate and the timing after the build measured, on this machine."""
 
@@ -191,6 +201,7 @@ class Evidence(_Strict):
     throughput: float = Field(description="images per second at the largest batch")
     weights_bytes: int = Field(description="weights as stored in the ONNX graph")
     power: Power | None = Field(default=None, description="the Jetson's power mode and clocks meanwhile")
+    predictions: Predictions | None = Field(default=None, description="None: not recorded")
 
 
 class Candidate(_Strict):

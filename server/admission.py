@@ -1,13 +1,13 @@
 """The policy that every inference request meets, whatever protocol carries it.
 
-In this order: the drain, the key, the deadline, the engine and the room in its queue, the size of the body
-and the memory that all bodies share, the number of images, the size of the answer. Then the outcome is
-counted, once.
+In this order: the drain, the key and its rate, the deadline, the engine and the room in its queue, the size
+of the body and the memory that all bodies share, the number of images, the size of the answer. Then the
+outcome is counted, once.
 
-A carrier (the HTTP parser, ASGI, gRPC) hands the request over by plain calls on the event loop's thread, and
-a `Call` parses it and renders the answer. A task, futures and further timers for each request would cost the
-event loop more than all that is done here. Only what takes more than a few milliseconds, to take a large body
-apart or to render a large answer, goes to a thread, one request at a time.
+A carrier (the HTTP parser, ASGI, a WebSocket, gRPC) hands the request over by plain calls on the event loop's
+thread, and a `Call` parses it and renders the answer. A task, futures and further timers for each request
+would cost the event loop more than all that is done here. Only what takes more than a few milliseconds, to
+take a large body apart or to render a large answer, goes to a thread, one request at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Final, Generic, TypeVar, cast, final
 from models.preprocessing import Pixels
 from runtime.batching import SMALL
 from runtime.manifest import Manifest
-from server.auth import Caller, require_key
+from server.auth import Caller, require_inference_key, sent_client_key
 from server.bodies import body_too_large, too_many_images
 from server.jobs import Job, Result
 from server.problems import Problem, internal_error
@@ -43,12 +43,14 @@ _LEAST_PIECE: Final = 256  # bytes
 _MOST_RANKED: Final = 262_144  # classes in one answer, over all images
 _SHORT_BODY: Final = 4_096  # bytes; to read a form of so many takes a tenth of a millisecond
 _LARGE_ANSWER: Final = 8_192  # as many take some milliseconds to render
+_LARGE_HASH: Final = 1 << 20  # bytes of images; as many take a millisecond to hash
 
 
 class Call(ABC, Generic[Answer]):
     """One request as its protocol has it. A `Problem` that a method raises ends the request."""
 
     protocol: str  # see `RequestKey`
+    fetched = 0  # bytes that `read` brought from elsewhere; they count as the body's
 
     @abstractmethod
     def caller(self) -> Caller:
@@ -57,6 +59,10 @@ class Call(ABC, Generic[Answer]):
     @abstractmethod
     def timeout(self) -> float | None:
         """Seconds that the client wants to wait at most; None if it does not say."""
+
+    def priority(self) -> str | None:
+        """What the client says of it, `normal` or `low`; None if it says nothing."""
+        return None
 
     def find_engine(self, registry: Registry) -> Scheduler | None:
         """The engine that the head names; None where only the body does."""
@@ -107,6 +113,8 @@ class Admission(Generic[Answer]):
         self._call = call
         self._respond = respond
         self._over = False
+        self._low = False  # of low priority
+        self._key: bytes | None = None  # whose rate it counts to
         self._pieces: list[bytes] = []  # of the body
         self._size = 0
         self._whole = False  # all of the body has come
@@ -116,6 +124,7 @@ class Admission(Generic[Answer]):
         self._job: Job | None = None
         self._manifest: Manifest | None = None
         self._results: Sequence[Result] = ()
+        self._images: Sequence[bytes | Pixels] = ()  # for observers
         self._began = service.telemetry.begin()
 
     def open(self) -> None:
@@ -125,14 +134,19 @@ class Admission(Generic[Answer]):
         try:
             service.lifecycle.check_serving()
             if settings.protect_predict:
-                require_key(call.caller(), settings)
+                require_inference_key(call.caller(), settings)
+            if service.rates is not None:
+                self._key = sent_client_key(call.caller(), settings)
+                service.rates.check(self._key)
             seconds, asked = settings.timeout_ms / 1000, call.timeout()
             if asked is not None and asked < seconds:
                 seconds = asked
             self._deadline = self._began + seconds
             scheduler = call.find_engine(service.registry)
-            if scheduler is not None:
-                scheduler.check_room(1)
+            if (priority := call.priority()) is not None:
+                self._low = _is_low(priority)
+            if scheduler is not None and scheduler.answers is None:
+                scheduler.check_room(1, low=self._low)
             if call.announced_bytes() > settings.max_body_bytes:
                 raise body_too_large(settings.max_body_bytes)
             self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
@@ -154,6 +168,10 @@ class Admission(Generic[Answer]):
             self._pieces.append(chunk)
         except Problem as problem:
             self._refuse(problem)
+
+    def arrive(self) -> None:
+        """All of the body has come; `complete` follows when it is its turn."""
+        self._whole = True
 
     def complete(self) -> None:
         """All of the body has come."""
@@ -177,6 +195,9 @@ class Admission(Generic[Answer]):
 
     def _submit(self, request: tuple[Scheduler, Sequence[bytes | Pixels], int]) -> None:
         self._scheduler, images, self._top = request
+        if fetched := self._call.fetched:
+            self._service.body_memory.reserve(fetched)
+            self._size += fetched
         self._manifest = self._scheduler.engine.manifest
         if len(images) > self._service.settings.max_images:
             raise too_many_images(self._service.settings.max_images)
@@ -185,7 +206,21 @@ class Admission(Generic[Answer]):
                 "invalid-parameter",
                 f"{self._top} classes of {len(images)} images; the limit is {_MOST_RANKED:,} in one answer",
             )
-        self._job = self._scheduler.submit(images, self._deadline, self._done, top=self._top)
+        if self._service.rates is not None:
+            self._service.rates.take(self._key, len(images))
+        if self._service.telemetry.observers:
+            self._images = images
+        if (answers := self._scheduler.answers) is None:
+            self._enqueue(images)
+        elif sum(len(it) if isinstance(it, bytes) else it.nbytes for it in images) > _LARGE_HASH:
+            self._off_loop(partial(answers.keys, images), partial(self._enqueue, images))
+        else:
+            self._enqueue(images, answers.keys(images))
+
+    def _enqueue(self, images: Sequence[bytes | Pixels], keys: Sequence[bytes] = ()) -> None:
+        self._job = self._scheduler.submit(
+            images, self._deadline, self._done, top=self._top, low=self._low, keys=keys
+        )
 
     def refuse(self, problem: Problem) -> None:
         """The body cannot be had."""
@@ -203,6 +238,11 @@ class Admission(Generic[Answer]):
             self._end("expired", "deadline-exceeded")
         else:
             self._end("cancelled", "disconnected")
+
+    def supersede(self) -> None:
+        """Something newer has come before its turn."""
+        if not self._over:
+            self._end("cancelled", "superseded")
 
     def _expire(self) -> None:
         if not self._whole:
@@ -298,5 +338,12 @@ class Admission(Generic[Answer]):
         key = RequestKey(call.protocol, outcome, reason)
         service.telemetry.end(key)
         if service.telemetry.observers:
-            headers = call.caller().headers
-            service.telemetry.tell(Ended(key, headers, self._began, self._manifest, self._results))
+            ended = Ended(key, call.caller, self._began, self._manifest, self._results, self._images)
+            self._images = ()
+            service.telemetry.tell(ended)
+
+
+def _is_low(priority: str) -> bool:
+    if priority not in ("normal", "low"):
+        raise Problem("invalid-parameter", f"X-Priority must be normal or low, not {priority[:40]!r}")
+    return priority == "low"

@@ -23,17 +23,20 @@ from runtime.manifest import EngineError
 from runtime.watching import Watcher
 from server.bodies import BodyMemory
 from server.fleet import Alone, Fleet
+from server.keeping import Keeper
 from server.lifecycle import Lifecycle, settle_memory
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.problems import Problem, internal_error
+from server.rates import RateLimit
 from server.registry import Load, LoadEngine, Registry, resolve_engines
-from server.routes import docs, engines, health, observability, page, predict
+from server.routes import docs, engines, health, observability, page, predict, shadows, stream
 from server.service import Service, service_of
 from server.settings import Settings
-from server.telemetry import RequestObserver, Telemetry
-from server.v2 import rest
+from server.telemetry import RequestObserver, Sampling, Telemetry
+from server.v2 import rest, rest_extensions
 from server.v2.body import HEADER_LENGTH
+from server.v2.regions import Regions
 from server.version import VERSION
 
 log = logging.getLogger("trimrt")
@@ -70,10 +73,12 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        telemetry = Telemetry([*observers, *_tracers(settings)])
+        sampling = Sampling() if settings.otlp_endpoint else None
+        telemetry = Telemetry([*observers, *_observers(settings, sampling)], sampling)
         registry = Registry(settings, telemetry, load, on_failure if settings.exit_when_lost else None)
         lifecycle = Lifecycle()
         large_work = ThreadPoolExecutor(1, "trimrt-large")
+        regions = Regions(enabled=settings.client_shared_memory, largest=settings.max_body_bytes)
         # Looks before what is there is loaded, lest a package come between.
         watcher = (
             Watcher(lambda folder: registry.change(Load(folder)), settings.engine_dir, settings.trust)
@@ -84,11 +89,13 @@ def create_app(
             settings,
             lifecycle,
             BodyMemory(settings.max_body_memory_bytes),
+            None if settings.rate_limit is None else RateLimit(settings.rate_limit),
             telemetry,
             registry,
             fleet or Alone(telemetry, registry),
             Metrics(find_devices()),
             large_work,
+            regions,
             asyncio.create_task(_load_configured(app, packages, on_failure)),
         )
         grpc = asyncio.create_task(_start_grpc(service, on_failure))
@@ -103,6 +110,7 @@ def create_app(
         await service.loading
         await registry.close()
         await asyncio.to_thread(large_work.shutdown)
+        regions.close()
         for observer in telemetry.observers:
             await asyncio.to_thread(observer.close)
 
@@ -118,13 +126,15 @@ def create_app(
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=[origin.strip().rstrip("/") for origin in settings.cors_origin.split(",")],
+            allow_origins=sorted(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", HEADER_LENGTH],
         )
     app.add_middleware(RequestContext)
-    for module in (predict, engines, health, observability, rest, page, docs):
+    # Before a path that has any model's name comes the one that has none.
+    routers = (predict, stream, engines, shadows, health, observability, rest_extensions, rest, page, docs)
+    for module in routers:
         app.include_router(module.router)
     app.mount("/docs/assets", StaticFiles(directory=str(docs.ASSETS)))
     app.mount("/page", StaticFiles(directory=page.FOLDER))
@@ -136,12 +146,17 @@ def create_app(
     return app
 
 
-def _tracers(settings: Settings) -> list[RequestObserver]:
-    if not settings.otlp_endpoint:
-        return []
-    from server.tracing import Tracer
+def _observers(settings: Settings, sampling: Sampling | None) -> list[RequestObserver]:
+    observers: list[RequestObserver] = []
+    if sampling is not None:
+        from server.tracing import Tracer
 
-    return [Tracer(settings.otlp_endpoint)]
+        observers.append(Tracer(settings.otlp_endpoint, sampling))
+    if settings.keep is not None:
+        below, share = settings.keep_below, settings.keep_share
+        most_bytes = (settings.keep_mib << 20) // settings.workers
+        observers.append(Keeper(settings.keep, below=below, share=share, most_bytes=most_bytes))
+    return observers
 
 
 async def _start_grpc(service: Service, on_failure: OnFailure | None) -> Any:

@@ -1,10 +1,12 @@
 """Who may manage the server, and use it where that is protected.
 
-With a key, everyone who sends it. Without one, programs on this machine, if nobody else can reach the server.
+With a key, everyone who sends it; for inference there may be further keys. Without one, programs on this
+machine, if nobody else can reach the server.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 import re
@@ -56,7 +58,7 @@ def require_key(caller: Caller, settings: Settings) -> None:
     """
     key = settings.api_key
     trusts_local = settings.trust_loopback if key is not None else is_loopback(settings.host)
-    if trusts_local and _is_local(caller):
+    if trusts_local and is_local(caller):
         return
     if key is None:
         raise Problem(
@@ -70,6 +72,27 @@ def require_key(caller: Caller, settings: Settings) -> None:
             "send the API key as `Authorization: Bearer <key>` or as `X-API-Key: <key>`",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def require_inference_key(caller: Caller, settings: Settings) -> None:
+    """Let a caller pass who sends one of the keys for inference, or who may manage.
+
+    Raises:
+        Problem: `forbidden` or `unauthorized`, see `require_key`.
+    """
+    if sent_client_key(caller, settings) is None:
+        require_key(caller, settings)
+
+
+def sent_client_key(caller: Caller, settings: Settings) -> bytes | None:
+    """SHA-256 of the key that the caller sent, if it is one of those for inference or that for managing."""
+    sent = _sent_key(caller.headers)
+    digest = hashlib.sha256(sent.encode("latin-1", "backslashreplace")).digest()
+    if digest in settings.inference_keys or (
+        settings.api_key is not None and _is_key(sent, settings.api_key)
+    ):
+        return digest
+    return None
 
 
 def is_loopback(host: str) -> bool:
@@ -104,7 +127,7 @@ def _sent_key(headers: Mapping[str, str]) -> str:
     return headers.get("x-api-key", headers.get("x-api-key-bin", "")).strip(" \t")
 
 
-def _is_local(caller: Caller) -> bool:
+def is_local(caller: Caller) -> bool:
     """Whether a program on this machine calls for itself: no proxy's client, no other site's web page."""
     headers = caller.headers
     if caller.address is None or not is_loopback(caller.address):

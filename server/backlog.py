@@ -2,7 +2,8 @@
 
 Requests take turns: in each round, every request under way has one image taken. So a request of one image
 waits for one image of each other request, however many they have. And while small requests come among
-large ones, one slot leaves the large ones to the others.
+large ones, one slot leaves the large ones to the others. Requests of low priority are as large ones, and give
+way to some rounds of the others, but not for ever.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Backlog:
     def expect(self, job: Job) -> None:
         """Note that a request has come, whose images may be put."""
         if self._shares is not None:
-            self._shares.arrive(len(job.results), job.admitted)
+            self._shares.arrive(job.small, job.admitted)
 
     def put(self, images: Sequence[Image]) -> None:
         """Add images of one request, and wake a slot for each."""
@@ -143,7 +144,8 @@ class Backlog:
     ) -> tuple[list[Image], float]:
         batch, ask_again_at = collate(self._waiting, now, room, delay, only)
         if batch:
-            self.round = max(self.round, batch[-1].turn)
+            # An image that had its turn early, for want of others, takes nobody else's.
+            self.round = max(self.round, max(image.turn - image.job.behind for image in batch))
         return batch, ask_again_at
 
     def _batch_size(self, now: float) -> int:

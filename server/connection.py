@@ -17,7 +17,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from server.admission import Admission
 from server.exchange import HttpAnswer, HttpCall, PredictCall
 from server.middleware import REQUEST_TIMEOUT, access_log, request_id_of
+from server.problems import Problem
 from server.protocol import HardenedProtocol
+from server.stream.connection import StreamConnection
+from server.stream.handshake import accept, check_origin, with_sent_key
 from server.v2.rest import infer_call
 
 _BEGINNING: Final = b"HTTP/1.1 "
@@ -36,6 +39,7 @@ class Connection(HardenedProtocol):
         self._admission: Admission[HttpAnswer] | None = None  # the request under way, if it goes straight
         self._date: list[tuple[bytes, bytes]] = []
         self._date_lines = b""
+        self._stream: StreamConnection | None = None  # that has the transport
         self._said = 0  # bytes of the answer that were sent before it was there
 
     # --- the parser's calls, in their order ------------------------------------------------------------
@@ -68,7 +72,11 @@ class Connection(HardenedProtocol):
             return None
         scope = {"headers": self.headers, "query_string": query, "client": self.client, "scheme": self.scheme}
         self._request_id = request_id_of(self.headers)
-        return PredictCall(scope, self._request_id) if path == b"/predict" else infer_call(path, scope)
+        return (
+            PredictCall(scope, self._request_id)
+            if path == b"/predict"
+            else infer_call(path, scope, self.service.regions)
+        )
 
     def _begin(self, call: HttpCall) -> None:
         straight = self.cycle = self._straight
@@ -92,6 +100,39 @@ class Connection(HardenedProtocol):
                 self._admission.complete()
         else:
             super().on_message_complete()
+
+    def take_up(self, *, early: bool) -> bool:
+        """See `HardenedProtocol`: the WebSocket of `/stream`."""
+        path, _, query = self.url.partition(b"?")
+        if path != b"/stream" or self.parser.get_method() != b"GET":
+            return False
+        if early:
+            raise Problem("malformed-request", "frames may follow once the WebSocket is open")
+        check_origin(dict(self.headers), self.service.settings)
+        request_id = request_id_of(self.headers)
+        accepted = accept(self.url, self.headers, request_id)
+        if accepted is None:
+            return False
+        socket, answer = accepted
+        self.transport.write(answer)
+        scope = {
+            "headers": with_sent_key(self.headers),
+            "query_string": query,
+            "client": self.client,
+            "scheme": self.scheme,
+        }
+        self._stream = StreamConnection(
+            self.service, self.transport, socket, scope, request_id, self.connection_lost
+        )
+        self.transport.set_protocol(self._stream)
+        return True
+
+    def shutdown(self) -> None:
+        """uvicorn: the server stops."""
+        if self._stream is None:
+            super().shutdown()
+        else:
+            self._stream.shutdown()
 
     # --- the end of a request --------------------------------------------------------------------------
 

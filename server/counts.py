@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from server.answers import Held
+from server.shadow import ShadowCounts
 from server.stats import EngineStats
 from server.telemetry import EngineKey, RequestKey
 
@@ -24,6 +27,14 @@ class Queue:
     lost: bool
 
 
+class Compared(NamedTuple):
+    """The name of the engine that a shadow runs beside, the share of its images, and what was counted."""
+
+    of: str
+    share: float
+    counts: ShadowCounts
+
+
 @dataclass
 class Counts:
     """The counts of one process, or of several.
@@ -37,6 +48,8 @@ class Counts:
         engines: statistics of every engine that was ever loaded.
         queues: of the engines now loaded.
         default: name of the engine for requests that name none.
+        shadows: engines that run beside another.
+        cache: the answers that are kept; None: none are.
     """
 
     started: float
@@ -47,6 +60,8 @@ class Counts:
     engines: dict[EngineKey, EngineStats] = field(default_factory=dict)
     queues: dict[EngineKey, Queue] = field(default_factory=dict)
     default: str | None = None
+    shadows: dict[EngineKey, Compared] = field(default_factory=dict)
+    cache: Held | None = None
 
     def add(self, other: Counts) -> None:
         """Count everything `other` counted; what `other` holds stays its own."""
@@ -63,3 +78,8 @@ class Counts:
             ours.limit += queue.limit
             ours.lost |= queue.lost
         self.default = other.default or self.default
+        self.shadows.update(other.shadows)
+        if self.cache is not None and other.cache is not None:
+            self.cache = Held(*map(sum, zip(self.cache, other.cache, strict=True)))
+        else:
+            self.cache = self.cache or other.cache

@@ -77,6 +77,11 @@ class HttpCall(Call[HttpAnswer]):
             )
         return milliseconds / 1000
 
+    def priority(self) -> str | None:
+        """See `Call`."""
+        header = self._headers.get(b"x-priority")
+        return None if header is None else header.decode("latin-1")
+
     def announced_bytes(self) -> int:
         """See `Call`."""
         encoding = self._headers.get(b"content-encoding", b"")
@@ -158,6 +163,7 @@ class PredictCall(HttpCall):
                 {
                     "filename": part.filename,
                     "predictions": _predictions(result, manifest.labels, self._top_k),
+                    "cached": result.cached,
                     "batch_size": result.batch_size,
                     "latency_ms": latency,
                 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-from server.counts import Counts, Queue
+from server.counts import Compared, Counts, Queue
 from server.registry import Change, EngineRow, Registry
 from server.telemetry import EngineKey, Telemetry
 
@@ -52,6 +52,9 @@ class Alone:
 
 def counts_of(telemetry: Telemetry, registry: Registry) -> Counts:
     """The counts of this process; a view, not a copy."""
+    for stats in telemetry.engines.values():
+        if stats.predictions is not None:
+            stats.predictions.settle()
     queues = {
         EngineKey.of(scheduler.engine.manifest): Queue(
             scheduler.pending, scheduler.queue_limit, scheduler.health.lost is not None
@@ -66,4 +69,11 @@ def counts_of(telemetry: Telemetry, registry: Registry) -> Counts:
         engines=telemetry.engines,
         queues=queues,
         default=registry.default,
+        shadows={
+            EngineKey.of(it.candidate.engine.manifest): Compared(
+                it.primary.engine.manifest.name, it.share, it.counts
+            )
+            for it in registry.shadows.values()
+        },
+        cache=None if registry.answers is None else registry.answers.held,
     )

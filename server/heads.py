@@ -42,6 +42,15 @@ def check_target(url: bytes) -> None:
         raise Problem("malformed-request", "the request's target is no path, or has control characters")
 
 
+def without_offer(
+    method: bytes, target: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]
+) -> bytes:
+    """The head again, less the other protocol that it offers to speak."""
+    line = b"%b %b HTTP/%b" % (method, target, version.encode())
+    kept = [b"%b: %b" % header for header in headers if header[0] != b"upgrade"]
+    return b"\r\n".join([line, *kept, b"", b""])
+
+
 def head_too_large() -> Problem:
     """What is answered to a head, or a body's framing, of more than `HEAD_LIMIT`."""
     return Problem(

@@ -22,7 +22,7 @@ class Result(NamedTuple):
         logits: same shape and dtype.
         order: `int64`, class numbers by falling logit, ties by number; as many as the request asked for, or
             more.
-        batch_size: images in its batch.
+        batch_size: images in its batch; 0: it was kept from before.
         admitted: the request was admitted.
         decoding: a thread began to decode the image.
         decoded: its pixels were there.
@@ -43,6 +43,11 @@ class Result(NamedTuple):
     computed: float
     delivered: float
     device: Mapping[str, float]
+
+    @property
+    def cached(self) -> bool:
+        """Whether it was kept from before: nothing was computed, and its stages took no time."""
+        return not self.batch_size
 
     @property
     def decode(self) -> float:
@@ -66,6 +71,8 @@ class Result(NamedTuple):
 
     def stages(self) -> list[tuple[str, float, float]]:
         """What happened when: name, begin and end."""
+        if self.cached:
+            return [("cache", self.admitted, self.delivered)]
         return [
             ("queue for decoding", self.admitted, self.decoding),
             ("decode", self.decoding, self.decoded),
@@ -87,7 +94,8 @@ class Job:
         top: how many classes of each image to rank.
         turn: the round of the backlog in which its first image has its turn; each further image has its own
             in the round after.
-        small: has so few images that it need not share with large ones.
+        behind: rounds that it gives way to others: it is of low priority if there are any.
+        small: has so few images that it need not share with large ones; none of low priority is.
         results: by image; None for those still under way.
         remaining: how many are under way.
         over: answered or dropped; decoding and slot threads read it too.
@@ -95,19 +103,27 @@ class Job:
     """
 
     __slots__ = (
-        *("admitted", "deadline", "decoding_seconds", "done", "over"),
+        *("admitted", "behind", "deadline", "decoding_seconds", "done", "over"),
         *("remaining", "results", "small", "top", "turn"),
     )
 
     def __init__(
-        self, count: int, admitted: float, deadline: float, done: Done, top: int, turn: int = 0
+        self,
+        count: int,
+        admitted: float,
+        deadline: float,
+        done: Done,
+        top: int,
+        turn: int = 0,
+        behind: int = 0,
     ) -> None:
         self.admitted = admitted
         self.deadline = deadline
         self.done = done
         self.top = top
-        self.turn = turn
-        self.small = count <= SMALL
+        self.turn = turn + behind
+        self.behind = behind
+        self.small = count <= SMALL and not behind
         self.results: list[Result | None] = [None] * count
         self.remaining = count
         self.over = False
@@ -124,16 +140,18 @@ class Image:
         plan: how it will be decoded, where that was asked before.
         decoding: when a thread began to decode it, by `time.monotonic`.
         decoded: when its pixels were there.
+        key: what its answer is kept by; None: it is not kept.
         ready_at: when it joined the backlog.
         turn: the round in which it leaves the backlog; see `Job`.
     """
 
-    __slots__ = ("data", "decoded", "decoding", "index", "job", "plan", "ready_at", "turn")
+    __slots__ = ("data", "decoded", "decoding", "index", "job", "key", "plan", "ready_at", "turn")
 
     def __init__(self, job: Job, index: int, data: bytes | Pixels) -> None:
         self.job = job
         self.index = index
         self.data = data
+        self.key: bytes | None = None
         self.plan: Plan | None = None
         self.decoding = job.admitted
         self.decoded = job.admitted

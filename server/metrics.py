@@ -35,6 +35,9 @@ class _CountsCollector(Collector):
         yield from self._requests()
         yield from self._engines()
         yield from self._engine_stats()
+        yield from self._predictions()
+        yield from self._cache()
+        yield from self._shadows()
         yield from self._device_readings()
 
     def _processes(self) -> Iterator[Metric]:
@@ -48,6 +51,63 @@ class _CountsCollector(Collector):
             value = combine(metric.samples[0].value for metric in metrics)
             metrics[0].samples = [metrics[0].samples[0]._replace(value=value)]
             yield metrics[0]
+
+    def _predictions(self) -> Iterator[Metric]:
+        labels = CounterMetricFamily(
+            "trimrt_predictions", "Images by their likeliest label.", labels=(*_ENGINE_LABELS, "label")
+        )
+        confidence = HistogramMetricFamily(
+            "trimrt_confidence", "Probability of an image's likeliest label.", labels=_ENGINE_LABELS
+        )
+        drift = GaugeMetricFamily(
+            "trimrt_drift",
+            "Population stability index of the recent images beside the validation images.",
+            labels=(*_ENGINE_LABELS, "of"),
+        )
+        for key, stats in self._counts.engines.items():
+            if (predictions := stats.predictions) is None:
+                continue
+            for label, count in predictions.by_label().items():
+                labels.add_metric((*key, label), count)
+            confidence.add_metric(key, predictions.cumulative(), predictions.sum)
+            for of, index in predictions.drift().items():
+                drift.add_metric((*key, of), index)
+        yield from (labels, confidence, drift)
+
+    def _cache(self) -> Iterator[Metric]:
+        if self._counts.cache is None:
+            return
+        images = CounterMetricFamily(
+            "trimrt_cache_images",
+            "Images that were looked for among the answers kept from before.",
+            labels=(*_ENGINE_LABELS, "outcome"),
+        )
+        for key, stats in self._counts.engines.items():
+            images.add_metric((*key, "hit"), stats.hits)
+            images.add_metric((*key, "miss"), stats.misses)
+        held = self._counts.cache
+        yield images
+        yield GaugeMetricFamily("trimrt_cache_bytes", "Memory of the answers kept.", held.bytes)
+        yield GaugeMetricFamily("trimrt_cache_limit_bytes", "What they may take.", held.limit)
+
+    def _shadows(self) -> Iterator[Metric]:
+        images = CounterMetricFamily(
+            "trimrt_shadow_images",
+            "Images of a shadow engine, by what became of them.",
+            labels=(*_ENGINE_LABELS, "of", "outcome"),
+        )
+        difference = CounterMetricFamily(
+            "trimrt_shadow_difference",
+            "Sum of the differences in the probability of the label that was answered.",
+            labels=(*_ENGINE_LABELS, "of"),
+        )
+        for key, (of, _, counts) in self._counts.shadows.items():
+            images.add_metric((*key, of, "agreed"), counts.agreed)
+            images.add_metric((*key, of, "disagreed"), counts.compared - counts.agreed)
+            images.add_metric((*key, of, "dropped"), counts.dropped)
+            images.add_metric((*key, of, "failed"), counts.failed)
+            difference.add_metric((*key, of), counts.difference)
+        yield from (images, difference)
 
     def _device_readings(self) -> Iterator[Metric]:
         families: dict[str, GaugeMetricFamily] = {}

@@ -6,8 +6,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -52,18 +52,32 @@ class RequestContext:
         try:
             await self._app(routed, receive, send_with_id)
         finally:
-            if access_log.isEnabledFor(logging.INFO):
-                access_log.info(
-                    "request",
-                    extra={
-                        "request_id": request_id,
-                        "method": scope["method"],
-                        "path": scope["path"],
-                        "status": status,
-                        "duration_ms": round((time.monotonic() - started) * 1000, 3),
-                        "client": (scope["client"] or ("",))[0],
-                    },
-                )
+            log_access(scope, scope["method"], scope["path"], status, request_id, started)
+
+
+def log_access(
+    scope: Mapping[str, Any],
+    method: str,
+    path: str,
+    status: int,
+    request_id: str,
+    started: float,
+    **more: object,
+) -> None:
+    """Write a request's line in the access log, if that is on; it began at `started` and ends now."""
+    if access_log.isEnabledFor(logging.INFO):
+        access_log.info(
+            "request",
+            extra={
+                "request_id": request_id,
+                "method": method,
+                "path": path,
+                "status": status,
+                "duration_ms": round((time.monotonic() - started) * 1000, 3),
+                "client": (scope["client"] or ("",))[0],
+                **more,
+            },
+        )
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

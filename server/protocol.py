@@ -13,26 +13,19 @@ from contextlib import suppress
 from typing import Any, Final
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.deadline import Deadline
-from server.heads import HEAD_LIMIT, as_problem, check_size, check_target, check_version, head_too_large
+from server import heads
+from server.patience import Patience
 from server.problems import Problem
 from server.service import service_of
-from server.transport import CycleTransport, Flow
-
-LINGER_S: Final = 30.0
-"""How long the rest of a request is read that was answered before its end, seconds."""
-LINGER_QUIET_S: Final = 5.0
-"""The same while nothing comes, seconds."""
-LINGER_BYTES: Final = 1 << 30
-"""How much of it is read."""
+from server.transport import CycleTransport, Flow, last_answer
 
 # Bytes parsed at once. The shortest requests that fit in a piece are parsed in a few milliseconds.
 _PIECE: Final = 4 << 10
 _LARGE_PIECE: Final = 64 << 10  # of a body
-_SMALL: Final = HEAD_LIMIT // 2  # a head of so many bytes and `_FEW` headers is within the limit
-_FEW: Final = HEAD_LIMIT // 2 // 32
+_SMALL: Final = heads.HEAD_LIMIT // 2  # a head of so many bytes and `_FEW` headers is within the limit
+_FEW: Final = heads.HEAD_LIMIT // 2 // 32
 _TURN_S: Final = 0.002  # how long what one connection received is parsed before others get their turn
 _PROBE_S: Final = 1.0
 _CHECKED: Final = frozenset({b"host", b"transfer-encoding", b"expect"})
@@ -42,7 +35,8 @@ _IDLE, _HEAD, _BODY = 0, 1, 2  # the newest request is whole or there is none; i
 class HardenedProtocol(HttpToolsProtocol):
     """One client's connection; every request goes to the ASGI application.
 
-    Subclasses may answer a request themselves. While they do, `cycle.response_complete` is false.
+    Subclasses may answer a request themselves. While they do, `cycle.response_complete` is false. They may
+    hand the connection over to another protocol.
     """
 
     cycle: Any
@@ -59,24 +53,22 @@ class HardenedProtocol(HttpToolsProtocol):
         self.ending = False  # no request follows those that are under way
         self._closing = False  # nothing is answered any more
         self._deaf = False  # nothing is parsed any more
+        self.handed_over = False  # the transport has another protocol, which tells of the connection's end
         self._eof = False  # the client sends nothing any more
         self._held = memoryview(b"")  # what came and is not parsed yet
-        self._dropped = 0  # bytes of a request that was answered before its end
         keep_alive, timeout = self.timeout_keep_alive, self.service.settings.timeout_ms / 1000
-        self._head_s = min(keep_alive or math.inf, timeout)
-        self._deadline = Deadline(self.loop, self._cut_off)
-        self._latest = 0.0  # until when its head, or the rest of an answered request, must be there
+        self._patience = Patience(self.loop, self._cut_off, keep_alive, timeout)
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The transport: a client has connected."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self.flow = Flow(self.transport)
-        self._deadline.move(self.loop.time() + (self.timeout_keep_alive or self._head_s))
+        self._patience.await_first()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport: the client is gone."""
-        self._deadline.cancel()
+        self._patience.cancel()
         if self._unread is not None:
             self._unread.cancel()
         self._closing = True
@@ -89,7 +81,7 @@ class HardenedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes | memoryview) -> None:
         """The transport: something came."""
         size = len(data)
-        self._deadline.until = math.inf
+        self._patience.until = math.inf
         with self.service.registry.decoding_limits.precedence:
             if size <= _PIECE and not self.pipeline:
                 self._parse(data)
@@ -133,15 +125,18 @@ class HardenedProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
             offer = error.args[0]
+            if self._takes_up(early=offer < size):
+                return None
         except httptools.HttpParserError as error:
-            self._reject(as_problem(error))
+            self._reject(heads.as_problem(error))
             return None
         else:
             if self._phase != _IDLE:
                 self._check_unfinished(size)
             return None
         # llhttp takes what follows for the other protocol's. RFC 9110, 7.8: an offer may be ignored.
-        head = self._head_without_offer()
+        version = self.parser.get_http_version()
+        head = heads.without_offer(self.parser.get_method(), self.url, version, self.headers)
         # After a request that is the connection's last, the old one takes no more.
         self.parser = httptools.HttpRequestParser(self)
         with suppress(AttributeError):  # httptools before 0.6.3
@@ -149,26 +144,37 @@ class HardenedProtocol(HttpToolsProtocol):
         self._parse_to_offer(head)
         return memoryview(data)[offer:]
 
+    def _takes_up(self, *, early: bool) -> bool:
+        """Take up the offer of the head that is there, or refuse it; whether either was done."""
+        if self._under_way() or self.ending:
+            return False
+        try:
+            heads.check_size(self.url, self.headers)
+            heads.check_version(self.parser.get_http_version(), host=self._host, chunked=self._chunked)
+            self._deaf = self.handed_over = self.take_up(early=early)
+        except Problem as problem:
+            self._reject(problem)
+            return True
+        return self.handed_over
+
+    def take_up(self, *, early: bool) -> bool:
+        """Give the transport another protocol, if the head that is there offers one that is spoken here.
+
+        `early`: something came before the offer was answered. Raises a `Problem` to refuse the request.
+        """
+        return False
+
     def _check_unfinished(self, size: int) -> None:
         """Refuse a head, or what surrounds a body's chunks, that takes too much already."""
         if self._phase == _HEAD:
             # What came before it in its first piece was counted too; `begins` looks closer.
-            too_much = self._head_size > HEAD_LIMIT + _LARGE_PIECE
+            too_much = self._head_size > heads.HEAD_LIMIT + _LARGE_PIECE
         else:
             self._framing = 0 if self.progress else self._framing + size
             self.progress = False
-            too_much = self._framing > HEAD_LIMIT
+            too_much = self._framing > heads.HEAD_LIMIT
         if too_much:
-            self._reject(head_too_large())
-
-    def _head_without_offer(self) -> bytes:
-        line = b"%b %b HTTP/%b" % (
-            self.parser.get_method(),
-            self.url,
-            self.parser.get_http_version().encode(),
-        )
-        headers = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
-        return b"\r\n".join([line, *headers, b"", b""])
+            self._reject(heads.head_too_large())
 
     # --- the parser's calls, in their order ------------------------------------------------------------
 
@@ -179,7 +185,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self._host = self._chunked = False  # whether the head has such a header
         self._phase = _HEAD
-        self._latest = 0.0
+        self._patience.begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; or a trailer, which says nothing that counts."""
@@ -214,12 +220,12 @@ class HardenedProtocol(HttpToolsProtocol):
                 raise Problem("method-not-allowed", "this server is no proxy")
             return False  # it is parsed again, without the offer
         if self._head_size > _SMALL or len(self.headers) > _FEW:
-            check_size(self.url, self.headers)
+            heads.check_size(self.url, self.headers)
         self.version = self.parser.get_http_version()
         if self.version != "1.1" or not self._host:
-            check_version(self.version, host=self._host, chunked=self._chunked)
+            heads.check_version(self.version, host=self._host, chunked=self._chunked)
         self._phase = _BODY
-        self._latest = 0.0
+        self._patience.begin()
         self.progress = True
         return not self._closing
 
@@ -227,7 +233,7 @@ class HardenedProtocol(HttpToolsProtocol):
         """Let uvicorn make of the head what the application needs."""
         url, headers, expects = self.url, self.headers, self.expect_100_continue
         self._phase = _HEAD
-        check_target(url)
+        heads.check_target(url)
         self._phase = _BODY
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
@@ -289,7 +295,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self._held = memoryview(b"")
         self.flow.release()
         self.transport.write_eof()
-        self._latest = 0.0
+        self._patience.begin()
         self.await_client()
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -338,10 +344,7 @@ class HardenedProtocol(HttpToolsProtocol):
         if under_way:
             self.flow.pause_reading()  # those before it are answered, then the connection ends
             return
-        headers = [*self.server_state.default_headers, *problem.response().raw_headers]
-        lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
-        body = bytes(problem.response().body)
-        self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", body]))
+        self.transport.write(last_answer(problem, self.server_state.default_headers))
         self.end()
 
     def abandon(self) -> None:
@@ -357,19 +360,14 @@ class HardenedProtocol(HttpToolsProtocol):
         Args:
             size: bytes that have just come.
         """
-        now = self.loop.time()
+        if self.handed_over:
+            return
         if self._phase == _IDLE and not self._closing:
-            self._deadline.move(now + self.timeout_keep_alive)
+            self._patience.await_request()
         elif self._phase == _HEAD and not self._closing:
-            self._latest = self._latest or now + self._head_s
-            self._deadline.move(self._latest)
-        else:  # the rest of a request that is answered
-            if not self._latest:
-                self._latest = now + LINGER_S
-                self._dropped = 0
-            self._dropped += size
-            too_much = self._dropped > LINGER_BYTES
-            self._deadline.move(now if too_much else min(self._latest, now + LINGER_QUIET_S))
+            self._patience.await_head()
+        else:
+            self._patience.await_rest(size)
 
     def _cut_off(self) -> None:
         if self._closing or self.transport.get_write_buffer_size():
@@ -381,7 +379,7 @@ class HardenedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The transport: the client does not read its answers."""
         super().pause_writing()
-        self._unread = self.loop.call_later(self.timeout_keep_alive or self._head_s, self.transport.abort)
+        self._unread = self.loop.call_later(self._patience.unread_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         """The transport: it reads again."""

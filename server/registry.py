@@ -19,11 +19,13 @@ from runtime.loading import load_engine
 from runtime.manifest import Activation, EngineError, Manifest
 from runtime.packages import Stamp, choose_packages, find_package, stamp_of, survey
 from runtime.threads import run_in_engine_thread
+from server.answers import AnswerCache
 from server.decoding import DecodePool
 from server.decoding_limits import DecodingLimits
 from server.problems import Problem
 from server.scheduler import Scheduler
 from server.settings import Settings
+from server.shadow import Shadow
 from server.telemetry import Telemetry
 
 log = logging.getLogger("trimrt.registry")
@@ -118,6 +120,7 @@ class Registry:
     ) -> None:
         self.loaded: dict[str, Scheduler] = {}
         self.default: str | None = None
+        self.shadows: dict[str, Shadow] = {}
         self._refusal = ""
         self._refusals: dict[Path, tuple[Stamp, str]] = {}  # why a package could not be loaded
         self._folders: dict[str, Path] = {}
@@ -125,6 +128,8 @@ class Registry:
         self._telemetry = telemetry
         self._load = load or partial(load_engine, options=engine_options(settings))
         self._pool = DecodePool(settings.decode_threads)
+        most = (settings.cache_mib << 20) // settings.workers
+        self.answers = AnswerCache(most) if most else None
         self.decoding_limits = DecodingLimits(settings)
         self._on_lost = on_lost
         self._changing = asyncio.Lock()
@@ -154,10 +159,63 @@ class Registry:
         }
 
     def check_health(self) -> None:
-        """Raise the problem `not-ready` if an engine is lost."""
-        for scheduler in self.loaded.values():
-            if scheduler.health.lost is not None:
+        """Raise the problem `not-ready` if an engine is lost that is more than tried."""
+        for name, scheduler in self.loaded.items():
+            if scheduler.health.lost is not None and not self._is_tried(name):
                 raise Problem("not-ready", scheduler.health.lost)
+
+    def _is_tried(self, name: str) -> bool:
+        """Whether the engine `name` is a shadow, and not the one for requests that name none."""
+        return name in self.shadows and name != self.default
+
+    def _tell_lost(self, name: str, error: EngineLostError) -> None:
+        if self._on_lost is not None and not self._is_tried(name):
+            self._on_lost(error)
+
+    def _is_busy(self) -> bool:
+        """Whether anybody waits for an engine."""
+        return any(scheduler.pending for scheduler in self.loaded.values())
+
+    def shadow(self, name: str) -> Shadow:
+        """The shadow that the engine `name` is.
+
+        Raises:
+            Problem: `engine-not-found`: it is none.
+        """
+        if name not in self.shadows:
+            raise Problem("engine-not-found", f"{name!r} is no engine's shadow")
+        return self.shadows[name]
+
+    def set_shadow(self, name: str, of: str, share: float) -> None:
+        """Run the loaded engine `name` on a share of the images that the engine `of` answers.
+
+        Raises:
+            Problem: `engine-not-found`, `invalid-parameter` or `not-supported`.
+        """
+        if self._settings.workers > 1:
+            raise Problem("not-supported", "shadows are for one worker; each would compare images of its own")
+        shadow = Shadow(self.get(name), self.get(of), share, self._is_busy)
+        if name in self.shadows:
+            self.end_shadow(name)
+        self.shadows[name] = shadow
+        self._telemetry.observers.append(shadow)
+
+    def end_shadow(self, name: str) -> None:
+        """Let the engine `name` be no shadow any more.
+
+        Raises:
+            Problem: `engine-not-found`: it is none.
+        """
+        shadow = self.shadow(name)
+        del self.shadows[name]
+        self._telemetry.observers.remove(shadow)
+        shadow.close()
+
+    def _end_shadows(self, scheduler: Scheduler) -> None:
+        """End those that compare an engine which is about to go."""
+        for name, shadow in list(self.shadows.items()):
+            if scheduler in (shadow.candidate, shadow.primary):
+                self.end_shadow(name)
 
     async def find(self, name: str) -> Path:
         """The folder of the newest package of that name.
@@ -211,12 +269,14 @@ class Registry:
             self.default = manifest.name
         log.info("engine loaded", extra={"engine": manifest.name, "version": manifest.version})
         if replaced is not None:
+            self._end_shadows(replaced)
             await replaced.close()
         return self._row(manifest, "loaded")
 
     async def _remove(self, scheduler: Scheduler) -> EngineRow:
         manifest = scheduler.engine.manifest
         del self.loaded[manifest.name], self._folders[manifest.name]
+        self._end_shadows(scheduler)
         await scheduler.close()
         return self._row(manifest, "available")
 
@@ -244,9 +304,12 @@ class Registry:
             self._telemetry.engine(manifest),
             queue_limit=self._settings.queue_limit,
             decoding_limits=self.decoding_limits,
-            health=Health(manifest.name, self._settings.max_failed_batches, self._on_lost),
+            health=Health(
+                manifest.name, self._settings.max_failed_batches, partial(self._tell_lost, manifest.name)
+            ),
             max_batch_delay=self._settings.max_batch_delay_ms / 1000,
             linux_scheduling=self._settings.linux_scheduling,
+            answers=None if self.answers is None else self.answers.of(manifest),
         )
         try:
             await scheduler.start()
@@ -269,6 +332,8 @@ class Registry:
     async def close(self) -> None:
         """Answer what was admitted, and free every engine."""
         async with self._changing:
+            for name in list(self.shadows):
+                self.end_shadow(name)
             schedulers = list(self.loaded.values())
             self.loaded.clear()
             self._folders.clear()

@@ -14,15 +14,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Final, cast
+
+import numpy as np
 
 from models.preprocessing import Pixels
 from runtime.batching import Shares
 from runtime.engine import Engine
 from runtime.health import Health
 from runtime.threads import run_in_engine_thread
+from server.answers import EngineAnswers
 from server.backlog import Backlog
 from server.decoding import DecodePool, Decoder
 from server.decoding_limits import DecodingLimits
@@ -32,6 +35,10 @@ from server.problems import Problem
 from server.stats import EngineStats
 from server.workers import Worker
 
+LOW_ROUNDS: Final = 16
+"""How many rounds of the backlog a request of low priority gives way to others."""
+
+_NOTHING: Final[Mapping[int, Result]] = {}
 _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 
@@ -68,6 +75,7 @@ class Scheduler:
         health: learns which batches failed.
         max_batch_delay: how long an idle slot waits for a fuller batch, seconds.
         linux_scheduling: see `runtime.priority`.
+        answers: those of before; None: they are not kept.
     """
 
     def __init__(
@@ -81,11 +89,13 @@ class Scheduler:
         health: Health,
         max_batch_delay: float,
         linux_scheduling: bool,
+        answers: EngineAnswers | None = None,
     ) -> None:
         self.engine = engine
         self.stats = stats
         self.queue_limit = queue_limit
         self.health = health
+        self.answers = answers
         self._pool = pool
         self._decoder = Decoder(engine.manifest.preprocessing, decoding_limits)
         self._decodes_in_slot = engine.on_cpu
@@ -99,6 +109,7 @@ class Scheduler:
         )
         self._service_time = ServiceTime()
         self._jobs: set[Job] = set()  # under way
+        self._low: set[Job] = set()  # those of low priority
         self._retired = False  # admits no more
         self._workers: list[Worker] = []
         self._runs: list[asyncio.Task[None]] = []  # the workers'
@@ -145,17 +156,21 @@ class Scheduler:
                 raise outcome
         self._brief = self._brief and self.engine.is_brief
 
-    def check_room(self, images: int) -> None:
+    def check_room(self, images: int, *, low: bool = False) -> None:
         """Make sure that a request of so many images fits the queue.
 
         Requests take turns, so it waits for at most as many images of each other request as it has itself.
-        Many images in few requests leave room for small requests.
+        Many images in few requests leave room for small requests. Those of `low` priority take no room from
+        the others.
 
         Raises:
             Problem: `queue-full`, with `Retry-After` from the measured service time.
         """
         one = images == 1  # the sum is the same then, but takes longer
-        ahead = len(self._jobs) if one else sum(min(job.remaining, images) for job in self._jobs)
+        if one:
+            ahead = len(self._jobs) if low else len(self._jobs) - len(self._low)
+        else:
+            ahead = sum(min(job.remaining, images) for job in self._jobs if low or not job.behind)
         if ahead + images > self.queue_limit:
             seconds = max(1, math.ceil(self.pending * self._service_time.per_image))
             raise Problem(
@@ -165,7 +180,16 @@ class Scheduler:
                 headers={"Retry-After": str(seconds)},
             )
 
-    def submit(self, images: Sequence[bytes | Pixels], deadline: float, done: Done, *, top: int) -> Job:
+    def submit(
+        self,
+        images: Sequence[bytes | Pixels],
+        deadline: float,
+        done: Done,
+        *,
+        top: int,
+        low: bool = False,
+        keys: Sequence[bytes] = (),
+    ) -> Job:
         """Admit `images`, to run them through the engine in as many batches as it takes.
 
         Args:
@@ -176,6 +200,9 @@ class Scheduler:
                 image in their order, or with the problem: `image-damaged`, `unsupported-media-type` or
                 `image-too-large` for an image that cannot be decoded, or `inference-failed`.
             top: how many classes of each image to rank.
+            low: let others go first, and never run it on the event loop's thread.
+            keys: of the images among `answers`, which are then looked up and kept there. What is found takes
+                no room in the queue.
 
         Raises:
             Problem: `queue-full` or `not-ready`; nothing was admitted.
@@ -184,14 +211,27 @@ class Scheduler:
             raise Problem(
                 "not-ready", "the engine is being unloaded; try again", headers={"Retry-After": "1"}
             )
-        self.check_room(len(images))
-        job = Job(len(images), time.monotonic(), deadline, done, top, self._backlog.round + 1)
+        found = self._find(keys, top) if keys else _NOTHING
+        self.check_room(len(images) - len(found), low=low)
+        turn, behind = self._backlog.round + 1, LOW_ROUNDS if low else 0
+        job = Job(len(images), time.monotonic(), deadline, done, top, turn, behind)
+        if keys:
+            self._take_found(job, found)
+            if not job.remaining:
+                return job
         self._jobs.add(job)
+        if low:
+            self._low.add(job)
         self._backlog.expect(job)
-        self._backlog.under_way += len(images)
+        self._backlog.under_way += job.remaining
         ready, encoded = list[Image](), list[Image]()
         for index, data in enumerate(images):
+            if index in found:
+                continue
             image = Image(job, index, data)
+            if keys:
+                image.key = keys[index]
+                image.turn = job.turn + len(ready) + len(encoded)  # those found take no turns
             if self._decodes_in_slot or not isinstance(data, bytes):
                 ready.append(image)
             else:
@@ -204,6 +244,26 @@ class Scheduler:
         else:
             self._backlog.put(ready)
         return job
+
+    def _find(self, keys: Sequence[bytes], top: int) -> dict[int, Result]:
+        """The answers that are kept, by the number of the image."""
+        assert self.answers is not None
+        found = {}
+        for index, key in enumerate(keys):
+            if (result := self.answers.find(key, top)) is not None:
+                found[index] = result
+        return found
+
+    def _take_found(self, job: Job, found: Mapping[int, Result]) -> None:
+        for index, result in found.items():
+            job.results[index] = result
+        job.remaining -= len(found)
+        self.stats.hits += len(found)
+        self.stats.misses += job.remaining
+        if found and self.stats.predictions is not None:
+            self.stats.predictions.add(np.stack([result.probabilities for result in found.values()]))
+        if not job.remaining:
+            self._loop.call_soon(self._finish, job)
 
     def _is_alone(self) -> bool:
         """Whether one image is under way, large requests aside, and the worker for it waits."""
@@ -295,18 +355,30 @@ class Scheduler:
             self.stats.image(result.decode, result.queue, result.inference, result.total, batch.device)
             job.remaining -= 1
             self._release(1)
+            if image.key is not None and self.answers is not None:
+                self.answers.keep(image.key, result)
             if job.remaining == 0:
-                job.over = True
                 self._jobs.remove(job)
-                job.done(cast("list[Result]", job.results))
+                self._low.discard(job)
+                self._finish(job)
         self.health.succeeded()
         self.stats.batches[size] += 1
+        self.stats.inference[size] += batch.finished - batch.started
+        if self.stats.predictions is not None:
+            self.stats.predictions.add(batch.probabilities)
         self._service_time.measure(size, batch.started, now)
+
+    def _finish(self, job: Job) -> None:
+        """Answer a job, all of whose results are there."""
+        if not job.over:
+            job.over = True
+            job.done(cast("list[Result]", job.results))
 
     def _end(self, job: Job) -> None:
         """End `job` without results, and give back its room in the queue."""
         job.over = True
-        self._jobs.remove(job)
+        self._jobs.discard(job)
+        self._low.discard(job)
         self._release(job.remaining)
 
     def _release(self, images: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.cores import cores
@@ -59,6 +60,12 @@ class Settings(BaseSettings):
         description="TCP port for the Open Inference Protocol over gRPC; off unless set.",
     )
 
+    client_shared_memory: bool = Field(
+        default=False,
+        description="Let programs on this machine register shared memory for the Open Inference Protocol's "
+        "tensors; Linux, one worker.",
+    )
+
     watch: bool = Field(
         default=False, description="Load engine packages that appear or change in the engine directory."
     )
@@ -74,6 +81,17 @@ class Settings(BaseSettings):
         description="Ask programs on this machine for no key. Not behind a proxy on this machine.",
     )
     protect_predict: bool = Field(default=False, description="Ask for the key for inference too.")
+    client_keys: Path | None = Field(
+        default=None,
+        description="File of keys for inference alone, one a line; none may manage. With --protect-predict "
+        "they let in; with --rate-limit each has a rate of its own.",
+    )
+    rate_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="Images a second that each key may ask for, and all callers without a key together; "
+        "beyond it, 429. No limit unless set.",
+    )
     cors_origin: str = Field(
         default="",
         description="Web site whose pages may call the server, like https://example.org; several with "
@@ -160,10 +178,27 @@ class Settings(BaseSettings):
         default=30.0, ge=0, description="How long a stop waits for accepted requests, seconds."
     )
 
+    cache_mib: int = Field(
+        default=0,
+        ge=0,
+        description="Memory in which answers are kept, MiB, for images that come again to the same engine; "
+        "0: none are.",
+    )
+
     access_log: bool = Field(default=False, description="Log every request.")
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="auto is text on a terminal, else JSON."
     )
+    keep: Path | None = Field(
+        default=None,
+        description="Folder in which to keep images that an engine was unsure of, for the next training; "
+        "no image is stored unless this is set.",
+    )
+    keep_below: float = Field(
+        default=0.5, gt=0, le=1, description="Keep images whose likeliest label is less probable than this."
+    )
+    keep_share: float = Field(default=0.01, gt=0, le=1, description="Share of those images that is kept.")
+    keep_mib: int = Field(default=256, ge=1, description="Most that the folder of kept images may hold, MiB.")
     otlp_endpoint: str = Field(
         default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
         description="Where OpenTelemetry traces go, over OTLP/HTTP; OTEL_EXPORTER_OTLP_ENDPOINT works too.",
@@ -177,6 +212,22 @@ class Settings(BaseSettings):
         """Whose engine packages are served; the keys are read once."""
         return trust_in(self.trusted_key)
 
+    @cached_property
+    def inference_keys(self) -> frozenset[bytes]:
+        """SHA-256 of the keys in `client_keys`, which is read once."""
+        lines = [] if self.client_keys is None else self.client_keys.read_text("utf-8").splitlines()
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if any(not key.isascii() or not key.isprintable() for key in keys):
+            raise ValueError("a key has characters beyond printable ASCII")
+        if self.client_keys is not None and not keys:
+            raise ValueError("there is no key")
+        return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
+
+    @cached_property
+    def cors_origins(self) -> frozenset[str]:
+        """The sites of `cors_origin`."""
+        return frozenset(origin.strip().rstrip("/") for origin in self.cors_origin.split(",")) - {""}
+
     @field_validator("formats")
     @classmethod
     def _check_formats(cls, formats: str) -> str:
@@ -189,6 +240,22 @@ class Settings(BaseSettings):
     @classmethod
     def _one_for_every_core(cls, workers: object) -> object:
         return cores() if workers == "auto" else workers
+
+    @model_validator(mode="after")
+    def _has_client_keys(self) -> Settings:
+        try:
+            self.inference_keys  # noqa: B018 - read, and kept
+        except (OSError, ValueError) as error:
+            raise ValueError(f"client_keys: {self.client_keys} cannot be used: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_knows_the_regions(self) -> Settings:
+        if self.client_shared_memory and self.workers > 1:
+            raise ValueError(
+                "client_shared_memory works with one worker: each process would know other regions"
+            )
+        return self
 
     @field_validator("api_key")
     @classmethod

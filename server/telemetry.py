@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from models.preprocessing import Pixels
 from runtime.manifest import Manifest
+from server.auth import Caller
 from server.jobs import Result
+from server.predictions import Predictions
 from server.problems import Problem
 from server.stats import EngineStats
 
@@ -34,10 +37,10 @@ class RequestKey(NamedTuple):
     """How one inference request ended.
 
     Attributes:
-        protocol: `predict`, `v2-rest` or `v2-grpc`.
+        protocol: `predict`, `stream` (each frame), `v2-rest` or `v2-grpc`.
         outcome: `ok`, `invalid` (the client's fault), `rejected` (no room, or not ready), `expired`,
             `cancelled` or `failed` (the server's fault).
-        reason: the problem's name; empty when ok.
+        reason: the problem's name; `disconnected`, or `superseded` by a newer frame; empty when ok.
     """
 
     protocol: str
@@ -50,17 +53,19 @@ class Ended(NamedTuple):
 
     Attributes:
         key: how it ended.
-        headers: the request's; names in lower case.
+        caller: who asked; called by whoever wants to know, for headers are read each time.
         began: when it began, by `time.monotonic`.
         manifest: of the engine that was asked; None if it did not come to that.
         results: its images' results; empty unless they were computed.
+        images: its images, as they came; empty if it did not come to that.
     """
 
     key: RequestKey
-    headers: Mapping[str, str]
+    caller: Callable[[], Caller]
     began: float
     manifest: Manifest | None
     results: Sequence[Result]
+    images: Sequence[bytes | Pixels]
 
 
 class RequestObserver(Protocol):
@@ -82,19 +87,48 @@ def outcome_of(problem: Problem) -> str:
     return "failed" if problem.status >= 500 else "invalid"
 
 
-class Telemetry:
-    """Counters that outlive the engines they count."""
+class Sampling:
+    """Which requests leave a trace.
 
-    def __init__(self, observers: Sequence[RequestObserver] = ()) -> None:
+    Attributes:
+        every: of so many requests one does; 0: none.
+    """
+
+    def __init__(self) -> None:
+        self.every = 1
+        self._passed = 0
+
+    def takes(self) -> bool:
+        """Whether the request that just ended does."""
+        self._passed += 1
+        if not self.every or self._passed < self.every:
+            return False
+        self._passed = 0
+        return True
+
+
+class Telemetry:
+    """Counters that outlive the engines they count.
+
+    Args:
+        observers: told of every request.
+        sampling: of the traces; None: there are none.
+    """
+
+    def __init__(self, observers: Sequence[RequestObserver] = (), sampling: Sampling | None = None) -> None:
         self.started = time.time()
-        self.observers = observers
+        self.observers = list(observers)
+        self.sampling = sampling
         self.engines: dict[EngineKey, EngineStats] = {}
         self.requests: Counter[RequestKey] = Counter()
         self.in_flight = 0
 
     def engine(self, manifest: Manifest) -> EngineStats:
         """The statistics of an engine; a reloaded one goes on where it was."""
-        return self.engines.setdefault(EngineKey.of(manifest), EngineStats())
+        stats = self.engines.setdefault(EngineKey.of(manifest), EngineStats())
+        if stats.predictions is None or not stats.predictions.is_of(manifest):
+            stats.predictions = Predictions(manifest)
+        return stats
 
     def begin(self) -> float:
         """An inference request begins: now, by `time.monotonic`. It must `end`."""

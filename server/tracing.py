@@ -14,14 +14,20 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.telemetry import Ended
+from server.telemetry import Ended, Sampling
 from server.version import VERSION
 
 
 class Tracer:
-    """Exports spans over OTLP/HTTP, from a thread of its own."""
+    """Exports spans over OTLP/HTTP, from a thread of its own.
 
-    def __init__(self, endpoint: str) -> None:
+    Args:
+        endpoint: the collector's address.
+        sampling: which requests leave a trace.
+    """
+
+    def __init__(self, endpoint: str, sampling: Sampling) -> None:
+        self._sampling = sampling
         exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")
         resource = Resource.create({"service.name": "trimrt", "service.version": VERSION})
         self._provider = TracerProvider(resource=resource)
@@ -34,12 +40,14 @@ class Tracer:
 
         See `RequestObserver`.
         """
+        if not self._sampling.takes():
+            return
         epoch = time.time_ns() - int(time.monotonic() * 1e9)
 
         def at(seconds: float) -> int:
             return epoch + int(seconds * 1e9)
 
-        context = self._propagator.extract(request.headers)
+        context = self._propagator.extract(request.caller().headers)
         span = self._tracer.start_span(
             request.key.protocol, context, trace.SpanKind.SERVER, start_time=at(request.began)
         )

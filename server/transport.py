@@ -1,11 +1,14 @@
-"""What uvicorn's cycles get in the place of a connection's transport and of its flow control."""
+"""What uvicorn's cycles get for a connection's transport and flow control; a connection's last answer."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from server.problems import Problem
 
 
 class CycleTransport:
@@ -41,3 +44,11 @@ class Flow(FlowControl):
         """See `FlowControl`."""
         if not self._holds:
             super().resume_reading()
+
+
+def last_answer(problem: Problem, default_headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """The answer that tells of `problem` and of the connection's end."""
+    response = problem.response()
+    headers = [*default_headers, *response.raw_headers, (b"connection", b"close")]
+    lines = [b"%b: %b\r\n" % header for header in headers]
+    return b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", bytes(response.body)])

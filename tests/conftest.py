@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from click.testing import CliRunner, Result
 from shared import build_once
@@ -24,6 +25,10 @@ if TYPE_CHECKING:  # imported where they are used: most tests need no torch
 
 # A script's background jobs are born deaf to Ctrl-C, and so are their children: `make test &` would be too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine may take any time for an example, and fails no test by that.
+hypothesis.settings.register_profile("patient", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # Whoever takes the last file of all is soon done with it, so that pytest-xdist's workers end together.
 LONGEST_FIRST = (

@@ -32,6 +32,7 @@ COMMANDS: Final = {
         "Write an engine package as a Triton model.",
     ),
     "predict": ("trimrt.predict.command:predict", "Label a folder, files or a Parquet column at once."),
+    "watch": ("trimrt.watch.command:watch", "Label live video, or a film."),
     "cluster": ("trimrt.cluster.command:cluster", "Serve engine packages on a Ray cluster."),
     "doctor": ("trimrt.doctor.command:doctor", "Show what this machine has, and what stops the server."),
     "selftest": ("trimrt.selftest.command:selftest", "Test that TrimRT works on this machine."),

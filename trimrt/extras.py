@@ -20,6 +20,7 @@ _MODULES: Final = {
     "pycuda": ("pycuda",),
     "report": ("jinja2", "matplotlib", "sklearn"),
     "timm": ("timm",),
+    "watch": ("websockets",),
 }
 EXTRA_OF: Final = {module: extra for extra, modules in _MODULES.items() for module in modules}
 

@@ -16,7 +16,7 @@ from builder.compile.measurement import measure, measure_in_turns
 from builder.compile.publication import next_version, write_manifest
 from builder.compile.targets.base import INT8_REST, Artefact, CompileError, Target
 from builder.compile.targets.choice import open_target
-from builder.compile.verification import Gate, GateError, compare
+from builder.compile.verification import Gate, GateError, compare, engine_logits, predictions_of
 from builder.kit import (
     INPUT,
     LOGITS,
@@ -225,7 +225,8 @@ def _nearest(refused: Sequence[Rung]) -> Iterator[str]:
 def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: int) -> Evidence:
     """Load the engine as a server would, check it against the gate, then time it."""
     with closing(load_engine(folder)) as engine:
-        comparison = compare(engine, images)
+        logits = engine_logits(engine, images.pixels)
+        comparison = images.compare(logits, engine.manifest.activation)
         gate.check(comparison)
         speed = measure(engine)
     return Evidence(
@@ -234,6 +235,7 @@ def _verify(folder: Path, images: VerificationSet, gate: Gate, weights_bytes: in
         **asdict(speed),
         weights_bytes=weights_bytes,
         power=power(),
+        predictions=predictions_of(logits[: images.originals], engine.manifest.activation),
     )
 
 

@@ -12,7 +12,9 @@ from builder.comparison import Comparison
 from builder.kit import VerificationSet
 from models.errors import TrimRTError
 from models.preprocessing import Pixels
+from runtime.drift import count_predictions
 from runtime.engine import Engine
+from runtime.manifest import Activation, Predictions
 
 
 class GateError(TrimRTError):
@@ -59,6 +61,18 @@ def compare(engine: Engine, images: VerificationSet) -> Comparison:
         EngineError: the engine failed.
     """
     return images.compare(engine_logits(engine, images.pixels), engine.manifest.activation)
+
+
+def predictions_of(logits: NDArray[np.float32], activation: Activation) -> Predictions:
+    """What these logits, shape (N, classes), say of the images."""
+    wide = logits.astype(np.float64)
+    if activation == "softmax":
+        exponentials = np.exp(wide - wide.max(axis=1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    else:
+        probabilities = 1 / (1 + np.exp(-wide))
+    classes, confidence, _ = count_predictions(probabilities.astype(np.float32))
+    return Predictions(classes=classes.tolist(), confidence=confidence.tolist())
 
 
 def engine_logits(engine: Engine, pixels: Pixels) -> NDArray[np.float32]:

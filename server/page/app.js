@@ -1,11 +1,15 @@
 // The page of the server: one image in, its labels and stage timings out, and the server's pulse.
 
-const $ = (id) => document.getElementById(id);
+import { $, element, milliseconds, sentKey } from "./common.js";
+import { setUpCamera } from "./camera.js";
+import { setUpShadows } from "./shadows.js";
+
 const STAGES = ["decode", "queue", "inference"];
 const SECONDS = 180; // how far back the chart goes
+const DRIFT = [{ from: 0, word: "alike" }, { from: 0.1, word: "changing" }, { from: 0.25, word: "other images" }];
 const WINDOW_S = 5; // over which a point's percentiles are taken
 
-const state = { image: null, name: "", samples: [], last: null, stream: null };
+const state = { image: null, name: "", samples: [], last: null };
 
 // --- theme ---------------------------------------------------------------------------------------
 
@@ -33,10 +37,15 @@ async function problemOf(response) {
 }
 
 function withKey(options) {
-  const key = sessionStorage.getItem("key");
-  if (!key) return options;
-  const bytes = new TextEncoder().encode(key); // a header's characters are bytes
-  return { ...options, headers: { "X-API-Key": String.fromCharCode(...bytes) } };
+  const bytes = sentKey(); // a header's characters are bytes
+  return bytes ? { ...options, headers: { "X-API-Key": String.fromCharCode(...bytes) } } : options;
+}
+
+/** Whether the person at the page gave a key. */
+function askForKey() {
+  const key = prompt("The server asks for its API key:");
+  if (key) sessionStorage.setItem("key", key);
+  return Boolean(key);
 }
 
 async function ask(path, options) {
@@ -46,23 +55,19 @@ async function ask(path, options) {
   } catch {
     throw new Error("The server does not answer.");
   }
-  if (response.status === 401) {
-    const key = prompt("The server asks for its API key:");
-    if (key) {
-      sessionStorage.setItem("key", key);
-      return ask(path, options);
-    }
-  }
+  if (response.status === 401 && askForKey()) return ask(path, options);
   if (!response.ok) throw new Error(await problemOf(response));
   return response.json();
 }
 
+function predictQuery() {
+  return new URLSearchParams($("engine").value ? { engine: $("engine").value } : {});
+}
+
 function predictRequest() {
-  const query = new URLSearchParams();
-  if ($("engine").value) query.set("engine", $("engine").value);
   const body = new FormData(); // a form, because only the server judges what the bytes are
   body.append("file", state.image, state.name);
-  return [`predict?${query}`, { method: "POST", body }];
+  return [`predict?${predictQuery()}`, { method: "POST", body }];
 }
 
 // --- engines -------------------------------------------------------------------------------------
@@ -76,6 +81,7 @@ async function listEngines() {
       const notes = [engine.default && "default", engine.state === "available" && "not loaded"].filter(Boolean);
       const option = new Option(engine.name + (notes.length ? ` (${notes.join(", ")})` : ""), engine.name);
       option.dataset.state = engine.state;
+      option.dataset.side = Math.min(engine.height, engine.width);
       option.selected = chosen ? engine.name === chosen : engine.default;
       return option;
     }),
@@ -91,7 +97,7 @@ $("engine").addEventListener("change", async () => {
       await ask(`engines/${encodeURIComponent(option.value)}/load`, { method: "POST" });
       await listEngines();
     }
-    await predict();
+    if (!camera.reopen()) await predict();
   } catch (error) {
     showError(error.message);
   }
@@ -101,7 +107,7 @@ $("engine").addEventListener("change", async () => {
 
 function choose(file, name) {
   if (!file) return;
-  stopCamera();
+  camera.close();
   state.image = file;
   state.name = name ?? file.name ?? "image";
   const preview = $("preview");
@@ -133,34 +139,11 @@ document.addEventListener("paste", (event) => {
 
 // --- camera --------------------------------------------------------------------------------------
 
-$("camera").hidden = !navigator.mediaDevices?.getUserMedia;
-$("camera").addEventListener("click", async () => {
-  if (state.stream) return stopCamera();
-  hideError();
-  try {
-    state.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
-  } catch (error) {
-    return showError(`The camera cannot be used: ${error.message}`);
-  }
-  $("video").srcObject = state.stream;
-  await $("video").play();
-  $("video").hidden = $("shoot").hidden = false;
-  $("target").hidden = true;
-  $("camera").textContent = "Close the camera";
-});
-$("shoot").addEventListener("click", () => {
-  const canvas = document.createElement("canvas");
-  canvas.width = $("video").videoWidth;
-  canvas.height = $("video").videoHeight;
-  canvas.getContext("2d").drawImage($("video"), 0, 0);
-  canvas.toBlob((blob) => choose(blob, "photograph.jpg"), "image/jpeg", 0.92);
-});
-function stopCamera() {
-  state.stream?.getTracks().forEach((track) => track.stop());
-  state.stream = null;
-  $("video").hidden = $("shoot").hidden = true;
-  $("target").hidden = false;
-  $("camera").textContent = "Use the camera";
+const camera = setUpCamera({ askForKey, choose, hideError, query: predictQuery, show, showError, sideOf });
+
+/** The shorter side of the engine's input, pixels. */
+function sideOf() {
+  return Number($("engine").selectedOptions[0]?.dataset.side) || 0;
 }
 
 // --- the answer ----------------------------------------------------------------------------------
@@ -184,14 +167,6 @@ async function predict() {
   } catch (error) {
     showError(error.message);
   }
-}
-
-const milliseconds = (value) => (value == null ? "–" : `${value < 10 ? value.toFixed(2) : value.toFixed(value < 100 ? 1 : 0)} ms`);
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
 }
 
 function show({ engine, results: [result] }) {
@@ -230,8 +205,13 @@ function show({ engine, results: [result] }) {
       return item;
     }),
   );
-  $("rode").textContent = result.batch_size === 1 ? "It rode alone." : `It rode in a batch of ${result.batch_size}.`;
+  $("rode").textContent = result.cached ? "It was answered from the cache."
+    : result.batch_size === 1 ? "It rode alone." : `It rode in a batch of ${result.batch_size}.`;
 }
+
+// --- shadows -------------------------------------------------------------------------------------
+
+const showShadows = setUpShadows({ ask, listEngines });
 
 // --- the pulse -----------------------------------------------------------------------------------
 
@@ -243,6 +223,7 @@ async function pulse() {
     status.className = `pill ${ready.ok ? "good" : "bad"}`;
     if ($("engine").disabled && ready.ok) await listEngines();
     sample(stats);
+    showShadows(stats.engines);
   } catch {
     status.textContent = "no answer";
     status.className = "pill bad";
@@ -250,12 +231,13 @@ async function pulse() {
   drawChart();
 }
 
-function sample({ engines, default: main }) {
+function sample({ engines, default: main, cache }) {
   const name = $("engine").value || main;
   const engine = engines.find((each) => each.engine === name && each.loaded);
   if (!engine) return;
   const now = performance.now() / 1000;
-  const images = engine.since_start.images;
+  const { hits, misses } = engine.cache;
+  const images = engine.since_start.images + hits;
   const last = state.last?.engine === name && state.last.images <= images ? state.last : null;
   const rate = last ? (images - last.images) / (now - last.time) : 0;
   state.last = { engine: name, images, time: now };
@@ -267,6 +249,16 @@ function sample({ engines, default: main }) {
   $("rate").textContent = `${rate.toFixed(rate < 10 ? 1 : 0)} /s`;
   $("batch").textContent = engine.mean_batch_size?.toFixed(1) ?? "–";
   $("pending").textContent = engine.pending;
+  showFigure("cached", cache && hits + misses > 0, () => `${((100 * hits) / (hits + misses)).toFixed(0)} %`);
+  const drift = Math.max(...Object.values(engine.predictions?.drift ?? {}));
+  const grade = DRIFT.findLast(({ from }) => drift >= from);
+  showFigure("drift", grade, () => `${drift.toFixed(2)}, ${grade.word}`);
+  $("drift").classList.toggle("drifted", grade === DRIFT.at(-1));
+}
+
+function showFigure(id, shown, text) {
+  $(id).hidden = !shown;
+  if (shown) $(id).querySelector("dd").textContent = text();
 }
 
 /** The least of 1, 2 and 5 times a power of ten that is not below `value`. */

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Final
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Request
-from pydantic import BaseModel, ValidationError
+from fastapi import APIRouter, Path, Request
+from pydantic import BaseModel
 
-from runtime.manifest import EngineError
-from server.auth import Caller, require_key
-from server.bodies import body_too_large
-from server.problems import Problem, documented
-from server.registry import EngineRow, Load, MakeDefault, Unload, readable
-from server.service import Served, Service
+from server.problems import documented
+from server.registry import EngineRow, MakeDefault, Unload
+from server.service import Managed, Served
+from server.small_body import read_small
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
@@ -33,15 +30,7 @@ class Default(BaseModel):
     name: str
 
 
-def _managed(request: Request, service: Served) -> Service:
-    require_key(Caller.over_http(request.scope), service.settings)
-    return service
-
-
-Managed = Annotated[Service, Depends(_managed)]
 _MANAGED = documented(400, 401, 403, 404, 409, 422)
-_MOST_BYTES: Final = 4096  # of a body
-_BODY_S: Final = 5.0
 
 
 @router.get("")
@@ -62,27 +51,9 @@ async def list_engines(service: Served) -> Engines:
 )
 async def set_default(service: Managed, request: Request) -> Default:
     """Make a loaded engine the default. Requests already admitted stay where they are."""
-    # FastAPI would read a body of any size before it asks who calls.
-    try:
-        body = await asyncio.wait_for(_small_body(request), _BODY_S)
-        default = Default.model_validate_json(body)
-    except asyncio.TimeoutError:  # not `TimeoutError`: Python 3.10 has two
-        raise Problem("body-timeout", f"the body had not arrived after {_BODY_S:g} s") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(["body", *map(str, first["loc"])])
-        raise Problem("invalid-parameter", f"{where}: {first['msg']}") from None
+    default = await read_small(request, Default)
     await service.fleet.change(MakeDefault(default.name))
     return default
-
-
-async def _small_body(request: Request) -> bytes:
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > _MOST_BYTES:
-            raise body_too_large(_MOST_BYTES)
-    return body
 
 
 @router.post("/{name}/load", responses=_MANAGED)
@@ -91,11 +62,7 @@ async def load(service: Managed, name: EngineName) -> EngineRow:
 
     The running one answers what it had admitted; if the package is refused, it runs on.
     """
-    folder = await service.registry.find(name)
-    try:
-        return await service.fleet.change(Load(folder))
-    except EngineError as error:
-        raise Problem("engine-refused", readable(str(error))) from None
+    return await service.load(name)
 
 
 @router.post("/{name}/unload", responses=_MANAGED)

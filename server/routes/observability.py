@@ -11,7 +11,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from runtime.histogram import WINDOW_S, Histogram
-from server.counts import Queue
+from server.counts import Compared, Queue
+from server.predictions import Predictions
 from server.problems import documented
 from server.service import Served
 from server.stats import PERCENTILES, EngineStats
@@ -42,9 +43,15 @@ async def stats(
         "in_flight": counts.in_flight,
         "requests": [{**key._asdict(), "count": count} for key, count in counts.requests.items()],
         "default": counts.default,
+        "cache": counts.cache and counts.cache._asdict(),
         "window_s": window_s,
         "engines": [
-            {**key._asdict(), **_loaded(counts.queues.get(key)), **_engine(engine, window_s)}
+            {
+                **key._asdict(),
+                **_loaded(counts.queues.get(key)),
+                **_engine(engine, window_s),
+                "shadow": _shadow(counts.shadows.get(key)),
+            }
             for key, engine in counts.engines.items()
         ],
     }
@@ -64,8 +71,40 @@ def _engine(stats: EngineStats, window_s: int) -> dict[str, Any]:
         "mean_batch_size": sum(size * n for size, n in stats.batches.items()) / batches if batches else None,
         "dropped": stats.dropped,
         "failed": stats.failed,
+        "cache": {"hits": stats.hits, "misses": stats.misses},
+        "predictions": stats.predictions and _predictions(stats.predictions),
         "since_start": _stages({stage: distribution.total for stage, distribution in stages}),
         "recent": _stages({stage: distribution.recent(window_s) for stage, distribution in stages}),
+    }
+
+
+def _predictions(predictions: Predictions) -> dict[str, Any]:
+    images = predictions.images
+    return {
+        "images": images,
+        "labels": predictions.by_label(),
+        "mean_confidence": round(predictions.sum / images, 6) if images else None,
+        "drift": {of: round(index, 4) for of, index in predictions.drift().items()},
+    }
+
+
+def _shadow(compared: Compared | None) -> dict[str, Any] | None:
+    if compared is None:
+        return None
+    of, share, counts = compared
+    images = counts.compared or None
+    primary, candidate = counts.inference
+    return {
+        "of": of,
+        "share": share,
+        "images": counts.compared,
+        "waiting": counts.waiting,
+        "dropped": counts.dropped,
+        "failed": counts.failed,
+        "agreement": round(counts.agreement, 6) if images or counts.failed else None,
+        "mean_difference": images and round(counts.difference / images, 6),
+        "inference_ms": _percentiles(candidate),
+        "inference_of_ms": _percentiles(primary),
     }
 
 

@@ -44,7 +44,8 @@ class ImageResult(BaseModel):
 
     filename: str | None
     predictions: list[Prediction]
-    batch_size: int = Field(description="images in the batch it rode in")
+    cached: bool = Field(description="whether the answer was kept from before (`--cache-mib`)")
+    batch_size: int = Field(description="images in the batch it rode in; 0 if cached")
     latency_ms: Latency
 
 
@@ -92,7 +93,7 @@ _REQUEST_BODY = {
 }
 
 
-_PARAMETERS = [
+PARAMETERS = [
     {
         "name": "engine",
         "in": "query",
@@ -126,7 +127,7 @@ router = APIRouter(tags=["inference"], route_class=_DirectRoute)
         200: {"model": PredictResponse},
         **documented(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
-    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": _PARAMETERS},
+    openapi_extra={"requestBody": _REQUEST_BODY, "parameters": PARAMETERS},
 )
 async def predict(request: Request) -> Response:
     """Classify one image (a raw body) or several (multipart field `file`, repeated)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Annotated, Any, Final
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from server.bodies import too_many_images
 from server.problems import Problem
 from server.v2 import core
+from server.v2.regions import Placement
 from server.v2.tensors import InputTensor
 
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
@@ -25,6 +26,7 @@ _MOST_JSON: Final = 8 << 20  # bytes
 # Characters of the JSON, and so objects, lists and values: each can take ten to a hundred bytes of memory.
 _MOST: Final = {"{": 4_096, "[": 131_072, ":": 16_384, ",": 524_288}
 
+_PLACES: Final = {"shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"}
 _DEPTH: Final = 4  # of what is known here: the request, its inputs, one of them, its parameters
 
 Text = Annotated[str, Field(max_length=core.MOST_TEXT)]
@@ -36,9 +38,15 @@ class _Json(BaseModel):
 
 
 class TensorParameters(_Json):
-    """Of any tensor; shared memory is refused."""
+    """Of any tensor; see `core.place_of`."""
 
     shared_memory_region: Any = None
+    shared_memory_byte_size: Any = None
+    shared_memory_offset: Any = None
+
+    def place(self, tensor: str) -> Placement | None:
+        """See `core.place_of`."""
+        return core.place_of(tensor, dict(self)) if self.model_fields_set & _PLACES else None
 
 
 class InputParameters(TensorParameters):
@@ -103,7 +111,7 @@ def json_length(body: bytes, header_length: str | None) -> int:
 
 
 def parse(
-    body: bytes, header_length: str | None, max_images: int
+    body: bytes, header_length: str | None, max_images: int, fetch: Callable[[Placement], bytes]
 ) -> tuple[InferenceRequest, list[InputTensor]]:
     """A request's JSON part and its tensors.
 
@@ -111,9 +119,10 @@ def parse(
         body: all of it: JSON, then the binary tensors in the order of the inputs that announce one.
         header_length: the header `Inference-Header-Content-Length`: bytes of the JSON part, if not all.
         max_images: the most `BYTES` elements that a tensor in JSON may have.
+        fetch: reads a tensor that lies in shared memory.
 
     Raises:
-        Problem: `malformed-request`, `body-too-large`, `too-many-images` or `invalid-parameter`.
+        Problem: `malformed-request`, `body-too-large`, `too-many-images`, `invalid-parameter`, or `fetch`'s.
     """
     end = json_length(body, header_length)
     json, binary = memoryview(body)[:end], memoryview(body)[end:]
@@ -132,10 +141,14 @@ def parse(
         raise Problem("malformed-request", f"not an inference request: {where}: {first['msg']}") from None
     tensors = []
     for tensor in header.inputs:
-        core.check_parameters(f"input {tensor.name!r}", tensor.parameters.model_fields_set)
         size = tensor.parameters.binary_data_size
+        place = tensor.parameters.place(f"input {tensor.name!r}")
         data: bytes | memoryview | Sequence[bytes]
-        if size is None:
+        if place is not None:
+            if size is not None or tensor.data is not None:
+                raise Problem("malformed-request", f"input {tensor.name!r} is here and in shared memory")
+            data = fetch(place)
+        elif size is None:
             data = _from_json(tensor, max_images)
         elif size > len(binary):
             raise Problem(

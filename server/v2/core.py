@@ -8,7 +8,8 @@ image files (`BYTES`, one element an image), which are decoded as for `/predict`
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -20,9 +21,15 @@ from server.jobs import Result
 from server.problems import Problem
 from server.registry import Registry
 from server.scheduler import Scheduler
+from server.v2.regions import Placement, Regions
 from server.v2.tensors import Floats, InputTensor, OutputTensor, unpack_bytes
 
-EXTENSIONS: Final = ["binary_tensor_data", "classification"]
+EXTENSIONS: Final = (
+    *("binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"),
+    *("trace", "logging"),
+)
+NO_CUDA_MEMORY: Final = "CUDA's shared memory is not supported; system shared memory is"
+SHARED_MEMORY: Final = "system_shared_memory"  # an extension too, where it is on
 OUTPUTS: Final = ("logits", "probabilities")
 MOST_TENSORS: Final = 16  # of a request; no model here has as many
 MOST_DIMENSIONS: Final = 8
@@ -35,11 +42,19 @@ _PLATFORMS: Final = {
 
 
 class RequestedOutput(NamedTuple):
-    """An output asked for: how many classes of it (0: all numbers), and over HTTP whether in binary form."""
+    """An output asked for.
+
+    Attributes:
+        name: its name.
+        classification: how many classes of it; 0: all numbers.
+        binary: over HTTP, whether in binary form.
+        place: where in shared memory it is to go; None: into the answer.
+    """
 
     name: str
     classification: int = 0
     binary: bool = False
+    place: Placement | None = None
 
 
 ALL_OUTPUTS: Final = tuple(RequestedOutput(name) for name in OUTPUTS)
@@ -51,6 +66,11 @@ class InferRequest(NamedTuple):
     id: str
     inputs: Sequence[InputTensor]
     outputs: Sequence[RequestedOutput]
+
+
+def extensions(regions: Regions) -> list[str]:
+    """The names of the extensions that are spoken."""
+    return [*EXTENSIONS, *([SHARED_MEMORY] if regions.enabled else [])]
 
 
 def top_of(outputs: Sequence[RequestedOutput]) -> int:
@@ -128,14 +148,34 @@ def check_datatype(name: str, datatype: str) -> None:
         )
 
 
-def check_parameters(tensor: str, parameters: Container[str]) -> None:
-    """Make sure that the tensor (`input 'pixels'`, in words) travels in the request and the answer.
+def place_of(tensor: str, parameters: Mapping[str, Any]) -> Placement | None:
+    """Where in shared memory the tensor (`input 'pixels'`, in words) is or is to go; None: it is not.
 
     Raises:
-        Problem: `invalid-parameter`: it is in shared memory.
+        Problem: `invalid-parameter`.
     """
-    if "shared_memory_region" in parameters:
-        raise Problem("invalid-parameter", f"{tensor} names shared memory, which is not supported")
+    region = parameters.get("shared_memory_region")
+    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset")
+    if region is None and size is None and offset is None:
+        return None
+    if not isinstance(region, str) or type(size) is not int or type(offset) not in (int, NoneType):
+        raise Problem(
+            "invalid-parameter",
+            f"{tensor} in shared memory needs shared_memory_region, a text, and shared_memory_byte_size, a "
+            "whole number; shared_memory_offset is one too",
+        )
+    return Placement(region, offset or 0, size)
+
+
+def cached_images(results: Sequence[Result]) -> int:
+    """How many of the answers were kept from before: a parameter of the answer, unless it is 0."""
+    return sum(result.cached for result in results)
+
+
+def parameters_of(place: Placement) -> dict[str, Any]:
+    """The reverse of `place_of`."""
+    offset = {"shared_memory_offset": place.offset} if place.offset else {}
+    return {"shared_memory_region": place.region, "shared_memory_byte_size": place.size, **offset}
 
 
 def _encoded(tensor: InputTensor, max_images: int) -> list[bytes]:
@@ -179,7 +219,7 @@ def _check_outputs(request: InferRequest, classes: int) -> None:
 def outputs_of(
     asked: Sequence[RequestedOutput], results: Sequence[Result], labels: Sequence[str]
 ) -> list[OutputTensor]:
-    """The tensors that the request asked for."""
+    """The tensors that the request asked for, wherever they are to go."""
     tensors = []
     for output in asked:
         rows = [getattr(result, output.name) for result in results]

@@ -5,31 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
-from urllib.parse import unquote
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 # What gRPC has to say comes as exceptions too; its lines on standard error are not the log's.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from models.preprocessing import Pixels
-from runtime.manifest import Manifest
-from server.admission import Admission, Call
-from server.auth import Caller
-from server.bodies import body_too_large, too_many_images
-from server.jobs import Result
+from server.admission import Admission
 from server.problems import Problem, internal_error
-from server.registry import Registry
-from server.scheduler import Scheduler
 from server.service import Service
 from server.v2 import core
 from server.v2 import inference_pb2 as pb
+from server.v2.grpc_call import Answer, Context, InferCall, check_texts
+from server.v2.grpc_extensions import Extensions, read_message
 from server.v2.intake import Intake
-from server.v2.tensors import InputTensor
-from server.v2.wire import check_size
 from server.version import VERSION
 
 log = logging.getLogger("trimrt.grpc")
@@ -43,13 +34,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Message = TypeVar("Message", covariant=True)
-
 _MOST_CALLS: Final = 1_024  # at once; beyond it, RESOURCE_EXHAUSTED
-_LARGE_REQUEST: Final = 256 << 10  # bytes; as many take a few milliseconds to parse
-# Of `ModelInferRequest`, see `wire`: inputs with their contents' bytes_contents, outputs, raw_input_contents.
-_REQUEST: Final[dict[int, Any]] = {5: {5: {8: None}}, 6: {}, 7: None}
 
 _CODES: Final = {
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -58,6 +43,7 @@ _CODES: Final = {
     408: grpc.StatusCode.DEADLINE_EXCEEDED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     500: grpc.StatusCode.INTERNAL,
+    501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -115,14 +101,16 @@ class _Methods:
         Registered as taking streams, so that a method itself reads its message, when it is time, or not at
         all. To a client that makes no difference.
         """
-        handlers = {}
+        handlers = {
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
+                _with_status(_refuse_stream),
+                response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+            )
+        }
         for method in (
-            self.server_live,
-            self.server_ready,
-            self.model_ready,
-            self.server_metadata,
-            self.model_metadata,
-            self.model_infer,
+            *(self.server_live, self.server_ready, self.model_ready),
+            *(self.server_metadata, self.model_metadata, self.model_infer),
+            *Extensions(self._service, self._intake).methods(),
         ):
             name = "".join(word.capitalize() for word in method.__name__.split("_"))
             handlers[name] = grpc.stream_unary_rpc_method_handler(
@@ -142,7 +130,7 @@ class _Methods:
         return pb.ServerReadyResponse(ready=True)
 
     async def model_ready(self, context: Context) -> pb.ModelReadyResponse:
-        request = _parsed(pb.ModelReadyRequest, await self._read_small(context))
+        request = await read_message(self._intake, context, pb.ModelReadyRequest)
         try:
             core.find_model(self._service.registry, request.name, request.version)
         except Problem:  # to be asked that is what the method is for
@@ -150,28 +138,24 @@ class _Methods:
         return pb.ModelReadyResponse(ready=True)
 
     async def server_metadata(self, _context: Context) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name="trimrt", version=VERSION, extensions=core.EXTENSIONS)
+        return pb.ServerMetadataResponse(
+            name="trimrt", version=VERSION, extensions=core.extensions(self._service.regions)
+        )
 
     async def model_metadata(self, context: Context) -> pb.ModelMetadataResponse:
-        request = _parsed(pb.ModelMetadataRequest, await self._read_small(context))
-        _check_texts(request.name, request.version)
+        request = await read_message(self._intake, context, pb.ModelMetadataRequest)
+        check_texts(request.name, request.version)
         scheduler = core.find_model(self._service.registry, request.name, request.version)
         return pb.ModelMetadataResponse(**core.model_metadata(scheduler.engine.manifest))
 
-    async def _read_small(self, context: Context) -> bytes:
-        message = await self._intake.receive(context.read)
-        if len(message) > _LARGE_REQUEST:
-            raise body_too_large(_LARGE_REQUEST)
-        return message
-
     async def model_infer(self, context: Context) -> pb.ModelInferResponse:
-        answered: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-        def respond(answer: _Answer) -> None:
+        def respond(answer: Answer) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
-        admission = Admission(self._service, _Infer(context), respond)
+        admission = Admission(self._service, InferCall(context, self._service.regions), respond)
         admission.open()
         carrier = asyncio.create_task(self._carry(context, admission, answered))
         try:
@@ -184,7 +168,7 @@ class _Methods:
         return answer
 
     async def _carry(
-        self, context: Context, admission: Admission[_Answer], answered: asyncio.Future[_Answer]
+        self, context: Context, admission: Admission[Answer], answered: asyncio.Future[Answer]
     ) -> None:
         """Hand the message over."""
         if answered.done():
@@ -197,123 +181,8 @@ class _Methods:
             admission.complete()
 
 
-_Answer: TypeAlias = "pb.ModelInferResponse | Problem"
-
-
-class _Infer(Call[_Answer]):
-    """One inference request."""
-
-    protocol = "v2-grpc"
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    def caller(self) -> Caller:
-        metadata = {
-            name: value if isinstance(value, str) else value.decode("latin-1")
-            for name, value in self._context.invocation_metadata() or ()
-        }
-        return Caller(address_of(self._context.peer()), metadata, scheme=None)
-
-    def timeout(self) -> float | None:
-        return cast("float | None", self._context.time_remaining())
-
-    def is_slow_to_read(self, body: bytes) -> bool:
-        return len(body) > _LARGE_REQUEST
-
-    def read(
-        self, body: bytes, registry: Registry, max_images: int
-    ) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
-        check_size(memoryview(body), _REQUEST, max_images)
-        request = _parsed(pb.ModelInferRequest, body)
-        _check_texts(request.model_name, request.model_version, request.id)
-        scheduler = core.find_model(registry, request.model_name, request.model_version)
-        asked = _requested(request, max_images)
-        self._id, self._outputs = asked.id, asked.outputs
-        return (
-            scheduler,
-            core.images_of(asked, scheduler.engine.manifest, max_images),
-            core.top_of(asked.outputs),
-        )
-
-    def render(self, results: Sequence[Result], manifest: Manifest) -> _Answer:
-        outputs = core.outputs_of(self._outputs, results, manifest.labels)
-        return pb.ModelInferResponse(
-            model_name=manifest.name,
-            model_version=manifest.version,
-            id=self._id,
-            outputs=[
-                pb.ModelInferResponse.InferOutputTensor(
-                    name=output.name, datatype=output.datatype, shape=output.shape
-                )
-                for output in outputs
-            ],
-            raw_output_contents=[output.raw() for output in outputs],
-        )
-
-    def refusal(self, problem: Problem) -> _Answer:
-        return problem
-
-
-def address_of(peer: str) -> str:
-    """The IP address in gRPC's peer, like `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
-    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
-
-
-class _Type(Protocol[Message]):
-    def FromString(self, serialized: bytes, /) -> Message: ...  # noqa: N802 - protobuf's
-
-
-def _parsed(kind: _Type[Message], message: bytes) -> Message:
-    try:
-        return kind.FromString(message)
-    except DecodeError:
-        raise Problem("malformed-request", "the message is not what this method takes") from None
-
-
-def _check_texts(*texts: str) -> None:
-    if any(len(text) > core.MOST_TEXT for text in texts):
-        raise Problem("malformed-request", f"an id or a name has more than {core.MOST_TEXT} characters")
-
-
-def _requested(request: pb.ModelInferRequest, max_images: int) -> core.InferRequest:
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise Problem("malformed-request", f"{len(request.inputs)} inputs, but {len(raw)} raw contents")
-    if max(len(request.inputs), len(request.outputs)) > core.MOST_TENSORS:
-        raise Problem("malformed-request", f"more than {core.MOST_TENSORS} inputs or outputs")
-    inputs = []
-    for number, tensor in enumerate(request.inputs):
-        _check_texts(tensor.name, tensor.datatype)
-        core.check_parameters(f"input {tensor.name!r}", tensor.parameters)
-        data = raw[number] if raw else _contents(tensor, max_images)
-        inputs.append(InputTensor(tensor.name, tensor.datatype, tensor.shape, data))
-    outputs = [_requested_output(output) for output in request.outputs]
-    return core.InferRequest(request.id, inputs, outputs or core.ALL_OUTPUTS)
-
-
-def _requested_output(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> core.RequestedOutput:
-    _check_texts(output.name)
-    core.check_parameters(f"output {output.name!r}", output.parameters)
-    if "classification" not in output.parameters:
-        return core.RequestedOutput(output.name)
-    parameter = output.parameters["classification"]
-    choice = parameter.WhichOneof("parameter_choice")
-    if choice not in ("int64_param", "uint64_param"):
-        raise Problem("invalid-parameter", f"classification of output {output.name!r} is no whole number")
-    return core.RequestedOutput(output.name, getattr(parameter, choice))
-
-
-def _contents(tensor: pb.ModelInferRequest.InferInputTensor, max_images: int) -> bytes | list[bytes]:
-    core.check_datatype(tensor.name, tensor.datatype)
-    if tensor.datatype == "BYTES":
-        if len(tensor.contents.bytes_contents) > max_images:
-            raise too_many_images(max_images)
-        return list(tensor.contents.bytes_contents)
-    try:
-        return bytes(tensor.contents.uint_contents)
-    except ValueError:
-        raise Problem("malformed-request", "UINT8 contents must be from 0 to 255") from None
+async def _refuse_stream(_context: Context) -> None:
+    raise Problem("not-supported", "a model answers each request once: call ModelInfer for each, no stream")
 
 
 def _with_status(

@@ -21,6 +21,7 @@ from server.scheduler import Scheduler
 from server.service import Served
 from server.v2 import core
 from server.v2.body import HEADER_LENGTH, InferenceRequest, json_length, parse
+from server.v2.regions import Placement, Regions
 from server.v2.tensors import InputTensor, OutputTensor
 from server.version import VERSION
 
@@ -39,7 +40,7 @@ class ServerMetadata(BaseModel):
 
     name: Literal["trimrt"] = "trimrt"
     version: str = VERSION
-    extensions: list[str] = core.EXTENSIONS
+    extensions: list[str]
 
 
 class TensorMetadata(BaseModel):
@@ -68,9 +69,9 @@ class ModelReady(BaseModel):
 
 
 @router.get("")
-async def server_metadata() -> ServerMetadata:
+async def server_metadata(service: Served) -> ServerMetadata:
     """The server's name, version and extensions."""
-    return ServerMetadata()
+    return ServerMetadata(extensions=core.extensions(service.regions))
 
 
 @router.get("/health/live")
@@ -131,15 +132,15 @@ _INFER: Final[dict[str, Any]] = {
 
 @router.post("/models/{model}/infer", **_INFER)
 @router.post("/models/{model}/versions/{version}/infer", **_INFER)
-async def infer(request: Request, model: ModelName, version: str = "") -> Response:
+async def infer(request: Request, service: Served, model: ModelName, version: str = "") -> Response:
     """Run a model on pixels (`UINT8`) or encoded images (`BYTES`; in JSON, base64)."""
-    return await answer_over_asgi(request, InferCall(request.scope, model, version))
+    return await answer_over_asgi(request, InferCall(request.scope, service.regions, model, version))
 
 
-def infer_call(path: bytes, scope: Mapping[str, Any]) -> InferCall | None:
+def infer_call(path: bytes, scope: Mapping[str, Any], regions: Regions) -> InferCall | None:
     """The call that a `POST` to `path` is; None where it is another one, or the routes must look closer."""
     match = _INFER_PATH.fullmatch(path)
-    return match and InferCall(scope, *(name.decode() for name in match.groups(b"")))
+    return match and InferCall(scope, regions, *(name.decode() for name in match.groups(b"")))
 
 
 class InferCall(HttpCall):
@@ -147,14 +148,16 @@ class InferCall(HttpCall):
 
     Args:
         scope: see `HttpCall`.
+        regions: of shared memory.
         model: the engine's name.
         version: its version; empty for any.
     """
 
     protocol = "v2-rest"
 
-    def __init__(self, scope: Mapping[str, Any], model: str, version: str) -> None:
+    def __init__(self, scope: Mapping[str, Any], regions: Regions, model: str, version: str) -> None:
         super().__init__(scope)
+        self._regions = regions
         self._model = model
         self._version = version
 
@@ -170,19 +173,27 @@ class InferCall(HttpCall):
         self, body: bytes, registry: Registry, max_images: int
     ) -> tuple[Scheduler, Sequence[bytes | Pixels], int]:
         """See `Call`."""
-        header, tensors = parse(body, self._header_length(), max_images)
+        header, tensors = parse(body, self._header_length(), max_images, self._fetch)
         asked = _requested(header, tensors)
+        if any(output.place for output in asked.outputs):
+            self._regions.check(self.caller())
         scheduler = self.find_engine(registry)
         manifest = scheduler.engine.manifest
         images = core.images_of(asked, manifest, max_images)
         self._id, self._outputs = asked.id, asked.outputs
-        in_json = [it for it in asked.outputs if not it.classification and not it.binary]
+        in_json = [it for it in asked.outputs if not (it.classification or it.binary or it.place)]
         if len(images) * len(manifest.labels) * len(in_json) > _MOST_NUMBERS:
             raise Problem(
                 "invalid-parameter",
                 f"the answer would have more than {_MOST_NUMBERS:,} numbers in JSON; ask for binary outputs",
             )
         return scheduler, images, core.top_of(asked.outputs)
+
+    def _fetch(self, place: Placement) -> bytes:
+        self._regions.check(self.caller())
+        data = self._regions.read(place, self.fetched)
+        self.fetched += len(data)
+        return data
 
     def _header_length(self) -> str | None:
         length = self._headers.get(HEADER_LENGTH.lower().encode())
@@ -194,7 +205,9 @@ class InferCall(HttpCall):
         answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
         if self._id:
             answer["id"] = self._id
-        headers, body = _render(answer, self._outputs, tensors)
+        if cached := core.cached_images(results):
+            answer["parameters"] = {"cached_images": cached}
+        headers, body = _render(answer, self._outputs, tensors, self._regions)
         timing = server_timing([latency_ms(result) for result in results])
         return 200, {**headers, "Server-Timing": timing}, body
 
@@ -212,21 +225,27 @@ def _requested(header: InferenceRequest, tensors: Sequence[InputTensor]) -> core
     outputs = []
     for output in header.outputs:
         parameters = output.parameters
-        core.check_parameters(f"output {output.name!r}", parameters.model_fields_set)
+        place = parameters.place(f"output {output.name!r}")
         binary = default if parameters.binary_data is None else parameters.binary_data
-        outputs.append(core.RequestedOutput(output.name, parameters.classification, binary))
+        outputs.append(core.RequestedOutput(output.name, parameters.classification, binary, place))
     return core.InferRequest(header.id, tensors, outputs)
 
 
 def _render(
-    answer: dict[str, Any], asked: Sequence[core.RequestedOutput], tensors: Sequence[OutputTensor]
+    answer: dict[str, Any],
+    asked: Sequence[core.RequestedOutput],
+    tensors: Sequence[OutputTensor],
+    regions: Regions,
 ) -> tuple[dict[str, str], bytes]:
-    """Headers and body."""
+    """Headers and body; what goes into shared memory is there then."""
     chunks = []
     answer["outputs"] = rows = []
     for output, tensor in zip(asked, tensors, strict=True):
         row: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-        if output.binary:
+        if output.place is not None:
+            # Without parameters, which Triton's C++ client would take for sizes of binary data.
+            regions.write(output.place, tensor.raw())
+        elif output.binary:
             chunks.append(tensor.raw())
             row["parameters"] = {"binary_data_size": len(chunks[-1])}
         elif isinstance(tensor.values, list):

@@ -21,8 +21,11 @@ from jetson_files import write_orin_nano
 from prometheus import Prometheus, scraping
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, running, wait_until
+from tiny_engine import write_package
 
 from runtime.devices import find_devices
+from runtime.drift import LEAST_IMAGES
+from runtime.manifest import Predictions
 from server.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -78,6 +81,15 @@ EXPRESSIONS = {**dashboard_expressions(), **alert_expressions(), "adapter": adap
 
 
 @pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two engines; of one it is known what it said of the validation images."""
+    directory = tmp_path_factory.mktemp("engines")
+    write_package(directory, "tiny", predictions=Predictions(classes=[10] * 10, confidence=[0] * 8 + [100]))
+    write_package(directory, "other", seed=1, precision="fp16")
+    return directory
+
+
+@pytest.fixture(scope="module")
 def server(
     engine_dir: Path, tmp_path_factory: pytest.TempPathFactory, encode: Callable[..., bytes]
 ) -> Iterator[Running]:
@@ -86,20 +98,21 @@ def server(
     write_orin_nano(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.app.find_devices", lambda: find_devices(root))
-        settings = Settings(engine="tiny,other", engine_dir=engine_dir, port=0, queue_limit=1)
+        settings = Settings(engine="tiny,other", engine_dir=engine_dir, port=0, queue_limit=1, cache_mib=1)
         with running(settings, load_gated(gate)) as it:
-            assert it.predict(encode(1)).status_code == 200
+            for number in range(LEAST_IMAGES):
+                assert it.predict(encode(number)).status_code == 200
             assert it.predict(encode(2), params={"engine": "other"}).status_code == 200
             assert it.predict(b"broken").status_code == 400
             gate.close()
             with ThreadPoolExecutor(1) as pool:
-                failing = pool.submit(it.predict, encode(3))
+                failing = pool.submit(it.predict, encode(1003))
                 gate.wait_for_arrivals(1)
-                assert it.predict(encode(4)).status_code == 429
+                assert it.predict(encode(1004)).status_code == 429
                 gate.fail_next = True
                 gate.allow()
                 assert failing.result().status_code == 500
-            assert it.predict(encode(5), headers={"X-Request-Timeout-Ms": "50"}).status_code == 504
+            assert it.predict(encode(1005), headers={"X-Request-Timeout-Ms": "50"}).status_code == 504
             gate.open()
             yield it
 
@@ -251,7 +264,7 @@ def test_prometheus_scrapes_the_server_and_knows_the_rules(prometheus: Prometheu
 @needs_prometheus
 @pytest.mark.parametrize("where", [*dashboard_expressions(), "adapter"])
 def test_every_panel_has_something_to_show(prometheus: Prometheus, where: str) -> None:
-    assert prometheus.query(EXPRESSIONS[where]) != []
+    wait_until(lambda: prometheus.query(EXPRESSIONS[where]) != [])
 
 
 @needs_prometheus
@@ -260,11 +273,12 @@ def test_every_alert_has_something_to_compare(prometheus: Prometheus, alert: str
     expression = alert_expressions()[alert]
     prometheus.query(expression)
     compared, _ = re.split(r"\s(?:==|>|unless)\s", expression, maxsplit=1)
-    assert prometheus.query(compared) != []
+    wait_until(lambda: prometheus.query(compared) != [])
 
 
 @needs_prometheus
 def test_the_dashboards_variables_have_values(prometheus: Prometheus) -> None:
+    wait_until(lambda: prometheus.query("trimrt_engine_info") != [])
     values: dict[str, Any] = {}
     for variable in DASHBOARD["templating"]["list"]:
         match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])

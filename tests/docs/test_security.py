@@ -28,7 +28,9 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
-def in_words(name: str, value: float) -> str:
+def in_words(name: str, value: float | None) -> str:
+    if value is None:
+        return "none"
     if name.endswith("_bytes"):
         return f"{int(value) >> 20} MiB"
     if name.endswith("_ms"):

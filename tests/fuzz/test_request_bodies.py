@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from server.bodies import Part, parse_multipart
 from server.problems import Problem
 from server.v2.body import parse
+from server.v2.regions import Regions
 from server.v2.tensors import pack_bytes
 
 T = TypeVar("T")
 
+NO_REGIONS = Regions(enabled=False, largest=0)
 FORM = "multipart/form-data; boundary=b"
 
 
@@ -142,13 +144,13 @@ _REQUESTS = _objects(
 def test_any_inference_request(request: dict[str, Any], binary: bytes, off: int | None) -> None:
     head = json.dumps(request).encode()
     length = None if off is None else str(len(head) + off)
-    _taken_apart(lambda: parse(head + binary, length, 4))
+    _taken_apart(lambda: parse(head + binary, length, 4, NO_REGIONS.read))
 
 
 @given(st.text('[]{}",:0123456789.eE-+\\u ', max_size=200), st.text(max_size=10))
 def test_any_text_for_json(text: str, length: str) -> None:
-    _taken_apart(lambda: parse(text.encode(), None, 4))
-    _taken_apart(lambda: parse(text.encode(), length, 4))
+    _taken_apart(lambda: parse(text.encode(), None, 4, NO_REGIONS.read))
+    _taken_apart(lambda: parse(text.encode(), length, 4, NO_REGIONS.read))
 
 
 @given(st.lists(st.lists(st.binary(max_size=30), max_size=4), min_size=1, max_size=3))
@@ -164,5 +166,5 @@ def test_binary_tensors_are_told_apart(tensors: list[list[bytes]]) -> None:
         for elements, data in zip(tensors, packed, strict=True)
     ]
     head = json.dumps({"inputs": inputs}).encode()
-    _, found = parse(head + b"".join(packed), str(len(head)), 4)
+    _, found = parse(head + b"".join(packed), str(len(head)), 4, NO_REGIONS.read)
     assert [bytes(tensor.data) for tensor in found] == packed

@@ -141,14 +141,14 @@ class TestShares:
         self, small_at: float, large_at: float, images: int
     ) -> None:
         shares = self.shares()
-        shares.arrive(4, small_at)
-        shares.arrive(5, large_at)
+        shares.arrive(True, small_at)
+        shares.arrive(False, large_at)
         assert shares.size(64, 10.0) == images
 
-    @pytest.mark.parametrize("images", [1, 64])
-    def test_requests_of_one_kind_alone_do_not_keep_it_at_four(self, images: int) -> None:
+    @pytest.mark.parametrize("small", [True, False])
+    def test_requests_of_one_kind_alone_do_not_keep_it_at_four(self, small: bool) -> None:
         shares = self.shares()
-        shares.arrive(images, 10.0)
+        shares.arrive(small, 10.0)
         assert shares.size(64, 10.0) == 8
 
     def test_an_engine_of_one_size_gets_what_there_is(self) -> None:

@@ -24,7 +24,7 @@ from running import running, wait_until
 from server.admission import Admission
 from server.settings import Settings
 from server.telemetry import Ended
-from server.v2.grpc import address_of
+from server.v2.grpc_call import address_of
 
 Encode = Callable[..., bytes]
 Start = Callable[..., Carrier]
@@ -216,6 +216,49 @@ def test_an_unprotected_server_asks_nobody_for_the_key(start: Start, gate: Gate,
 )
 def test_the_address_of_a_grpc_peer(peer: str, address: str) -> None:
     assert address_of(peer) == address
+
+
+# --- the priority ---------------------------------------------------------------------------------------
+
+
+def test_requests_of_low_priority_let_others_go_first(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start()
+    image = encode(0)
+    first = it.send(image)
+    gate.wait_for_arrivals(1)
+    low = [it.send(image, X_Priority="low") for _ in range(9)]  # one more than a batch
+    backlog = it.server.service.registry.get("tiny")._backlog
+    wait_until(lambda: backlog.waiting == 9)
+    others = [it.send(image, X_Priority="normal"), it.send(image)]
+    wait_until(lambda: backlog.waiting == 11)
+    gate.allow(2)
+    for sent in (first, *others):
+        assert sent.answer().error == ""
+    gate.wait_for_arrivals(3)
+    assert gate.batches == [1, 8, 3]
+    gate.open()
+    assert [sent.answer().error for sent in low] == [""] * 9
+
+
+def test_requests_of_low_priority_take_no_room_from_others(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start(queue_limit=2)
+    image = encode(0)
+    low = [it.send(image, X_Priority="low") for _ in range(2)]
+    wait_until(lambda: pending(it) == 2)
+    assert it.ask(image, X_Priority="low").error == it.error("queue-full")
+    others = [it.send(image), it.send(image)]
+    wait_until(lambda: pending(it) == 4)
+    assert it.ask(image).error == it.error("queue-full")
+    gate.open()
+    assert [sent.answer().error for sent in (*low, *others)] == [""] * 4
+
+
+def test_a_priority_is_normal_or_low(start: Start, gate: Gate, encode: Encode) -> None:
+    it = start()
+    gate.open()
+    refused = it.ask(encode(0), X_Priority="highest")
+    assert refused.error == it.error("invalid-parameter")
+    assert refused.detail == "X-Priority must be normal or low, not 'highest'"
 
 
 # --- the deadline ---------------------------------------------------------------------------------------
@@ -681,7 +724,7 @@ def test_an_answer_that_cannot_be_rendered_is_the_servers_fault(
     def fail(*_arguments: object) -> None:
         raise RuntimeError("no such label")
 
-    for call in ("server.exchange.PredictCall", "server.v2.rest.InferCall", "server.v2.grpc._Infer"):
+    for call in ("server.exchange.PredictCall", "server.v2.rest.InferCall", "server.v2.grpc_call.InferCall"):
         monkeypatch.setattr(f"{call}.render", fail)
     failed = it.ask(*[encode(0)] * images)
     assert failed.error == it.error("internal-error")

@@ -15,10 +15,10 @@ from server.backlog import Backlog
 from server.jobs import Image, Job
 
 
-def images(count: int, *, lifetime: float = 60.0, turn: int = 0) -> list[Image]:
+def images(count: int, *, lifetime: float = 60.0, turn: int = 0, behind: int = 0) -> list[Image]:
     """One request's."""
     now = time.monotonic()
-    job = Job(count, now, now + lifetime, lambda _outcome: None, top=0, turn=turn)
+    job = Job(count, now, now + lifetime, lambda _outcome: None, top=0, turn=turn, behind=behind)
     return [Image(job, index, b"") for index in range(count)]
 
 
@@ -265,3 +265,25 @@ def test_every_image_is_taken_once_whatever_the_threads_do(delay: float) -> None
     for thread in slots:
         thread.join(timeout=20)
     assert sorted(taken) == sorted(map(id, put))
+
+
+def test_a_request_of_low_priority_waits_for_some_rounds_of_others_and_no_longer() -> None:
+    backlog = Backlog(slots=1, most=1)
+    low = images(1, turn=1, behind=16)
+    backlog.put(low)
+    taken: list[Image] = []
+    for _ in range(40):  # another request is there whenever the slot asks
+        backlog.put(images(1, turn=backlog.round + 1))
+        taken += backlog.take()
+    assert taken.index(low[0]) == 16
+
+
+def test_a_request_of_low_priority_that_runs_early_puts_nobody_off() -> None:
+    backlog = Backlog(slots=1, most=2)
+    low = [images(1, turn=1, behind=16)[0] for _ in range(6)]
+    for image in low:
+        backlog.put([image])
+    assert backlog.take() == low[:2]
+    other = images(1, turn=backlog.round + 1)
+    backlog.put(other)
+    assert backlog.take() == [other[0], low[2]]

@@ -23,7 +23,7 @@ from processes import TRIMRT, Started, start_process
 
 from server.problems import Problem
 from server.v2 import inference_pb2 as pb
-from server.v2.grpc import _REQUEST
+from server.v2.grpc_call import REQUEST
 from server.v2.tensors import pack_bytes
 from server.v2.wire import MOST_OTHER, check_size
 
@@ -262,7 +262,7 @@ def test_a_connection_gets_no_more_than_its_share_of_all_calls(process: Started)
 @given(st.binary(max_size=200))
 def test_what_counting_finds_malformed_the_parser_does_too(message: bytes) -> None:
     try:
-        check_size(memoryview(message), _REQUEST, 64)
+        check_size(memoryview(message), REQUEST, 64)
     except Problem:
         with pytest.raises(DecodeError):
             pb.ModelInferRequest.FromString(message)
@@ -286,14 +286,14 @@ _TENSORS = st.builds(
 @given(st.lists(_TENSORS, max_size=3), st.lists(st.binary(max_size=300), max_size=3))
 def test_any_request_of_usual_size_passes(tensors: list[InferInputTensor], raw: list[bytes]) -> None:
     request = pb.ModelInferRequest(inputs=tensors, outputs=[LOGITS], raw_input_contents=raw)
-    check_size(memoryview(request.SerializeToString()), _REQUEST, 0)
+    check_size(memoryview(request.SerializeToString()), REQUEST, 0)
 
 
 def test_tensors_own_bytes_are_not_counted_and_all_others_are() -> None:
-    check_size(memoryview(_request(bytes(2 * MOST_OTHER)).SerializeToString()), _REQUEST, 64)
+    check_size(memoryview(_request(bytes(2 * MOST_OTHER)).SerializeToString()), REQUEST, 64)
     for request in (_with(id="x" * MOST_OTHER), _numbers(MOST_OTHER)):
         with pytest.raises(Problem, match="bytes beside raw contents"):
-            check_size(memoryview(request.SerializeToString()), _REQUEST, 64)
+            check_size(memoryview(request.SerializeToString()), REQUEST, 64)
 
 
 _CLIENTS = """

@@ -9,11 +9,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 from pydantic import SecretStr
-from running import Running, running
-from tiny_engine import LABELS
+from running import Running, running, wait_until
+from serving import encoded
+from tiny_engine import LABELS, write_package
 
+from runtime.drift import CONFIDENCES, LEAST_IMAGES
+from runtime.manifest import Predictions
 from server.settings import Settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,14 +25,31 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-
 
 Encode = Callable[..., bytes]
 
+expect.set_options(timeout=60_000)  # a browser on a busy machine takes its time
+
+FRAMES = [encoded(seed, "JPEG", (320, 240), quality=90) for seed in (1, 3)]
+"""What the camera sees, each for two seconds."""
+
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    film = tmp_path_factory.mktemp("film") / "film.mjpeg"
+    film.write_bytes(b"".join(FRAMES[number // 60] for number in range(120)))
+    flags = [
+        "--no-sandbox",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-video-capture={film}",
+        "--use-fake-ui-for-media-stream",
+    ]
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
@@ -107,6 +127,73 @@ def test_a_photograph_is_taken(page: Page) -> None:
     expect(page.locator("#video")).to_be_hidden()
 
 
+def _best(served: Running, frame: bytes, **params: str) -> str:
+    return served.predict(frame, params=params).json()["results"][0]["predictions"][0]["label"]
+
+
+def test_live_labels_are_shown_over_the_cameras_picture(page: Page, served: Running) -> None:
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#live")).to_have_text("Stop live")
+    for frame in FRAMES:
+        expect(page.locator("#overlay li").first).to_contain_text(_best(served, frame))
+        expect(page.locator("#spoken")).to_contain_text(_best(served, frame))
+    expect(page.locator("#figures")).to_have_text(
+        re.compile(r"^[1-9]\d* frames/s · [\d.]+ ms · \d+ left out$")
+    )
+    expect(page.locator("#labels li")).to_have_count(5)
+    page.click("#live")
+    expect(page.locator("#overlay")).to_be_hidden()
+    wait_until(lambda: served.service.telemetry.in_flight == 0)
+    assert not [key for key in served.service.telemetry.requests if key.outcome == "failed"]
+    page.click("#camera")
+    expect(page.locator("#view")).to_be_hidden()
+
+
+def test_one_of_several_cameras_is_chosen(playwright: Playwright, served: Running) -> None:
+    chosen = "document.querySelector('video').srcObject.getVideoTracks()[0].getSettings().deviceId"
+    flags = [
+        "--no-sandbox",
+        "--use-fake-device-for-media-stream=device-count=2",
+        "--use-fake-ui-for-media-stream",
+    ]
+    with closing(playwright.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser:
+        page = browser.new_page(permissions=["camera"])
+        page.goto(served.url)
+        page.click("#camera")
+        page.click("#live")
+        expect(page.locator("#overlay li")).to_have_count(3)
+        first = page.evaluate(chosen)
+        (other,) = {it.get_attribute("value") for it in page.locator("#device option").all()} - {first}
+        page.select_option("#device", other)
+        wait_until(lambda: page.evaluate(chosen) == other)
+        page.locator("#overlay").evaluate("(overlay) => overlay.replaceChildren()")
+        expect(page.locator("#overlay li")).to_have_count(3)
+
+
+def test_live_video_asks_the_chosen_engine(page: Page, served: Running) -> None:
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#answered-by")).to_contain_text("tiny")
+    page.select_option("#engine", "other")
+    expect(page.locator("#answered-by")).to_contain_text("other")
+    for frame in FRAMES:
+        expect(page.locator("#overlay li").first).to_contain_text(_best(served, frame, engine="other"))
+
+
+def test_a_stream_that_ends_says_why(page: Page, served: Running) -> None:
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#overlay li")).to_have_count(3)
+    served.service.lifecycle.refusing = True
+    expect(page.get_by_role("alert")).to_have_text("The stream has ended: the server is draining")
+    expect(page.locator("#live")).to_have_text("Start live")
+    served.service.lifecycle.refusing = False
+    page.click("#live")
+    expect(page.locator("#overlay li")).to_have_count(3)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_the_engine_is_switched_and_loaded_if_need_be(page: Page, photo: Path, served: Running) -> None:
     page.set_input_files("#file", photo)
     expect(page.locator("#answered-by")).to_contain_text("tiny")
@@ -139,11 +226,71 @@ def test_load_is_sent_and_the_pulse_drawn(page: Page, photo: Path) -> None:
     page.fill("#concurrency", "4")
     page.click("#send")
     expect(page.locator("#load-result")).to_contain_text(
-        re.compile(r"60 answered in .* a second, median .* ms, 99th percentile .* ms\.$"), timeout=20_000
+        re.compile(r"60 answered in .* a second, median .* ms, 99th percentile .* ms\.$")
     )
     expect(page.locator("#p99")).to_contain_text("ms")
     expect(page.locator("#chart")).to_have_attribute("aria-label", re.compile(r"median [\d.]+ ms"))
     expect(page.locator("#chart path.p99")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
+
+
+def test_the_cache_and_drift_are_shown(browser: Browser, tmp_path: Path, photo: Path) -> None:
+    expected = Predictions(
+        classes=[1000] + [0] * (len(LABELS) - 1), confidence=[1000] + [0] * len(CONFIDENCES)
+    )
+    write_package(tmp_path, predictions=expected)
+    with (
+        running(Settings(engine="tiny", engine_dir=tmp_path, port=0, cache_mib=1)) as served,
+        closing(browser.new_context()) as context,
+    ):
+        page = context.new_page()
+        page.goto(served.url)
+        page.set_input_files("#file", photo)
+        expect(page.locator("#rode")).to_have_text("It rode alone.")
+        page.click("#again")
+        expect(page.locator("#rode")).to_have_text("It was answered from the cache.")
+        expect(page.locator("#cached")).to_contain_text("50 %")
+        expect(page.locator("#drift")).to_be_hidden()
+        for _ in range(LEAST_IMAGES):
+            served.predict(photo.read_bytes())
+        expect(page.locator("#drift dd")).to_have_text(re.compile(r"^\d+\.\d\d, other images$"))
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert _contrast(page, "#drift dd") >= 4.5
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_without_a_cache_or_expectations_neither_is_shown(page: Page, photo: Path) -> None:
+    page.set_input_files("#file", photo)
+    expect(page.locator("#p50")).to_contain_text("ms")
+    for figure in ("#cached", "#drift"):
+        expect(page.locator(figure)).to_be_hidden()
+
+
+def test_where_browsers_give_no_camera_the_page_says_so(playwright: Playwright, served: Running) -> None:
+    flags = ["--no-sandbox", "--host-resolver-rules=MAP camera.test 127.0.0.1"]
+    with closing(playwright.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser:
+        page = browser.new_page()
+        page.goto(served.url.replace("127.0.0.1", "camera.test"))
+        expect(page.locator("#no-camera")).to_be_visible()
+        expect(page.locator("#camera")).to_be_hidden()
+
+
+def test_live_video_is_used_by_keyboard(page: Page) -> None:
+    page.focus("#camera")
+    page.keyboard.press("Enter")
+    expect(page.locator("#live")).to_be_visible()
+    for wanted in ("live", "shoot"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == wanted
+    page.focus("#live")
+    page.keyboard.press("Space")
+    expect(page.get_by_role("status").filter(has_text="%")).to_have_count(1)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert _contrast(page, "#overlay") >= 4.5
+    page.keyboard.press("Space")
+    expect(page.locator("#overlay")).to_be_hidden()
 
 
 def test_it_is_used_by_keyboard_and_named_for_screen_readers(page: Page) -> None:
@@ -198,12 +345,22 @@ def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
     expect(page.locator("html")).to_have_attribute("data-theme", "light")
 
 
-def test_it_fits_a_telephone(page: Page) -> None:
+def test_it_fits_a_telephone(page: Page, served: Running) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     page.evaluate(
         "document.querySelector('#engine').options[0].text = 'a-rather-long-name-of-an-engine-int8-openvino'"
     )
+    served.client.post("/engines/other/load")
+    served.client.put("/engines/other/shadow", json={"of": "tiny"})
+    expect(page.locator("#shadow-list li")).to_have_count(1)
+    page.click("#camera")
+    page.click("#live")
+    expect(page.locator("#overlay li")).to_have_count(3)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    picture, labels = page.locator("#video").bounding_box(), page.locator("#overlay").bounding_box()
+    assert picture is not None
+    assert labels is not None
+    assert picture["x"] <= labels["x"] <= labels["x"] + labels["width"] <= picture["x"] + picture["width"]
 
 
 def test_labels_cannot_inject_markup(page: Page) -> None:
@@ -212,6 +369,25 @@ def test_labels_cannot_inject_markup(page: Page) -> None:
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self'" in policy
+
+
+def test_a_shadow_is_compared_and_promoted(page: Page, served: Running, encode: Encode) -> None:
+    served.client.post("/engines/other/load")
+    served.client.put("/engines/other/shadow", json={"of": "tiny", "share": 1})
+    served.predict(encode(1))
+    panel = page.get_by_role("region", name="Shadow engines")
+    expect(panel.locator("h3")).to_have_text("other beside tiny, on 100 % of its images")
+    expect(panel.locator("dd").first).to_have_text("1")
+    expect(panel).to_contain_text(re.compile(r"[\d.]+ ms / [\d.]+ ms"))
+    panel.get_by_role("button", name="Promote").click()
+    expect(panel.get_by_role("status")).to_contain_text("1 images were compared, not 1000")
+    counts = served.service.registry.shadows["other"].counts
+    counts.compared = counts.agreed = 1000
+    panel.get_by_role("button", name="Promote").click()
+    expect(panel.get_by_role("status")).to_have_text("other is the default engine.")
+    expect(panel.locator("h3")).to_have_count(0)
+    assert served.predict(encode(1)).json()["engine"]["name"] == "other"
+    expect(page.locator("#engine option[value=other]")).to_have_text("other (default)")
 
 
 def test_the_interfaces_description_is_shown_without_another_network(page: Page, served: Running) -> None:
@@ -233,4 +409,10 @@ def test_the_key_is_asked_for_where_there_is_one(browser: Browser, engine_dir: P
         expect(page.locator("#labels li")).to_have_count(5)
         page.select_option("#engine", "other")
         expect(page.locator("#answered-by")).to_contain_text("other")
+        locked.service.registry.set_shadow("other", "tiny", 1)
+        page.get_by_role("button", name="End other's comparison").click()
+        expect(page.locator("#shadow-said")).to_have_text("other is compared no more.")
+        page.click("#camera")
+        page.click("#live")
+        expect(page.locator("#overlay li")).to_have_count(3)
     assert next(given, None) is None

@@ -16,7 +16,7 @@ from gated_engine import Gate, load_gated
 from running import Running, running, wait_until
 from wire import Wire, head
 
-from server import protocol
+from server import patience
 from server.heads import HEAD_LIMIT
 from server.settings import Settings
 from server.telemetry import RequestKey
@@ -133,7 +133,7 @@ def test_a_client_that_sends_all_before_it_reads_gets_the_early_refusal(
 def test_a_client_that_is_refused_and_then_silent_is_cut_off(
     connect: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch, path: str, headers: list[str]
 ) -> None:
-    monkeypatch.setattr(protocol, "LINGER_QUIET_S", 0.2)
+    monkeypatch.setattr(patience, "LINGER_QUIET_S", 0.2)
     wire = connect()
     wire.send(head(100, *headers, path=path), b"half of it")
     assert wire.answer()[0] == 404
@@ -161,7 +161,7 @@ def test_requests_after_the_last_one_do_not_cost_the_answers_before(
 def test_what_follows_a_refusal_is_read_for_so_long_and_so_much(
     connect: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch, path: str, limit: str
 ) -> None:
-    monkeypatch.setattr(protocol, limit, 0)
+    monkeypatch.setattr(patience, limit, 0)
     wire = connect()
     wire.send(head(1 << 40, path=path))
     assert wire.answer()[0] == 404

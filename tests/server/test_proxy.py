@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import ssl
 import subprocess
 from collections import Counter
@@ -18,6 +19,8 @@ from gated_engine import Gate, load_gated
 from nginx import NGINX, nginx
 from pydantic import SecretStr
 from running import Running, running
+from streaming import stream
+from websockets.exceptions import InvalidStatus
 from wire import Wire, head
 
 from server.settings import Settings
@@ -133,6 +136,28 @@ def test_the_page_is_served_below_a_prefix(behind: Behind, encode: Encode) -> No
         assert client.post("v2/models/none/infer").json()["error"]
 
 
+def test_streams_pass_the_proxy(behind: Behind, encode: Encode) -> None:
+    server, url = behind(PLAIN, api_key=SecretStr(KEY), protect_predict=True)
+    with stream(url, headers={"X-API-Key": KEY}, origin=url) as it:
+        assert [it.ask(encode(0))["frame"] for _ in range(3)] == [0, 1, 2]
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert it.closed() == (1001, "the server stops")
+
+
+def test_streams_pass_the_proxy_below_a_prefix(behind: Behind, encode: Encode) -> None:
+    _, url = behind(BELOW_A_PREFIX, root_path="/trimrt")
+    with stream(f"{url}/trimrt", origin=url, top_k=2) as it:
+        assert len(it.ask(encode(0))["results"][0]["predictions"]) == 2
+
+
+def test_a_proxy_that_passes_no_offer_on_is_told_so(behind: Behind) -> None:
+    _, url = behind(_BARE["HTTP/1.1"])
+    with pytest.raises(InvalidStatus) as refused, stream(url):
+        pass
+    assert refused.value.response.status_code == 426
+    assert b"Upgrade" in refused.value.response.body
+
+
 def test_tls_ends_at_the_proxy(behind: Behind, encode: Encode, tmp_path: Path) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
@@ -146,6 +171,10 @@ def test_tls_ends_at_the_proxy(behind: Behind, encode: Encode, tmp_path: Path) -
     configuration = WITH_TLS.replace("/etc/ssl/certs/trimrt.pem", str(certificate))
     configuration = configuration.replace("/etc/ssl/private/trimrt.key", str(key))
     _, url = behind(configuration)
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(certificate)), timeout=30) as client:
-        answer = client.post(url.replace("http", "https") + "/predict", content=encode(0), headers=PNG)
+    trust = ssl.create_default_context(cafile=str(certificate))
+    url = url.replace("http", "https")
+    with httpx.Client(verify=trust, timeout=30) as client:
+        answer = client.post(f"{url}/predict", content=encode(0), headers=PNG)
     assert answer.status_code == 200
+    with stream(url, origin=url, ssl=trust) as it:
+        assert it.ask(encode(0))["results"]

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from processes import TRIMRT, start_process
 from running import wait_until
+from streaming import stream
 from tiny_engine import write_package
 from together import OK, Together, is_right, is_running, load, states, together
 
@@ -91,6 +92,18 @@ def test_connections_that_stay_open_are_spread_evenly_also_after_some_were_close
         assert spread() == [4, 4]
 
 
+def test_streams_are_spread_over_the_workers_and_counted_together(served: Together, encode: Encode) -> None:
+    wait_until(lambda: all(member.taker.open == 0 for member in served.supervisor.members))
+    ok = OK.replace("predict", "stream")
+    before = served.samples().get(ok, 0)
+    with stream(served.url) as one, stream(served.url) as two:
+        assert [member.taker.open for member in served.supervisor.members] == [1, 1]
+        right = [it["results"][0]["predictions"] for it in (one.ask(encode(0)), two.ask(encode(0)))]
+        assert right[0] == right[1]
+    wait_until(lambda: all(member.taker.open == 0 for member in served.supervisor.members))
+    assert served.samples()[ok] - before == 2
+
+
 def test_statistics_are_those_of_both_workers(served: Together, encode: Encode) -> None:
     before = served.ask("GET", "/stats").json()
     for seed in range(6):
@@ -116,6 +129,26 @@ def test_statistics_are_those_of_both_workers(served: Together, encode: Encode) 
         for process in served.pids
     )
     assert samples["process_resident_memory_bytes"] == pytest.approx(resident, rel=0.1)
+
+
+def test_each_worker_keeps_answers_of_its_own_in_its_share_of_the_memory(
+    engine_dir: Path, encode: Encode
+) -> None:
+    with together(Settings(engine="tiny", engine_dir=engine_dir, port=0, cache_mib=2)) as it:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(httpx.Client(base_url=it.url, verify=False)) for _ in range(2)]
+            for cached in (False, True):
+                for client in clients:
+                    (result,) = client.post("/predict", content=encode(0)).json()["results"]
+                    assert result["cached"] is cached
+
+        def told() -> tuple[object, ...]:
+            stats = it.ask("GET", "/stats").json()
+            return stats["cache"]["answers"], stats["cache"]["limit"], stats["engines"][0]["cache"]
+
+        assert told() == (2, 2 << 20, {"hits": 2, "misses": 2})
+        it.wait_until_replaced(it.kill_one())
+        assert told() == (1, 2 << 20, {"hits": 2, "misses": 2})
 
 
 def restore(served: Together) -> None:

@@ -23,7 +23,10 @@ from tiny_engine import LABELS
 from models.preprocessing import Preprocessing, load_pixels
 from server.problems import Problem
 from server.v2.body import parse
+from server.v2.regions import Regions
 from server.v2.tensors import pack_bytes, unpack_bytes
+
+NO_REGIONS = Regions(enabled=False, largest=0)
 
 Encode = Callable[..., bytes]
 Reference = Callable[..., np.ndarray]
@@ -83,7 +86,7 @@ def test_health_and_metadata(triton: tuple[Any, Any]) -> None:
     assert not client.is_model_ready("nobody")
     server = _metadata(client.get_server_metadata())
     assert server["name"] == "trimrt"
-    assert server["extensions"] == ["binary_tensor_data", "classification"]
+    assert "system_shared_memory" not in server["extensions"]
     model = _metadata(client.get_model_metadata("tiny", "1"))
     assert model["name"] == "tiny"
     assert model["versions"] == ["1"]
@@ -340,11 +343,11 @@ def test_shared_memory_is_refused_and_never_ignored(triton: tuple[Any, Any], enc
     module, client = triton
     shared_input = module.InferInput("pixels", [1, 32, 32, 3], "UINT8")
     shared_input.set_shared_memory("region", 3072)
-    with pytest.raises(InferenceServerException, match="input 'pixels' names shared memory, which is not"):
+    with pytest.raises(InferenceServerException, match="shared memory is off"):
         client.infer("tiny", [shared_input])
     shared_output = module.InferRequestedOutput("logits")
     shared_output.set_shared_memory("region", 40)
-    with pytest.raises(InferenceServerException, match="output 'logits' names shared memory, which is not"):
+    with pytest.raises(InferenceServerException, match="shared memory is off"):
         client.infer("tiny", [_input(module, _pixels(encode(0)))], outputs=[shared_output])
 
 
@@ -371,7 +374,8 @@ def _refusal(call: Callable[[], Any]) -> str:
 
 @given(st.binary(max_size=60), st.none() | st.text(max_size=4))
 def test_any_body_is_parsed_or_refused(body: bytes, header_length: str | None) -> None:
-    assert _refusal(lambda: parse(body, header_length, 64)) in ("", "malformed-request", "invalid-parameter")
+    refusal = _refusal(lambda: parse(body, header_length, 64, NO_REGIONS.read))
+    assert refusal in ("", "malformed-request", "invalid-parameter")
 
 
 @given(st.binary(max_size=40))

@@ -28,10 +28,12 @@ _GRPC_CODES = {
     "forbidden": "PERMISSION_DENIED",
     "image-damaged": "INVALID_ARGUMENT",
     "inference-failed": "INTERNAL",
+    "invalid-parameter": "INVALID_ARGUMENT",
     "internal-error": "INTERNAL",
     "malformed-request": "INVALID_ARGUMENT",
     "not-ready": "UNAVAILABLE",
     "queue-full": "RESOURCE_EXHAUSTED",
+    "rate-limited": "RESOURCE_EXHAUSTED",
     "too-many-images": "INVALID_ARGUMENT",
     "unauthorized": "UNAUTHENTICATED",
 }

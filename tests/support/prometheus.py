@@ -16,7 +16,7 @@ from running import wait_until
 
 class Prometheus:
     def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=10)
+        self._client = httpx.Client(base_url=url, timeout=60)
 
     def is_ready(self) -> bool:
         try:
@@ -39,7 +39,10 @@ class Prometheus:
 
 @contextmanager
 def scraping(target: str, configuration: Path, folder: Path) -> Iterator[Prometheus]:
-    """Prometheus with that configuration, except that all it scrapes is `target`, twice a second."""
+    """Prometheus with that configuration, except that all it scrapes is `target`, twice a second.
+
+    What a scrape has found is forgotten when the next fails, as on a busy machine: wait for what is queried.
+    """
     content = yaml.safe_load(configuration.read_text("utf-8"))
     (job,) = content["scrape_configs"]
     job |= {"static_configs": [{"targets": [target]}], "scrape_interval": "500ms", "scrape_timeout": "500ms"}

@@ -80,6 +80,7 @@ def _ending(error: Exception) -> click.ClickException:
 
 def _run(settings: Settings) -> None:
     """Serve until a signal ends it."""
+    from server.keeping import make_folder
     from server.registry import resolve_engines
     from trimrt import logs
     from trimrt.serve.listening import listen, listen_locally
@@ -89,6 +90,8 @@ def _run(settings: Settings) -> None:
     if settings.trust.keys:
         log.info("packages must be signed", extra={"by": ", ".join(sorted(settings.trust.keys))})
     import_extras(settings)
+    if settings.keep is not None:
+        make_folder(settings.keep)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings))
         local = None

@@ -57,7 +57,9 @@ class Owner(Participant):
         settings = self._settings = assignment.settings
         self._telemetry = Telemetry()
         self._registry = Registry(
-            settings.model_copy(update={"workers": 1, "decode_threads": 1, "queue_limit": _UNLIMITED}),
+            settings.model_copy(
+                update={"workers": 1, "decode_threads": 1, "queue_limit": _UNLIMITED, "cache_mib": 0}
+            ),
             self._telemetry,
             on_lost=self._tell_lost if settings.exit_when_lost else None,
         )

@@ -220,7 +220,7 @@ class Supervisor:
             self.members.remove(member)
             past = self._past
         if member.counts is not None:
-            past.add(replace(member.counts, processes=[], in_flight=0, queues={}))
+            past.add(replace(member.counts, processes=[], in_flight=0, queues={}, cache=None))
 
     async def _replace(self, start: Callable[[], Awaitable[Member]]) -> Member | None:
         """A new process; None if all are to stop.

@@ -1,0 +1,1 @@
+"""`/stream`: live video over a WebSocket, a frame a message."""

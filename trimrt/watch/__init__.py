@@ -1,0 +1,1 @@
+"""`trimrt watch`: the labels of live video, or of a film."""
