@@ -335,6 +335,7 @@ class Scheduler:
     def _deliver(self, batch: Computed) -> None:
         now = time.monotonic()
         size = len(batch.images)
+        self.stats.batches[size] += 1
         for row, image in enumerate(batch.images):
             job = image.job
             if job.over:
@@ -362,7 +363,6 @@ class Scheduler:
                 self._low.discard(job)
                 self._finish(job)
         self.health.succeeded()
-        self.stats.batches[size] += 1
         self.stats.inference[size] += batch.finished - batch.started
         if self.stats.predictions is not None:
             self.stats.predictions.add(batch.probabilities)

@@ -791,7 +791,7 @@ def test_every_observer_is_told_how_each_request_ended_and_may_fail(
     wait_until(lambda: len(recorder.ended) == 4)
     answered, refused = recorder.ended[::2]
     assert answered.key == (it.protocol, "ok", "")
-    assert answered.headers["traceparent"] == "00-1-2-03"
+    assert answered.caller().headers["traceparent"] == "00-1-2-03"
     assert began < answered.began < answered.results[0].admitted
     assert answered.manifest is not None
     assert answered.manifest.name == "tiny"

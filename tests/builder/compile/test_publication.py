@@ -48,7 +48,7 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("moment", ["compare", "measure", "write_manifest"])
+@pytest.mark.parametrize("moment", ["engine_logits", "measure", "write_manifest"])
 def test_a_killed_build_publishes_nothing_and_the_next_one_cleans_up(
     kit: Kit, tmp_path: Path, moment: str, trimrt: Callable[..., Result]
 ) -> None:
