@@ -53,7 +53,7 @@ class Ended(NamedTuple):
 
     Attributes:
         key: how it ended.
-        caller: who asked; called by whoever wants to know, for headers are read each time.
+        caller: who asked; called by whoever wants to know, for over HTTP headers are read each time.
         began: when it began, by `time.monotonic`.
         manifest: of the engine that was asked; None if it did not come to that.
         results: its images' results; empty unless they were computed.

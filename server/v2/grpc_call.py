@@ -45,11 +45,12 @@ class InferCall(Call[Answer]):
 
     def __init__(self, context: Context, regions: Regions) -> None:
         self._context = context
+        self._caller = caller_of(context)  # now: once the call is over, gRPC reads memory that is freed
         self._regions = regions
 
     def caller(self) -> Caller:
         """See `Call`."""
-        return caller_of(self._context)
+        return self._caller
 
     def timeout(self) -> float | None:
         """See `Call`."""
@@ -57,7 +58,7 @@ class InferCall(Call[Answer]):
 
     def priority(self) -> str | None:
         """See `Call`."""
-        return self.caller().headers.get("x-priority")
+        return self._caller.headers.get("x-priority")
 
     def is_slow_to_read(self, body: bytes) -> bool:
         """See `Call`."""
