@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import inspect
 import re
@@ -22,6 +23,9 @@ from google.protobuf.json_format import MessageToDict
 from processes import Started, start_process
 from tiny_engine import SIDE, write_package
 from tritonclient.utils import InferenceServerException, shared_memory
+
+# tritonclient leaves the connection of a refusal to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning")
 
 FORMS = ("http", "http.aio", "grpc", "grpc.aio")
 PAGE = Path(__file__).parents[2] / "docs/triton.md"
@@ -79,6 +83,7 @@ class Client:
         if self._loop is not None:
             self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
+        gc.collect()  # or another test gets the warning
 
 
 @pytest.fixture(params=FORMS)

@@ -16,7 +16,7 @@ from models.naming import nothing_at
 _JPEG_QUALITY: Final = 95
 
 
-class SourceError(TrimRTError):
+class VideoError(TrimRTError):
     """There is no video at the source."""
 
 
@@ -39,18 +39,18 @@ def open_source(source: str) -> Iterator[Iterator[Frame]]:
     Of a file every frame is given; of what is live the newest one, whenever the next is asked for.
 
     Raises:
-        SourceError: nothing is there, or no video.
+        VideoError: nothing is there, or no video.
     """
     path = Path(source)
     is_device = source.isascii() and source.isdecimal()
     is_film = not is_device and "://" not in source and (path.is_file() or not path.exists())
     if is_film and not path.exists():
-        raise SourceError(nothing_at(path))
+        raise VideoError(nothing_at(path))
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
     capture = cv2.VideoCapture(int(source) if is_device else source)
     try:
         if not capture.isOpened():
-            raise SourceError(f"{source} cannot be opened as video")
+            raise VideoError(f"{source} cannot be opened as video")
         if is_film:
             yield _every(capture)
         else:
