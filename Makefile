@@ -76,7 +76,7 @@ test-python310: $(VENV)/.install-dev  ## Test the server on JetPack 6's Python a
 		$(BIN310)/python -m pip install -q -r deploy/jetson/jetpack6.txt $(ADDED310) -e ".[grpc,heif,otel]"; \
 		$(BIN310)/python -c "import builder.compile.packages, builder.compile.targets.choice, trimrt.build"; \
 		OMP_NUM_THREADS=1 $(BIN310)/python -m pytest -m "not slow" -n 2 --dist loadfile \
-			tests/runtime tests/server --ignore tests/server/test_page.py; \
+			tests/runtime tests/server tests/trimrt/watch --ignore tests/server/test_page.py; \
 	else \
 		echo "There is no Python 3.10: types are checked for it, and nothing is run on it."; \
 		$(BIN)/mypy --python-version 3.10 -p runtime -p server -p builder.compile; \

@@ -6,13 +6,10 @@ import ctypes
 import logging
 import warnings
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
 import cv2
 from PIL import AvifImagePlugin, Image, _imaging
-
-_M_MMAP_THRESHOLD: Final = -3  # of mallopt(3)
-_MAPPED_BYTES: Final = 4 << 20
 
 
 def configure_decoders() -> None:
@@ -26,11 +23,13 @@ def configure_decoders() -> None:
         import pillow_heif
 
         pillow_heif.options.DECODE_THREADS = 1
+    silence_opencv()
+    with suppress(OSError, AttributeError):  # Pillow was built without libtiff
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+def silence_opencv() -> None:
+    """Let OpenCV say nothing of damaged files on standard error."""
     # JetPack 6's OpenCV 4.11 has the function elsewhere.
     logs: Any = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2
     logs.setLogLevel(0)  # silent
-    with suppress(OSError, AttributeError):  # Pillow was built without libtiff
-        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
-    # glibc raises this threshold by itself, and then keeps up to 64 MiB of each thread's images for good.
-    with suppress(OSError, AttributeError, TypeError):  # another C library, or system
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from running import Running, running, wait_until
 from streaming import stream
+from websockets.datastructures import Headers
 from websockets.exceptions import InvalidStatus
 from wire import Wire
 
@@ -444,13 +445,18 @@ def _subprotocols(key: str) -> list[str]:
     return ["trimrt", "trimrt.key." + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")]
 
 
+def _sent_as_utf8(text: str) -> str:
+    """The value of a header that the client's versions, which encode differently, send as `text` in UTF-8."""
+    return text if "é".encode() in Headers(x="é").serialize() else text.encode().decode("latin-1")
+
+
 def test_the_key_is_asked_for_where_inference_is_protected(start: Start, encode: Encode) -> None:
     server = start(api_key=SecretStr(KEY), protect_predict=True)
     ways = [
         ({}, None, None, False),
         ({"X-API-Key": "wrong"}, None, None, False),
-        ({"X-API-Key": KEY.encode().decode("latin-1")}, None, None, True),
-        ({"Authorization": "Bearer " + KEY.encode().decode("latin-1")}, None, None, True),
+        ({"X-API-Key": _sent_as_utf8(KEY)}, None, None, True),
+        ({"Authorization": "Bearer " + _sent_as_utf8(KEY)}, None, None, True),
         ({}, _subprotocols(KEY), "trimrt", True),
         ({}, _subprotocols("wrong"), "trimrt", False),
         ({}, ["trimrt", "trimrt.key.!"], "trimrt", False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from runtime.engine import Options
 from runtime.loading import load_engine
 from runtime.ranking import ranked
 from runtime.signatures import Trust
+from server.stream.handshake import KEY_PREFIX, PROTOCOL
 
 _ANSWER_S: Final = 60.0  # longer than a server's own limit
 _ANSWER_BYTES: Final = 32 << 20  # more than an answer of all classes
@@ -74,9 +76,8 @@ def open_server(url: str, engine: str | None, top_k: int | None, key: str | None
         raise StreamError(f"{url!r} is no server's address; give one like http://127.0.0.1:8000")
     query = {name: value for name, value in (("engine", engine), ("top_k", top_k)) if value is not None}
     address = f"{scheme.replace('http', 'ws')}://{place}/stream?{urlencode(query)}"
-    headers = {} if key is None else {"X-API-Key": key.encode().decode("latin-1")}
     try:
-        socket = connect(address, additional_headers=headers, compression=None, max_size=_ANSWER_BYTES)
+        socket = connect(address, subprotocols=_offered(key), compression=None, max_size=_ANSWER_BYTES)
     except InvalidStatus as refused:
         raise StreamError(f"{url}: {_told(refused.response.body)}") from None
     except (OSError, ValueError, WebSocketException) as error:  # the second: no such port, no such IPv6
@@ -120,3 +121,11 @@ def _told(body: bytes | bytearray | None) -> str:
 def _plain(text: str) -> str:
     """`text` without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _offered(key: str | None) -> list[Any] | None:
+    """The subprotocols that stand for the key: versions of websockets encode headers differently."""
+    if key is None:
+        return None
+    encoded = base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+    return [PROTOCOL, KEY_PREFIX + encoded]

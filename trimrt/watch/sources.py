@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 import cv2
 
 from models.errors import TrimRTError
+from models.images.process import silence_opencv
 from models.naming import nothing_at
 
 _JPEG_QUALITY: Final = 95
@@ -46,7 +47,7 @@ def open_source(source: str) -> Iterator[Iterator[Frame]]:
     is_film = not is_device and "://" not in source and (path.is_file() or not path.exists())
     if is_film and not path.exists():
         raise VideoError(nothing_at(path))
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
+    silence_opencv()  # what is wrong is told below
     capture = cv2.VideoCapture(int(source) if is_device else source)
     try:
         if not capture.isOpened():
