@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from carriers import CARRIERS, HTTP, Carrier, Grpc, Http, Predict, PredictThroughAsgi, Rest, Sent, carrier
+from carriers import HTTP, Carrier, Grpc, Http, Predict, PredictThroughAsgi, Rest, Sent, carrier
 from gated_engine import Gate, load_gated
 from pydantic import SecretStr
 from running import running, wait_until
@@ -35,16 +35,6 @@ ELSEWHERE = {"X_Forwarded_For": "198.51.100.1"}  # a local proxy's client
 
 over_http = pytest.mark.parametrize("kind", HTTP.values(), ids=HTTP)
 over_predict = pytest.mark.parametrize("kind", [Predict, PredictThroughAsgi], ids=["predict", "predict-asgi"])
-
-
-@pytest.fixture(params=CARRIERS.values(), ids=CARRIERS)
-def kind(request: pytest.FixtureRequest) -> type[Carrier]:
-    return request.param
-
-
-@pytest.fixture
-def gate() -> Gate:
-    return Gate()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carriers import CARRIERS, Carrier, Grpc, carrier
+from carriers import Carrier, Grpc, carrier
 from gated_engine import Gate, load_gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,17 +30,6 @@ Encode = Callable[..., bytes]
 Start = Callable[..., Carrier]
 
 MIB = 1 << 20
-
-
-@pytest.fixture(params=CARRIERS.values(), ids=CARRIERS)
-def kind(request: pytest.FixtureRequest) -> type[Carrier]:
-    return request.param
-
-
-@pytest.fixture
-def gate() -> Gate:
-    """Closed: an image that is computed waits, one that is not does not."""
-    return Gate()
 
 
 @pytest.fixture

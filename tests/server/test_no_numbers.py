@@ -34,11 +34,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def gate() -> Gate:
-    return Gate()
-
-
 @pytest.fixture(params=CARRIERS.values(), ids=CARRIERS)
 def it(
     request: pytest.FixtureRequest, directory: Path, gate: Gate, caplog: pytest.LogCaptureFixture

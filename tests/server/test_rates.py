@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from carriers import CARRIERS, Carrier, Grpc, carrier
+from carriers import Carrier, Grpc, carrier
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
@@ -23,11 +23,6 @@ Encode = Callable[..., bytes]
 Start = Callable[..., Carrier]
 
 SLOW = 0.01  # images a second: what is taken out does not flow back while a test runs
-
-
-@pytest.fixture(params=CARRIERS.values(), ids=CARRIERS)
-def kind(request: pytest.FixtureRequest) -> type[Carrier]:
-    return request.param
 
 
 @pytest.fixture

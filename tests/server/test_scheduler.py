@@ -32,11 +32,6 @@ Answer: TypeAlias = "list[Result] | Problem"
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
-
-
-@pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What is decoded from now on."""
     files: list[bytes] = []

@@ -26,11 +26,6 @@ QUEUE_LIMIT = 12
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
-
-
-@pytest.fixture
 def gated(engine_dir: Path, gate: Gate) -> Iterator[Running]:
     settings = Settings(engine="tiny", engine_dir=engine_dir, port=0, queue_limit=QUEUE_LIMIT)
     with running(settings, load_gated(gate)) as it:
