@@ -111,6 +111,7 @@ def test_images_that_wait_hold_little_memory(
     monkeypatch.setattr("server.shadow._PAUSE_S", 60)
     _shadow(server, "same")
     server.client.post("/predict", files=[("file", image)] * 10)
+    wait_until(lambda: _sum(_told(server, "same")) == 10)
     told = _told(server, "same")
     assert (told["waiting"], told["dropped"]) == (3, 7)
 
@@ -124,6 +125,7 @@ def test_pixels_that_wait_do_not_hold_the_rest_of_their_body(
     tensor = {"name": "pixels", "shape": pixels.shape, "datatype": "UINT8", "data": pixels.tolist()}
     assert server.client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
     waiting = server.service.registry.shadows["same"]._waiting
+    wait_until(lambda: len(waiting) == 2)  # they are taken after the answer has gone out
     assert [it.image.base for it in waiting if isinstance(it.image, np.ndarray)] == [None, None]
 
 
