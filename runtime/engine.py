@@ -1,8 +1,8 @@
 """What a runtime offers: an engine opens slots, a slot runs one batch at a time.
 
 A slot owns the memory that a batch is written into (pinned, where there is a GPU) and belongs to
-one thread: the thread that opened it fills `pixels`, calls `infer`, and closes it. Of an engine that
-`is_brief`, another thread may do the first two while that one waits. Several slots of one engine may
+one thread: the thread that opened it fills `pixels`, calls `infer`, and closes it. Of an engine on the
+CPU, another thread may do the first two while that one waits. Several slots of one engine may
 run at once.
 """
 
@@ -19,7 +19,7 @@ from runtime.manifest import Manifest
 from runtime.signatures import ANYONE, Trust
 
 BRIEF_S: Final = 750e-6
-"""An engine is brief if it takes at most so long for its smallest batch, seconds."""
+"""An engine is brief if an image alone takes at most so long, seconds: less than another thread's wake-up."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Engine(Protocol):
         """Whether inference takes the cores that decoding needs too."""
 
     @property
-    def is_brief(self) -> bool:
-        """Whether an image alone takes at most `BRIEF_S`, and no device. Known once a slot is open."""
+    def alone_s(self) -> float:
+        """Seconds that the smallest batch takes in a slot; infinite on a device, or before one is open."""
 
     def open_slot(self) -> Slot:
         """A slot for the calling thread. It is warm: it has run a batch of each of `run_sizes`.

@@ -156,9 +156,9 @@ class OpenVINOEngine:
         return True
 
     @property
-    def is_brief(self) -> bool:
-        """By the fastest of the slots, with one thread's model."""
-        return self._alone_seconds <= BRIEF_S
+    def alone_s(self) -> float:
+        """Of the fastest of the slots, with one slot's share of the threads."""
+        return self._alone_seconds
 
     def open_slot(self) -> OpenVINOSlot:
         """A warm slot for the calling thread.

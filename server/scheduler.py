@@ -6,7 +6,8 @@ on a device, a pool of threads decodes the images before they join the backlog; 
 whose inference needs the same cores, each worker decodes its own images straight into the batch.
 
 To hand an image over and back takes longer than a small network's inference. So where that and the decoding
-are brief, the event loop's thread runs an image that comes alone, with the slot of a worker that waits.
+are brief, the event loop's thread runs an image that comes alone, with the slot of a worker that waits; where
+the network is tiny, it runs all such images, in batches of what came since it last looked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from models.preprocessing import Pixels
 from runtime.batching import Shares
-from runtime.engine import Engine
+from runtime.engine import BRIEF_S, Engine
 from runtime.health import Health
 from runtime.threads import run_in_engine_thread
 from server.answers import EngineAnswers
@@ -37,6 +38,8 @@ from server.workers import Worker
 
 LOW_ROUNDS: Final = 16
 """How many rounds of the backlog a request of low priority gives way to others."""
+
+_TINY_S: Final = 250e-6  # for longer than that threads wait for the interpreter's lock
 
 _NOTHING: Final[Mapping[int, Result]] = {}
 _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average
@@ -101,6 +104,7 @@ class Scheduler:
         self._decodes_in_slot = engine.on_cpu
         self._linux_scheduling = linux_scheduling
         share = self._brief = engine.on_cpu and not max_batch_delay
+        self._here: list[Image] = []  # those that the event loop's thread is to run
         self._backlog = Backlog(
             engine.slots,
             engine.best_batch,
@@ -154,7 +158,7 @@ class Scheduler:
             if isinstance(outcome, BaseException):
                 await self.close()
                 raise outcome
-        self._brief = self._brief and self.engine.is_brief
+        self._brief = self._brief and self.engine.alone_s <= BRIEF_S
 
     def check_room(self, images: int, *, low: bool = False) -> None:
         """Make sure that a request of so many images fits the queue.
@@ -239,8 +243,10 @@ class Scheduler:
         to_decode = iter(encoded)
         for _ in encoded[: self._pool.threads]:
             self._pool.submit(partial(self._decode_next, to_decode))
-        if job.small and self._is_alone() and self._decoder.is_brief(ready[0]):
-            self._loop.call_soon(self._run_here, ready[0])
+        if job.small and self._may_run_here() and all(map(self._decoder.is_brief, ready)):
+            if not self._here:
+                self._loop.call_soon(self._run_here)
+            self._here += ready
         else:
             self._backlog.put(ready)
         return job
@@ -265,21 +271,34 @@ class Scheduler:
         if not job.remaining:
             self._loop.call_soon(self._finish, job)
 
-    def _is_alone(self) -> bool:
-        """Whether one image is under way, large requests aside, and the worker for it waits."""
+    def _may_run_here(self) -> bool:
+        """Whether this thread had better run small requests' images than that of the worker that waits."""
         if not self._brief or not self._backlog.reserve_sleeps:
             return False
+        return self.engine.alone_s <= _TINY_S or self._is_alone()
+
+    def _is_alone(self) -> bool:
+        """Whether one image is under way, large requests aside."""
         if self._backlog.mixed(time.monotonic()):
             return sum(job.remaining for job in self._jobs if job.small) == 1
         return self.pending == 1
 
-    def _run_here(self, image: Image) -> None:
-        """Run the image that came alone, unless others have come since, or nobody waits for it any more."""
-        if image.is_dead(time.monotonic()) or not self._is_alone():
-            self._backlog.put([image])
+    def _run_here(self) -> None:
+        """Run the images that came since the event loop last looked, if they still had better be run here."""
+        now = time.monotonic()
+        images = [image for image in self._here if not image.is_dead(now)]
+        self._here.clear()
+        if not images:
             return
+        if not self._may_run_here():
+            self._backlog.put(images)
+            return
+        most = self.engine.best_batch
+        if rest := images[most:]:
+            self._here += rest
+            self._loop.call_soon(self._run_here)
         reserve = next(worker for worker in self._workers if worker.reserve)
-        if (outcome := reserve.run_batch([image])) is not None:
+        if (outcome := reserve.run_batch(images[:most])) is not None:
             self._receive(outcome)
 
     def drop(self, job: Job, reason: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
 
-from runtime.engine import Engine, Slot
+from runtime.engine import BRIEF_S, Engine, Slot
 from runtime.finite import NOT_FINITE, all_finite, finite_rows
 from runtime.health import EngineAwayError
 from runtime.manifest import EngineError
@@ -122,7 +122,7 @@ class Worker:
     def _infer(self, slot: Slot, images: list[Image]) -> Computed | None:
         started = time.monotonic()
         count = len(images)
-        alone = self._backlog.others_sleep and not self._backlog.waiting and not self._engine.is_brief
+        alone = self._backlog.others_sleep and not self._backlog.waiting and self._engine.alone_s > BRIEF_S
         # Engines may have a minimum batch; the remaining rows are stale and ignored.
         outputs = slot.infer(max(count, self._engine.manifest.batch.min), alone=alone)
         finished = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -167,9 +168,9 @@ class TensorRTEngine:
         return False
 
     @property
-    def is_brief(self) -> bool:
-        """False: a batch waits for the GPU."""
-        return False
+    def alone_s(self) -> float:
+        """Infinite: a batch waits for the GPU."""
+        return math.inf
 
     def open_slot(self) -> TensorRTSlot:
         """A warm slot owned by the calling thread, which alone may use and close it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def test_an_engine_that_is_not_brief_is_timed_once(package: Path, monkeypatch: p
     monkeypatch.setattr("runtime.openvino.BRIEF_S", 0.0)
     engine.open_slot()
     assert ran == [1, 1, 2, 4, 8, 1]
-    assert not engine.is_brief
+    assert engine.alone_s > 0
 
 
 def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
@@ -210,11 +211,11 @@ def test_slots_run_at_once_without_mixing_their_images(package: Path) -> None:
     assert not np.allclose(expected[0], expected[1], atol=1e-3)
 
 
-def test_an_engine_is_brief_by_what_its_first_slot_takes(package: Path) -> None:
+def test_what_an_image_alone_takes_is_known_by_the_first_slot(package: Path) -> None:
     engine = load_engine(package, Options(slots=1, threads=1))
-    assert not engine.is_brief  # nothing has been timed
+    assert engine.alone_s == math.inf
     engine.open_slot().close()
-    assert engine.is_brief
+    assert 0 < engine.alone_s < 0.1
 
 
 def test_streams_and_threads_are_what_was_asked_for(package: Path) -> None:

@@ -29,19 +29,20 @@ from server.stats import EngineStats
 Encode = Callable[..., bytes]
 
 LONG = (600, 600)  # pixels that take longer to decode than a thread to wake
+BRIEF, TINY = 0.0005, 0.0001  # seconds
 
 
 class Machine:
     """A scheduler of a brief engine, the threads that its batches ran on, and what may happen before them."""
 
-    def __init__(self, folder: Path, slots: int) -> None:
+    def __init__(self, folder: Path, slots: int, alone_s: float) -> None:
         self.threads: list[int] = []
         self.gate = Gate()  # but for the event loop
         self.event_loop = threading.get_ident()
         self.fail_next = False
         self._pool = DecodePool(1)
         self.scheduler = Scheduler(
-            load_wrapped(self._before, slots=slots, on_cpu=True, is_brief=True)(folder),
+            load_wrapped(self._before, slots=slots, on_cpu=True, alone_s=alone_s)(folder),
             self._pool,
             EngineStats(),
             queue_limit=64,
@@ -79,8 +80,8 @@ class Machine:
 @pytest.fixture
 def start(engine_dir: Path) -> Callable[..., Any]:
     @asynccontextmanager
-    async def start(slots: int = 2) -> AsyncIterator[Machine]:
-        machine = Machine(engine_dir / "tiny-v1", slots)
+    async def start(slots: int = 2, alone_s: float = BRIEF) -> AsyncIterator[Machine]:
+        machine = Machine(engine_dir / "tiny-v1", slots, alone_s)
         await machine.start(slots)
         try:
             yield machine
@@ -143,6 +144,52 @@ def test_images_that_come_together_are_for_the_slots(
             for file, result in zip([*files, *files], results, strict=True):
                 np.testing.assert_allclose(result.probabilities, reference(file), atol=1e-5)
             assert threading.get_ident() not in machine.threads
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_all_images_of_a_tiny_network_run_on_the_event_loops_thread_in_batches(
+    start: Callable[..., Any], encode: Encode, reference: Callable[[bytes], np.ndarray], slots: int
+) -> None:
+    files = [encode(seed) for seed in range(20)]
+
+    async def main() -> None:
+        async with start(slots, alone_s=TINY) as machine:
+            form = machine.submit(*files[:4])
+            singles = [machine.submit(file) for file in files[4:]]
+            results = list(await answered(form))
+            for single in singles:
+                results += await answered(single)
+            for file, result in zip(files, results, strict=True):
+                np.testing.assert_allclose(result.probabilities, reference(file), atol=1e-5)
+            most = machine.scheduler.engine.best_batch
+            assert machine.threads == [machine.event_loop] * -(-20 // most)
+            assert machine.scheduler.stats.batches[most] == 20 // most
+
+    asyncio.run(main())
+
+
+def test_images_that_wait_for_the_event_loop_go_to_the_only_slot_once_it_is_at_work(
+    start: Callable[..., Any], encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start(slots=1, alone_s=TINY) as machine:
+            short, long = machine.submit(encode(1)), machine.submit(encode(0, size=LONG))
+            assert not isinstance(await answered(short), Problem)
+            assert not isinstance(await answered(long), Problem)
+            assert machine.event_loop not in machine.threads
+
+    asyncio.run(main())
+
+
+def test_large_requests_of_a_tiny_network_are_for_the_slots(
+    start: Callable[..., Any], encode: Encode
+) -> None:
+    async def main() -> None:
+        async with start(alone_s=TINY) as machine:
+            assert not isinstance(await answered(machine.submit(*[encode(1)] * 5)), Problem)
+            assert machine.event_loop not in machine.threads
 
     asyncio.run(main())
 

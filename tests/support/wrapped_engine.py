@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,14 +35,14 @@ class _WrappedSlot:
 
 
 class WrappedEngine:
-    """`on_cpu` and `is_brief` are the test's choice: which threads decode, and infer."""
+    """`on_cpu` and `alone_s` are the test's choice: which threads decode, and infer."""
 
-    def __init__(self, engine: Engine, before: Before, *, on_cpu: bool, is_brief: bool) -> None:
+    def __init__(self, engine: Engine, before: Before, *, on_cpu: bool, alone_s: float) -> None:
         self._engine = engine
         self._before = before
         self.best_batch = engine.manifest.batch.max
         self.on_cpu = on_cpu
-        self.is_brief = is_brief
+        self.alone_s = alone_s
 
     def open_slot(self) -> _WrappedSlot:
         return _WrappedSlot(self._engine.open_slot(), self._before)
@@ -51,9 +52,9 @@ class WrappedEngine:
 
 
 def load_wrapped(
-    before: Before, *, slots: int = 1, on_cpu: bool = False, is_brief: bool = False
+    before: Before, *, slots: int = 1, on_cpu: bool = False, alone_s: float = math.inf
 ) -> LoadEngine:
     """How a server loads its engines so that each batch is preceded by `before`, on the batch's thread."""
     return lambda folder: WrappedEngine(
-        load_engine(Path(folder), Options(slots=slots)), before, on_cpu=on_cpu, is_brief=is_brief
+        load_engine(Path(folder), Options(slots=slots)), before, on_cpu=on_cpu, alone_s=alone_s
     )

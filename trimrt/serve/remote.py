@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -89,9 +90,9 @@ class RemoteEngine:
         return True
 
     @property
-    def is_brief(self) -> bool:
-        """False: the event loop must not wait for another process."""
-        return False
+    def alone_s(self) -> float:
+        """Infinite: the event loop must not wait for another process."""
+        return math.inf
 
     def open_slot(self) -> RemoteSlot:
         """A slot for the calling thread; the owner's are warm.
