@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_longlong
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -55,6 +56,7 @@ def create_app(
     observers: Sequence[RequestObserver] = (),
     fleet: Fleet | None = None,
     packages: Sequence[Path] | None = None,
+    in_flight: c_longlong | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -69,12 +71,13 @@ def create_app(
         fleet: the processes that serve together; None: this one alone.
         packages: the folders of the engine packages to begin with, the default's first; None: those that
             `settings` name.
+        in_flight: see `Telemetry`.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sampling = Sampling() if settings.otlp_endpoint else None
-        telemetry = Telemetry([*observers, *_observers(settings, sampling)], sampling)
+        telemetry = Telemetry([*observers, *_observers(settings, sampling)], sampling, in_flight)
         registry = Registry(settings, telemetry, load, on_failure if settings.exit_when_lost else None)
         lifecycle = Lifecycle()
         large_work = ThreadPoolExecutor(1, "trimrt-large")

@@ -43,6 +43,7 @@ class Counts:
         started: when the first of them began to count, by `time.time`.
         processes: ids of those that run.
         replaced: how many ended unasked and were replaced.
+        lost: inference requests that those had in hand.
         in_flight: inference requests now served.
         requests: those that ended, by how.
         engines: statistics of every engine that was ever loaded.
@@ -55,6 +56,7 @@ class Counts:
     started: float
     processes: list[int] = field(default_factory=list)
     replaced: int = 0
+    lost: int = 0
     in_flight: int = 0
     requests: Counter[RequestKey] = field(default_factory=Counter)
     engines: dict[EngineKey, EngineStats] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Counts:
         self.started = min(self.started, other.started)
         self.processes += other.processes
         self.replaced += other.replaced
+        self.lost += other.lost
         self.in_flight += other.in_flight
         self.requests.update(other.requests)
         for key, stats in other.engines.items():

@@ -137,6 +137,9 @@ class _CountsCollector(Collector):
             "Processes that ended unasked and were replaced.",
             self._counts.replaced,
         )
+        yield CounterMetricFamily(
+            "trimrt_requests_lost", "Inference requests that those had in hand.", self._counts.lost
+        )
         yield InfoMetricFamily("trimrt_build", "The server's version.", {"version": VERSION})
 
     def _engines(self) -> Iterator[Metric]:

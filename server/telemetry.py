@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from ctypes import c_longlong
 from typing import NamedTuple, Protocol
 
 from models.preprocessing import Pixels
@@ -113,15 +114,26 @@ class Telemetry:
     Args:
         observers: told of every request.
         sampling: of the traces; None: there are none.
+        in_flight: where the number of requests now served is kept, for a process that outlives this one.
     """
 
-    def __init__(self, observers: Sequence[RequestObserver] = (), sampling: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        observers: Sequence[RequestObserver] = (),
+        sampling: Sampling | None = None,
+        in_flight: c_longlong | None = None,
+    ) -> None:
         self.started = time.time()
         self.observers = list(observers)
         self.sampling = sampling
         self.engines: dict[EngineKey, EngineStats] = {}
         self.requests: Counter[RequestKey] = Counter()
-        self.in_flight = 0
+        self._in_flight = c_longlong() if in_flight is None else in_flight
+
+    @property
+    def in_flight(self) -> int:
+        """Requests now served."""
+        return self._in_flight.value
 
     def engine(self, manifest: Manifest) -> EngineStats:
         """The statistics of an engine; a reloaded one goes on where it was."""
@@ -132,12 +144,12 @@ class Telemetry:
 
     def begin(self) -> float:
         """An inference request begins: now, by `time.monotonic`. It must `end`."""
-        self.in_flight += 1
+        self._in_flight.value += 1
         return time.monotonic()
 
     def end(self, key: RequestKey) -> None:
         """Count a request that ended."""
-        self.in_flight -= 1
+        self._in_flight.value -= 1
         self.requests[key] += 1
 
     def tell(self, request: Ended) -> None:

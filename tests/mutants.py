@@ -72,8 +72,6 @@ HARMLESS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "server/scheduler.py": {
         "one = images == 0  # the sum is the same then, but takes longer": "the sum is the same",
-        "if job.small and self._is_alone() and self._decoder.is_brief(ready[ -1]):": "it has one image",
-        "self._loop.call_soon(self._run_here, ready[ -1])": "the same",
     },
     "runtime/batching.py": {
         "share = max(1, max(pending, *self._loads, 1) // self._slots)": "what is pending is never below 0",

@@ -39,7 +39,11 @@ async def stats(
     return {
         "version": VERSION,
         "uptime_s": round(time.time() - counts.started, 1),
-        "workers": {"running": len(counts.processes), "replaced": counts.replaced},
+        "workers": {
+            "running": len(counts.processes),
+            "replaced": counts.replaced,
+            "lost_requests": counts.lost,
+        },
         "in_flight": counts.in_flight,
         "requests": [{**key._asdict(), "count": count} for key, count in counts.requests.items()],
         "default": counts.default,

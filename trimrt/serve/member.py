@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from ctypes import c_longlong
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,12 +31,14 @@ class Assignment:
         packages: folders of the engine packages to load, the default engine's first.
         channel: its end of its channel to the supervisor.
         connections: over which it is handed connections, and links between workers and owner.
+        in_flight: in memory that both processes see, where it keeps how many requests it has in hand.
     """
 
     settings: Settings
     packages: Sequence[Path]
     channel: socket.socket
     connections: socket.socket
+    in_flight: c_longlong
 
 
 class Member:
@@ -52,7 +55,7 @@ class Member:
         counts: what it had counted when it was last asked.
     """
 
-    def __init__(self, process: Any, channel: Channel, taker: Taker) -> None:
+    def __init__(self, process: Any, channel: Channel, taker: Taker, in_flight: c_longlong) -> None:
         loop = asyncio.get_running_loop()
         self.channel = channel
         self.taker = taker
@@ -63,6 +66,7 @@ class Member:
         self.failure = ""
         self.counts: Counts | None = None
         self._process = process
+        self._in_flight = in_flight
         self._talking = asyncio.create_task(channel.run())
         loop.add_reader(process.sentinel, self._end)
 
@@ -70,6 +74,11 @@ class Member:
     def pid(self) -> int:
         """The process's id."""
         return int(self._process.pid)
+
+    @property
+    def in_flight(self) -> int:
+        """Inference requests that it has in hand, or had when it ended."""
+        return self._in_flight.value
 
     @property
     def reason(self) -> str:
@@ -144,13 +153,14 @@ async def start_member(
     if link is not None:
         taker.link(link)
     # Not forked: the supervisor's libraries have threads, which a fork loses in the middle of what they do.
-    process = get_context("spawn").Process(
-        target=work, args=(Assignment(settings, packages, its_channel, its_connections),)
-    )
+    context = get_context("spawn")
+    in_flight = context.RawValue(c_longlong)
+    assignment = Assignment(settings, packages, its_channel, its_connections, in_flight)
+    process = context.Process(target=work, args=(assignment,))
     with its_channel, its_connections:
         process.start()
     answers: dict[str, Callable[..., Awaitable[Any]]] = {}
-    member = Member(process, await Channel.over(channel, answers), taker)
+    member = Member(process, await Channel.over(channel, answers), taker, in_flight)
     answers.update(methods(member))
     return member
 

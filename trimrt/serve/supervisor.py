@@ -198,8 +198,11 @@ class Supervisor:
             self._forget(member)
             if self._stopping.is_set():
                 return
-            log.error("a process is replaced", extra={"reason": member.reason})
+            log.error(
+                "a process is replaced", extra={"reason": member.reason, "lost_requests": member.in_flight}
+            )
             self._past.replaced += 1
+            self._past.lost += member.in_flight
             replacement = await self._replace(start)
             if replacement is None:
                 return

@@ -55,6 +55,7 @@ def serve(assignment: Assignment) -> None:
         on_failure=membership.fail,
         fleet=membership,
         packages=assignment.packages,
+        in_flight=assignment.in_flight,
     )
     WorkerServer(app, assignment, membership).run(sockets=[])
 
