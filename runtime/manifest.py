@@ -199,6 +199,10 @@ class Evidence(_Strict):
     max_logit_difference: float
     latency_ms: float = Field(description="median of one image alone, milliseconds")
     throughput: float = Field(description="images per second at the largest batch")
+    least_ms: float | None = Field(
+        default=None,
+        description="least time of one image alone, which latency tables have; None: not recorded",
+    )
     weights_bytes: int = Field(description="weights as stored in the ONNX graph")
     power: Power | None = Field(default=None, description="the Jetson's power mode and clocks meanwhile")
     predictions: Predictions | None = Field(default=None, description="None: not recorded")

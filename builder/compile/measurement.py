@@ -26,10 +26,12 @@ class Speed:
     Attributes:
         latency_ms: median time of the smallest batch (one image, unless the engine's is fixed).
         throughput: images per second, all slots at once with the largest batch.
+        least_ms: least time of the smallest batch, which latency tables have.
     """
 
     latency_ms: float
     throughput: float
+    least_ms: float
 
 
 def measure(engine: Engine) -> Speed:
@@ -66,6 +68,7 @@ def measure_in_turns(engines: Sequence[Engine], rounds: int = 7) -> list[Speed]:
         Speed(
             latency_ms=min(speed.latency_ms for speed in found),
             throughput=max(speed.throughput for speed in found),
+            least_ms=min(speed.least_ms for speed in found),
         )
         for found in zip(*speeds, strict=True)
     ]
@@ -74,10 +77,10 @@ def measure_in_turns(engines: Sequence[Engine], rounds: int = 7) -> list[Speed]:
 def _measure(engine: Engine, slots: TimedSlots, rounds: int) -> Speed:
     batch, seconds = engine.manifest.batch, MEASURE_SECONDS / rounds
     slots.run(batch.min, _WARM_UP_SHARE * seconds, alone=True)
-    latencies = slots.run(batch.min, seconds, alone=True)
+    latencies = 1000 * np.array(slots.run(batch.min, seconds, alone=True))
     slots.run(batch.max, _WARM_UP_SHARE * seconds)
     throughput = rate(batch.max, slots.run(batch.max, seconds))
-    return Speed(latency_ms=float(np.median(latencies)) * 1000, throughput=throughput)
+    return Speed(float(np.median(latencies)), throughput, float(latencies.min()))
 
 
 def time_in_turns(

@@ -173,7 +173,10 @@ def test_the_objective_decides_what_is_fast(
     objective,
     chosen,
 ) -> None:
-    speeds = [Speed(latency_ms=1, throughput=2000), Speed(latency_ms=2, throughput=9000)]  # FP32, INT8
+    speeds = [
+        Speed(latency_ms=1, throughput=2000, least_ms=1),
+        Speed(latency_ms=2, throughput=9000, least_ms=2),
+    ]  # FP32, INT8
     monkeypatch.setattr("builder.compile.selection.measure_in_turns", lambda _engines: speeds)
     result = trimrt(
         *("build", kit.path, "-p", "best", "--objective", objective, "--target", "openvino", "-o", tmp_path),
@@ -194,7 +197,7 @@ def test_what_else_the_machine_does_does_not_decide_which_engine_is_faster(
 
     def measure(engine: Any, _slots: object, _rounds: int) -> Speed:
         latency = alone[engine.name] * next(loads[engine.name])
-        return Speed(latency_ms=latency, throughput=1000 / latency)
+        return Speed(latency_ms=latency, throughput=1000 / latency, least_ms=latency)
 
     monkeypatch.setattr(measurement, "TimedSlots", lambda _engine, _count: ExitStack())
     monkeypatch.setattr(measurement, "_measure", measure)
@@ -223,7 +226,10 @@ def all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int8_that_leaves_more_in_floating_point_is_chosen_where_it_is_fastest(
     preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speeds = [*[Speed(latency_ms=2, throughput=1000)] * 3, Speed(latency_ms=1, throughput=2000)]
+    speeds = [
+        *[Speed(latency_ms=2, throughput=1000, least_ms=2)] * 3,
+        Speed(latency_ms=1, throughput=2000, least_ms=1),
+    ]
     monkeypatch.setattr(selection, "measure_in_turns", lambda _engines: speeds)
     package = best_of(preparation, tmp_path, LENIENT)
     manifest = read_manifest(package.folder)

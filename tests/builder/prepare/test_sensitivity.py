@@ -155,7 +155,9 @@ def test_layers_are_kept_only_while_int8_is_faster(
 
     def measure(engines) -> list[Speed]:
         latencies = [int8_ms if engine.manifest.precision == "int8" else 1.0 for engine in engines]
-        return [Speed(latency_ms=latency, throughput=1000 / latency) for latency in latencies]
+        return [
+            Speed(latency_ms=latency, throughput=1000 / latency, least_ms=latency) for latency in latencies
+        ]
 
     monkeypatch.setattr(packages, "measure_in_turns", measure)
     target = open_target("openvino")
