@@ -6,6 +6,7 @@ Nothing is spooled to disk, and an image's bytes are copied once.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -124,7 +125,9 @@ def parse_multipart(content_type: str, body: bytes, max_images: int) -> list[Par
 
 
 def _find(body: bytes, wanted: bytes, start: int) -> int:
-    """As `body.find`, which would keep the interpreter's lock for tens of milliseconds."""
+    """As `body.find`, which would keep the interpreter's lock for tens of milliseconds of a large body."""
+    if len(body) <= _STEP:
+        return body.find(wanted, start)
     for begin in range(start, len(body), _STEP):
         found = body.find(wanted, begin, begin + _STEP + len(wanted) - 1)
         if found >= 0:
@@ -132,6 +135,7 @@ def _find(body: bytes, wanted: bytes, start: int) -> int:
     return -1
 
 
+@lru_cache(maxsize=64)  # most clients send the same one with every image
 def _disposition(head: bytes) -> tuple[str, str | None]:
     """Name and filename by a part's head, which begins with the rest of the delimiter's line.
 
@@ -166,6 +170,8 @@ def _parameters(header: bytes) -> dict[bytes, bytes]:
     found = {}
     for name, value in _PARAMETER.findall(header):
         if value[:1] == b'"' == value[-1:]:
-            value = value[1:-1].replace(b"\\\\", b"\\").replace(b'\\"', b'"')
+            value = value[1:-1]
+            if b"\\" in value:
+                value = value.replace(b"\\\\", b"\\").replace(b'\\"', b'"')
         found[name.lower()] = value
     return found

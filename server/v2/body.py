@@ -25,6 +25,7 @@ HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _MOST_JSON: Final = 8 << 20  # bytes
 # Characters of the JSON, and so objects, lists and values: each can take ten to a hundred bytes of memory.
 _MOST: Final = {"{": 4_096, "[": 131_072, ":": 16_384, ",": 524_288}
+_FEW: Final = min(_MOST.values())  # characters that cannot be too many, whatever they are
 
 _PLACES: Final = {"shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"}
 _DEPTH: Final = 4  # of what is known here: the request, its inputs, one of them, its parameters
@@ -44,9 +45,11 @@ class TensorParameters(_Json):
     shared_memory_byte_size: Any = None
     shared_memory_offset: Any = None
 
-    def place(self, tensor: str) -> Placement | None:
-        """See `core.place_of`."""
-        return core.place_of(tensor, dict(self)) if self.model_fields_set & _PLACES else None
+    def place(self, kind: str, name: str) -> Placement | None:
+        """See `core.place_of`; the tensor is of that kind, `input` or `output`, and has that name."""
+        if self.model_fields_set.isdisjoint(_PLACES):
+            return None
+        return core.place_of(f"{kind} {name!r}", dict(self))
 
 
 class InputParameters(TensorParameters):
@@ -125,8 +128,10 @@ def parse(
         Problem: `malformed-request`, `body-too-large`, `too-many-images`, `invalid-parameter`, or `fetch`'s.
     """
     end = json_length(body, header_length)
-    json, binary = memoryview(body)[:end], memoryview(body)[end:]
-    _check_size(json)
+    binary = memoryview(body)[end:]
+    json = body if not binary else memoryview(body)[:end]
+    if end > _FEW:
+        _check_size(json)
     try:
         # orjson is several times faster than pydantic on long lists of numbers.
         fields = orjson.loads(json)
@@ -142,7 +147,7 @@ def parse(
     tensors = []
     for tensor in header.inputs:
         size = tensor.parameters.binary_data_size
-        place = tensor.parameters.place(f"input {tensor.name!r}")
+        place = tensor.parameters.place("input", tensor.name)
         data: bytes | memoryview | Sequence[bytes]
         if place is not None:
             if size is not None or tensor.data is not None:
@@ -162,7 +167,7 @@ def parse(
     return header, tensors
 
 
-def _check_size(json: memoryview) -> None:
+def _check_size(json: bytes | memoryview) -> None:
     """Make sure that parsing takes neither long nor much memory."""
     if len(json) > _MOST_JSON:
         raise Problem(

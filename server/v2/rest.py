@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import Annotated, Any, Final, Literal
 
 import orjson
@@ -27,6 +29,7 @@ from server.version import VERSION
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
+_HEADER_LENGTH: Final = HEADER_LENGTH.lower().encode()
 _LARGE_JSON: Final = 64 << 10  # bytes; as many numbers take a millisecond or two
 _MOST_NUMBERS: Final = 262_144  # in a JSON answer
 
@@ -139,8 +142,16 @@ async def infer(request: Request, service: Served, model: ModelName, version: st
 
 def infer_call(path: bytes, scope: Mapping[str, Any], regions: Regions) -> InferCall | None:
     """The call that a `POST` to `path` is; None where it is another one, or the routes must look closer."""
+    model, version = _model_of(path)
+    return InferCall(scope, regions, model, version) if model else None
+
+
+@lru_cache(maxsize=64)
+def _model_of(path: bytes) -> tuple[str, str]:
+    """The name and version that `path` has of a model; both empty where the routes must look closer."""
     match = _INFER_PATH.fullmatch(path)
-    return match and InferCall(scope, regions, *(name.decode() for name in match.groups(b"")))
+    model, version = match.groups(b"") if match else (b"", b"")
+    return model.decode(), version.decode()
 
 
 class InferCall(HttpCall):
@@ -175,14 +186,17 @@ class InferCall(HttpCall):
         """See `Call`."""
         header, tensors = parse(body, self._header_length(), max_images, self._fetch)
         asked = _requested(header, tensors)
-        if any(output.place for output in asked.outputs):
-            self._regions.check(self.caller())
+        in_json = 0  # outputs, each with a number for every class
+        for output in asked.outputs:
+            if output.place is not None:
+                self._regions.check(self.caller())
+            elif not (output.classification or output.binary):
+                in_json += 1
         scheduler = self.find_engine(registry)
         manifest = scheduler.engine.manifest
         images = core.images_of(asked, manifest, max_images)
         self._id, self._outputs = asked.id, asked.outputs
-        in_json = [it for it in asked.outputs if not (it.classification or it.binary or it.place)]
-        if len(images) * len(manifest.labels) * len(in_json) > _MOST_NUMBERS:
+        if len(images) * len(manifest.labels) * in_json > _MOST_NUMBERS:
             raise Problem(
                 "invalid-parameter",
                 f"the answer would have more than {_MOST_NUMBERS:,} numbers in JSON; ask for binary outputs",
@@ -196,7 +210,7 @@ class InferCall(HttpCall):
         return data
 
     def _header_length(self) -> str | None:
-        length = self._headers.get(HEADER_LENGTH.lower().encode())
+        length = self._headers.get(_HEADER_LENGTH)
         return None if length is None else length.decode("latin-1")
 
     def render(self, results: Sequence[Result], manifest: Manifest) -> HttpAnswer:
@@ -225,7 +239,7 @@ def _requested(header: InferenceRequest, tensors: Sequence[InputTensor]) -> core
     outputs = []
     for output in header.outputs:
         parameters = output.parameters
-        place = parameters.place(f"output {output.name!r}")
+        place = parameters.place("output", output.name)
         binary = default if parameters.binary_data is None else parameters.binary_data
         outputs.append(core.RequestedOutput(output.name, parameters.classification, binary, place))
     return core.InferRequest(header.id, tensors, outputs)
@@ -249,7 +263,7 @@ def _render(
             chunks.append(tensor.raw())
             row["parameters"] = {"binary_data_size": len(chunks[-1])}
         elif isinstance(tensor.values, list):
-            row["data"] = [element.decode() for line in tensor.values for element in line]
+            row["data"] = list(chain.from_iterable(tensor.values))
         else:
             row["data"] = tensor.values.ravel()
         rows.append(row)

@@ -35,7 +35,7 @@ class OutputTensor(NamedTuple):
     """An output: `FP32` numbers of shape `(images, classes)`, or `BYTES` strings of shape `(images, k)`."""
 
     name: str
-    values: Floats | list[list[bytes]]
+    values: Floats | list[list[str]]
 
     @property
     def datatype(self) -> str:
@@ -52,7 +52,7 @@ class OutputTensor(NamedTuple):
     def raw(self) -> bytes:
         """The elements in the protocol's binary form."""
         if isinstance(self.values, list):
-            return pack_bytes([element for row in self.values for element in row])
+            return pack_bytes([element.encode() for row in self.values for element in row])
         return np.ascontiguousarray(self.values, "<f4").tobytes()
 
 
