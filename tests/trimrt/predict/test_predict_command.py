@@ -184,6 +184,27 @@ def test_files_are_scored_once_in_the_order_they_are_named(photos: Path, tiny: P
     assert sorted(paths[1:]) == sorted(photos.glob("0/*.png"))
 
 
+def test_a_pipe_that_nobody_writes_yet_does_not_keep_another_thread_from_reading(
+    tiny: Path, encode: Encode, tmp_path: Path
+) -> None:
+    late, soon = tmp_path / "late.png", tmp_path / "soon.png"
+    os.mkfifo(late)
+    os.mkfifo(soon)
+    command = [TRIMRT, "predict", str(late), str(soon), "--engine", str(tiny), "--batch-size", "1"]
+    command += ["--decode-threads", "2", "--out", str(tmp_path / "out.parquet")]
+    writer = threading.Thread(target=soon.write_bytes, args=(encode(1),), daemon=True)
+    with subprocess.Popen(command) as process:
+        writer.start()
+        writer.join(60)  # until somebody reads
+        if writer.is_alive():
+            process.kill()
+        else:
+            late.write_bytes(encode(2))
+
+    assert process.returncode == 0
+    assert [row["error"] for row in rows(tmp_path / "out.parquet")] == [None, None]
+
+
 def test_an_engine_is_found_by_its_name(photos: Path, engine_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     run(photos, "--engine", "other", "--engine-dir", engine_dir, "--out", out, "--top-k", 10)
