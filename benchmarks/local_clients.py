@@ -37,7 +37,7 @@ from benchmarks.photos import photographs, store
 from benchmarks.processes import exit_on_sigterm, running
 from benchmarks.report import markdown_table, write_report
 from benchmarks.serving import free_port
-from runtime.manifest import read_manifest
+from runtime.manifest import Manifest, read_manifest
 from trimrt.options import COUNT, HELP, Existing
 
 TCP: Final = "TCP"
@@ -147,7 +147,7 @@ def _post(path: str, body: bytes, **headers: str) -> bytes:
 
 
 @contextmanager
-def requests_for(image: bytes, model: str, client: Client) -> Iterator[Mapping[str, bytes]]:
+def requests_for(image: bytes, manifest: Manifest, client: Client) -> Iterator[Mapping[str, bytes]]:
     """Whole requests for `image`, by way; what lies in shared memory is registered by `client`."""
     with ExitStack() as stack:
         element = struct.pack("<I", len(image)) + image  # as Triton lays down an element of BYTES
@@ -161,10 +161,10 @@ def requests_for(image: bytes, model: str, client: Client) -> Iterator[Mapping[s
         stack.callback(client.ask, _post(f"{region}/unregister", b""))
 
         def infer(**where: object) -> bytes:
-            tensor = {"name": "pixels", "shape": [1], "datatype": "BYTES", "parameters": where}
+            tensor = {"name": manifest.input.name, "shape": [1], "datatype": "BYTES", "parameters": where}
             return json.dumps({"inputs": [tensor]}).encode()
 
-        path, octets = f"/v2/models/{model}/infer", "application/octet-stream"
+        path, octets = f"/v2/models/{manifest.name}/infer", "application/octet-stream"
         head = infer(binary_data_size=len(element))
         placed = infer(shared_memory_region=name, shared_memory_byte_size=len(element))
         file = _post("/predict", image, Content_Type=octets)
@@ -253,11 +253,11 @@ def main(package: Path, seconds: float, turns: int, output: Path) -> None:
     exit_on_sigterm()
     BUILD.mkdir(parents=True, exist_ok=True)
     results = Results(machine=this_machine(), engine=package.name, seconds=seconds)
-    files, model = images(BUILD / "photographs"), read_manifest(package).name
+    files, manifest = images(BUILD / "photographs"), read_manifest(package)
     with served(package, BUILD / "local-clients.log") as (server, clients), steps() as progress:
         task = progress.add_task("", total=len(files) * turns * len(clients))
         for image, file in files.items():
-            with requests_for(file, model, clients[TCP]) as requests:
+            with requests_for(file, manifest, clients[TCP]) as requests:
                 for way, request in requests.items():
                     take_turn(clients[way], server, image, "warm-up", request, 1.0)
                 for number in range(turns):
