@@ -40,12 +40,13 @@ serve: $(VENV)/.install  ## Serve an engine (ENGINE=name) on http://127.0.0.1:80
 
 # A file's tests share what is slow to build; tests/conftest.py puts the longest files first. Three workers keep two
 # cores busy while some wait for servers. OpenMP gets one thread: several would spin while they wait for each other.
+# Bytecode is kept, whatever the environment says: hundreds of processes import the same modules.
 test: $(VENV)/.install-dev  ## Run the test suite, print its coverage, and fail where that is too low.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder \
-		--max-worker-restart 0 --cov
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile \
+		--no-loadscope-reorder --max-worker-restart 0 --cov
 
 test-long: $(VENV)/.install-dev  ## Run the long tests: whole trainings, QAT, examples, Ray, a soak.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile \
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m slow -n 2 --dist loadfile \
 		tests/benchmarks tests/builder tests/docs tests/e2e tests/examples tests/experiments tests/models tests/server \
 		tests/trimrt tests/load/test_soak.py
 

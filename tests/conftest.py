@@ -36,6 +36,8 @@ LONGEST_FIRST = (
     "e2e/test_main_job.py",
     "models/test_compress.py",
     "builder/test_build_kit.py",
+    "models/test_compress_to_budget.py",
+    "builder/compile/tensorrt_target/test_compile.py",
     "builder/prepare/test_sensitivity.py",
     "server/test_scheduling.py",
     "trimrt/predict/test_predict_command.py",

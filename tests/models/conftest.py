@@ -10,6 +10,7 @@ import pillow_heif
 import pytest
 import torch
 from click.testing import CliRunner
+from shared import build_once
 from short_run import SHORT
 
 from models.card import Card, Metrics
@@ -28,23 +29,29 @@ pillow_heif.register_heif_opener()  # to write them
 @pytest.fixture(scope="session")
 def few_digits(data: DataSplit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with 16 training and 4 test images of each of the digits 0, 1 and 2."""
-    folder = tmp_path_factory.mktemp("few-digits")
-    for part, images, count in (("train", data.train, 16), ("test", data.test, 4)):
-        for target in range(3):
-            directory = folder / part / images.labels[target]
-            directory.mkdir(parents=True)
-            for index in np.flatnonzero(images.targets == target)[:count]:
-                shutil.copy(images.paths[index], directory)
-    return folder
+
+    def build(folder: Path) -> None:
+        for part, images, count in (("train", data.train, 16), ("test", data.test, 4)):
+            for target in range(3):
+                directory = folder / part / images.labels[target]
+                directory.mkdir(parents=True)
+                for index in np.flatnonzero(images.targets == target)[:count]:
+                    shutil.copy(images.paths[index], directory)
+
+    return build_once(tmp_path_factory, "few-digits", build)
 
 
 @pytest.fixture(scope="session")
 def finished(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder of a finished run, and what it printed."""
-    out = tmp_path_factory.mktemp("run")
-    result = CliRunner().invoke(main, ["compress", str(few_digits), "--out", str(out), *SHORT])
-    assert result.exit_code == 0, result.output
-    return out, result.output
+    """Folder of a finished run, not to be changed, and what it printed."""
+
+    def build(folder: Path) -> None:
+        result = CliRunner().invoke(main, ["compress", str(few_digits), "--out", str(folder / "run"), *SHORT])
+        assert result.exit_code == 0, result.output
+        (folder / "printed.txt").write_text(result.output, encoding="utf-8")
+
+    folder = build_once(tmp_path_factory, "finished", build)
+    return folder / "run", (folder / "printed.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def observed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Obse
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImageSet, "load_pixels", watched_load_pixels)
         patch.setattr(quantization, "quantize", watched_quantize)
-        options = PrepareOptions(calibration_images=64, calibration="max")
+        options = PrepareOptions(calibration_images=64, calibration="max", verification_images=144)
         subject, workspace = open_checkpoint(checkpoint, data=None), tmp_path_factory.mktemp("calibration")
         preparation = prepare(subject, workspace, options, lambda _: None)
         graph, _ = next(preparation.graphs("int8", "fp32"))
@@ -84,7 +84,7 @@ def test_the_choice_of_images_is_recorded(observed: Observed, data: DataSplit) -
 @pytest.mark.parametrize("images", [1, 7])
 def test_a_handful_of_images_calibrates_too(checkpoint: Path, tmp_path: Path, images: int) -> None:
     """Fewer than the calibrator takes at once."""
-    options = PrepareOptions(calibration_images=images, calibration="max")
+    options = PrepareOptions(calibration_images=images, calibration="max", verification_images=144)
     preparation = prepare(open_checkpoint(checkpoint, data=None), tmp_path, options, lambda _: None)
     graph, _ = next(preparation.graphs("int8", "fp32"))
     assert graph.calibration is not None

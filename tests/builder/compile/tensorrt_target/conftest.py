@@ -1,14 +1,14 @@
-"""Our own graphs, ResNet18-sized, in every precision; made once a session."""
+"""Our own graphs, ResNet18-sized, in every precision; each is made once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shared import build_once
 
 from builder.prepare.export import export_onnx
 from builder.prepare.fp16 import convert_to_fp16
@@ -33,12 +33,15 @@ def rtx() -> TensorRTLibrary:
 @pytest.fixture(scope="session")
 def graph(tmp_path_factory) -> Callable[..., Path]:
     """`graph(precision, preset=...)`: a ResNet18, pruned as a preset of `trimrt compress` does it."""
-    folder = tmp_path_factory.mktemp("graphs")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
 
-    @cache
     def make(precision: str, preset: str = UNPRUNED) -> Path:
-        path = folder / f"{preset}-{precision}.onnx"
+        def build(folder: Path) -> None:
+            write(folder / "graph.onnx", precision, preset)
+
+        return build_once(tmp_path_factory, f"{preset}-{precision}", build) / "graph.onnx"
+
+    def write(path: Path, precision: str, preset: str) -> None:
         if precision == "fp32":
             torch.manual_seed(0)
             network = build_network("resnet18", classes=10).eval()
@@ -46,7 +49,7 @@ def graph(tmp_path_factory) -> Callable[..., Path]:
                 pruning = make_recipe(preset=preset).pruning
                 Pruner(network, SPEC, pruning.model_copy(update={"steps": 1}), pruning.ratio).step()
             export_onnx(network, SPEC, path)
-            return path
+            return
         master = make("fp32", preset)
         if precision == "fp16":
             convert_to_fp16(master, path, pixels[:2])
@@ -55,6 +58,5 @@ def graph(tmp_path_factory) -> Callable[..., Path]:
         else:
             rest = "fp16" if precision == "int8-fp16" else "fp32"
             convert_to_int8(master, path, pixels, method="max", rest=rest)
-        return path
 
     return make

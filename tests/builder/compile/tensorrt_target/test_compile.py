@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from typing import Final
 
 import onnx
@@ -33,6 +34,12 @@ def compile_graph(rtx, path, profiles=DYNAMIC, listener=None, resources=RESOURCE
     return build_engine(rtx, path, TensorRTOptions(profiles=profiles, **options), resources, listener)
 
 
+@pytest.fixture(scope="module")
+def plan(rtx, graph):
+    """`plan(precision, profiles)`: an engine, compiled once."""
+    return cache(lambda precision, profiles: compile_graph(rtx, graph(precision), PROFILES[profiles]))
+
+
 class Recording:
     """A listener that remembers, and may interfere at the first step."""
 
@@ -57,8 +64,8 @@ class Recording:
 
 @pytest.mark.parametrize("profiles", PROFILES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_compiles_with_every_kind_of_profile(rtx, graph, precision, profiles):
-    assert compile_graph(rtx, graph(precision), PROFILES[profiles]).startswith(b"vtrt")
+def test_every_precision_compiles_with_every_kind_of_profile(plan, precision, profiles):
+    assert plan(precision, profiles).startswith(b"vtrt")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-fp16"])
@@ -84,10 +91,9 @@ def test_no_graph_of_ours_is_refused_by_our_checker(graph, precision):
 @pytest.mark.parametrize(
     ("profiles", "int8_share"), [("dynamic batch", 0.33), ("fixed batch", 0.33), ("two profiles", 0.4)]
 )
-def test_lower_precision_makes_smaller_engines(rtx, graph, profiles, int8_share):
+def test_lower_precision_makes_smaller_engines(plan, profiles, int8_share):
     size = {
-        precision: len(compile_graph(rtx, graph(precision), PROFILES[profiles]))
-        for precision in ("fp32", "fp16", "int8-fp16", "int8-fp32")
+        precision: len(plan(precision, profiles)) for precision in ("fp32", "fp16", "int8-fp16", "int8-fp32")
     }
     assert size["fp16"] <= 0.55 * size["fp32"]
     assert size["int8-fp16"] <= int8_share * size["fp32"]
