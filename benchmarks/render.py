@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from benchmarks import batch_scoring, growth, live_video, measurements, presets, ray_serve, report
+from benchmarks import batch_scoring, growth, live_video, local_clients, measurements, presets, ray_serve, report
 
 _MARKDOWN: Final[dict[str, Callable[[str], str]]] = {
     "results": lambda json: report.markdown(measurements.Results.model_validate_json(json)),
@@ -16,6 +16,7 @@ _MARKDOWN: Final[dict[str, Callable[[str], str]]] = {
     "growth": lambda json: growth.markdown(growth.Growth.model_validate_json(json)),
     "batch_scoring": lambda json: batch_scoring.markdown(batch_scoring.Results.model_validate_json(json)),
     "live_video": lambda json: live_video.markdown(live_video.Results.model_validate_json(json)),
+    "local_clients": lambda json: local_clients.markdown(local_clients.Results.model_validate_json(json)),
     "ray_serve": lambda json: ray_serve.markdown(ray_serve.Results.model_validate_json(json)),
 }
 
