@@ -7,7 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from benchmarks import batch_scoring, growth, live_video, local_clients, measurements, presets, ray_serve, report
+from benchmarks import (
+    batch_scoring,
+    growth,
+    live_video,
+    local_clients,
+    measurements,
+    presets,
+    ray_serve,
+    report,
+)
 
 _MARKDOWN: Final[dict[str, Callable[[str], str]]] = {
     "results": lambda json: report.markdown(measurements.Results.model_validate_json(json)),
