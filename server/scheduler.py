@@ -127,6 +127,11 @@ class Scheduler:
         return self._backlog.under_way
 
     @property
+    def is_tiny(self) -> bool:
+        """Whether the event loop's thread runs all images that are decoded in little time."""
+        return self._brief and self.engine.alone_s <= _TINY_S
+
+    @property
     def is_computing(self) -> bool:
         """Whether a slot is at work."""
         return self._backlog.sleeping < self.engine.slots
@@ -273,9 +278,7 @@ class Scheduler:
 
     def _may_run_here(self) -> bool:
         """Whether this thread had better run small requests' images than that of the worker that waits."""
-        if not self._brief or not self._backlog.reserve_sleeps:
-            return False
-        return self.engine.alone_s <= _TINY_S or self._is_alone()
+        return self._brief and self._backlog.reserve_sleeps and (self.is_tiny or self._is_alone())
 
     def _is_alone(self) -> bool:
         """Whether one image is under way, large requests aside."""

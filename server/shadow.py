@@ -2,7 +2,7 @@
 
 The accuracy gate goes on in production: a candidate that was as good on the validation images may not be so
 on what really comes. Its images wait in a short queue of their own, from which one at a time is run while
-nobody waits for any engine; where there is no room the oldest is dropped, and counted. While requests follow
+nobody waits for any engine; what there is no room for is dropped, and counted. While requests follow
 each other closely it runs so seldom that fewer than one in a hundred meets it.
 """
 
@@ -183,9 +183,13 @@ class Shadow:
             return
         self._answered = request.results[-1].delivered
         for image, result in zip(request.images, request.results, strict=True):
-            if not result.cached and random.random() < self.share:  # the same image proves nothing more
+            if result.cached or random.random() >= self.share:  # the same image proves nothing more
+                continue
+            if len(self._waiting) < _MOST_WAITING:
                 self._take(image, result)
-        while len(self._waiting) > _MOST_WAITING or self._held > _MOST_HELD:
+            else:
+                self.counts.dropped += 1
+        while self._held > _MOST_HELD:
             self._held -= self._waiting.popleft().size
             self.counts.drop()
         self._later()
@@ -241,8 +245,9 @@ class Shadow:
             return
         self._running = True
         try:
-            # Low priority also keeps it off the event loop's thread.
-            self.candidate.submit([waiting.image], math.inf, done, top=0, low=True)
+            # Low priority also keeps it off the event loop's thread, unless that takes less than a hand-over.
+            low = not self.candidate.is_tiny
+            self.candidate.submit([waiting.image], math.inf, done, top=0, low=low)
         except Problem:
             self._running = False
             self.counts.drop()

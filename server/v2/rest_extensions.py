@@ -59,7 +59,7 @@ async def model_config(service: Served, model: ModelName, version: str = "") -> 
     return extensions.model_config(service, model, version)
 
 
-@router.get("/models/stats")
+@router.get("/models/stats", responses=_READ)
 @router.get("/models/{model}/stats", responses=_READ)
 @router.get("/models/{model}/versions/{version}/stats", responses=_READ)
 async def statistics(service: Served, model: str = "", version: str = "") -> dict[str, Any]:
@@ -109,7 +109,7 @@ async def update_log_settings(service: Managed, request: Request) -> dict[str, A
     return extensions.log_settings(service, changes.root)
 
 
-@router.get("/trace/setting")
+@router.get("/trace/setting", responses=_READ)
 @router.get("/models/{model}/trace/setting", responses=_READ)
 async def trace_settings(service: Served, model: str = "") -> dict[str, Any]:
     """Which requests leave a trace."""
@@ -158,11 +158,11 @@ async def unregister_region(service: Local, region: str = "") -> dict[str, str]:
     return {}
 
 
-@router.get("/cudasharedmemory/status", responses=documented(501))
-@router.get("/cudasharedmemory/region/{region}/status", responses=documented(501))
-@router.post("/cudasharedmemory/region/{region}/register", responses=documented(501))
-@router.post("/cudasharedmemory/unregister", responses=documented(501))
-@router.post("/cudasharedmemory/region/{region}/unregister", responses=documented(501))
-async def cuda_shared_memory() -> None:
+@router.get("/cudasharedmemory/status", responses=documented(400, 501))
+@router.get("/cudasharedmemory/region/{region}/status", responses=documented(400, 501))
+@router.post("/cudasharedmemory/region/{region}/register", responses=documented(400, 501))
+@router.post("/cudasharedmemory/unregister", responses=documented(400, 501))
+@router.post("/cudasharedmemory/region/{region}/unregister", responses=documented(400, 501))
+async def cuda_shared_memory(region: str = "") -> None:  # noqa: ARG001 - OpenAPI tells of it
     """Refused: CUDA's shared memory is not supported."""
     raise Problem("not-supported", core.NO_CUDA_MEMORY)
