@@ -39,7 +39,7 @@ from server.workers import Worker
 LOW_ROUNDS: Final = 16
 """How many rounds of the backlog a request of low priority gives way to others."""
 
-_TINY_S: Final = 250e-6  # for longer than that threads wait for the interpreter's lock
+_TINY_S: Final = 250e-6  # an image alone; threads would wait longer for the interpreter's lock
 
 _NOTHING: Final[Mapping[int, Result]] = {}
 _RATE_SMOOTHING = 0.2  # weight of the newest batch in the moving average
