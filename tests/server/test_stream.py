@@ -302,7 +302,7 @@ def test_a_client_that_does_not_read_is_not_read_either(start: Start, encode: En
         wait_until(lambda: connection.transport.get_write_buffer_size() > 0)
         answered = server.predict(encode(0))
         assert answered.status_code == 200, "others are served"
-        wait_until(lambda: not connection.transport.is_reading())  # buffers of the system's may grow meanwhile
+        wait_until(lambda: not connection.transport.is_reading())  # the system's buffers may grow
         wire.socket.shutdown(socket.SHUT_WR)
         asking.join()
 
