@@ -9,7 +9,7 @@ from tiny_engine import write_package
 
 from builder.compile.packages import Package
 from models.promise import Cost, Device, Promise
-from runtime.manifest import read_manifest
+from runtime.manifest import Evidence, read_manifest
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,6 @@ def test_a_latency_is_kept_by_the_least_time_as_latency_tables_have_it(
 ) -> None:
     folder = write_package(tmp_path)
     manifest = read_manifest(folder)
-    assert manifest.evidence is not None
     device = Device(
         machine=manifest.compatibility.machine,
         cores=1,
@@ -30,7 +29,18 @@ def test_a_latency_is_kept_by_the_least_time_as_latency_tables_have_it(
         batch=manifest.batch.min,
     )
     promise = Promise(costs={"latency_ms": Cost(asked=1, predicted=1)}, device=device)
-    evidence = manifest.evidence.model_copy(update={"latency_ms": median_ms, "least_ms": least_ms})
+    evidence = Evidence(
+        image_set="noise",
+        images=1,
+        reference_top1=None,
+        engine_top1=None,
+        label_agreement=1,
+        max_logit_difference=0,
+        latency_ms=median_ms,
+        least_ms=least_ms,
+        throughput=1,
+        weights_bytes=1,
+    )
     manifest = manifest.model_copy(update={"promise": promise, "evidence": evidence})
     found = Package(folder, manifest, rejected=(), unverified=None).missed
     assert len(found) == (missed is not None)
