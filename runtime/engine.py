@@ -19,7 +19,7 @@ from runtime.manifest import Manifest
 from runtime.signatures import ANYONE, Trust
 
 BRIEF_S: Final = 750e-6
-"""An engine is brief if an image alone takes at most so long, seconds: less than another thread's wake-up."""
+"""An engine is brief if it takes at most so long for its smallest batch, seconds."""
 
 
 @dataclass(frozen=True)

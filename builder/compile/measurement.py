@@ -80,7 +80,9 @@ def _measure(engine: Engine, slots: TimedSlots, rounds: int) -> Speed:
     latencies = 1000 * np.array(slots.run(batch.min, seconds, alone=True))
     slots.run(batch.max, _WARM_UP_SHARE * seconds)
     throughput = rate(batch.max, slots.run(batch.max, seconds))
-    return Speed(float(np.median(latencies)), throughput, float(latencies.min()))
+    return Speed(
+        latency_ms=float(np.median(latencies)), throughput=throughput, least_ms=float(latencies.min())
+    )
 
 
 def time_in_turns(
